@@ -1,0 +1,235 @@
+"""The words that cross module borders: Clip (a manifest row), ClipPlan (what to read of it), Sample, Batch.
+
+Shape letters, used as suffixes in tensor code (`frames_BTCHW`):
+
+    B clips in a batch      T frames of a clip      C channels      H, W height, width (W after B: audio windows)
+    S audio samples         M mel bands             L mel frames    K classes
+    N tokens                D width of a token      Z bottleneck tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """One row of a manifest: a span of media, what was probed of it, and its labels.
+
+    Attributes:
+        id: Unique within the manifest.
+        row: Row number in the manifest it was read from.
+        video: File with the video stream; None where the clip has none.
+        audio: File with the audio stream (the same container as `video` for most clips); None where there is none.
+        image: A still picture, treated as a video of one frame; exclusive with `video`.
+        mel: A stored spectrogram, `.npy` float32 [C, M, L]; exclusive with `audio`.
+        start_s: Start of the span in the file, seconds from the file's first presented frame (audio only: first
+            sample).
+        duration_s: Length of the span, seconds.
+        start_frame: First frame of the span, counted in presentation order from the file's first frame.
+        num_frames: Frames of the span; 1 for an image; 0 without video.
+        fps: Mean frame rate of the stream, Hz; 0 without video.
+        width: Upright width in pixels (after `rotation`).
+        height: Upright height in pixels (after `rotation`).
+        rotation: Degrees by which decoded frames are turned clockwise to stand upright: 0, 90, 180, 270.
+        video_codec: FFmpeg's name, such as `h264`.
+        start_sample: First audio sample of the span, counted at `sample_rate` from the stream's first sample.
+        num_samples: Audio samples per channel of the span at `sample_rate`; 0 without audio.
+        sample_rate: Hz as stored; 0 without audio.
+        channels: Audio channels as stored.
+        audio_codec: FFmpeg's name, such as `aac`.
+        audio_offset_s: First audio sample's time minus first frame's time in the file, seconds.
+        num_mel_frames: Length L of a stored spectrogram; 0 otherwise.
+        labels: Class names; one for single-label tasks.
+        split: Such as `train`, `test`.
+        group: What must not be torn between splits (a recorder, a recording); empty for none.
+        weight: Sample weight given by the data set.
+        lat: Latitude, degrees; NaN where unknown.
+        lon: Longitude, degrees; NaN where unknown.
+    """
+
+    id: str
+    row: int = 0
+    video: Path | None = None
+    audio: Path | None = None
+    image: Path | None = None
+    mel: Path | None = None
+    start_s: float = 0.0
+    duration_s: float = 0.0
+    start_frame: int = 0
+    num_frames: int = 0
+    fps: float = 0.0
+    width: int = 0
+    height: int = 0
+    rotation: int = 0
+    video_codec: str = ""
+    start_sample: int = 0
+    num_samples: int = 0
+    sample_rate: int = 0
+    channels: int = 0
+    audio_codec: str = ""
+    audio_offset_s: float = 0.0
+    num_mel_frames: int = 0
+    labels: tuple[str, ...] = ()
+    split: str = "train"
+    group: str = ""
+    weight: float = 1.0
+    lat: float = float("nan")
+    lon: float = float("nan")
+
+    @property
+    def has_video(self) -> bool:
+        """Whether there is anything to see: a video stream or an image."""
+        return self.num_frames > 0
+
+    @property
+    def has_audio(self) -> bool:
+        """Whether there is anything to hear: an audio stream or a stored spectrogram."""
+        return self.num_samples > 0 or self.num_mel_frames > 0
+
+
+@dataclass(frozen=True, slots=True)
+class ClipPlan:
+    """What to read of one clip and how to crop, flip, window, mask and mix it: one row of a `PlanBatch`.
+
+    Attributes:
+        sample: Global number of the sample since the start of training; -1 for a padding row of an evaluation batch.
+        source: Which of the mixed manifests, 0 with a single one.
+        row: Row in that manifest.
+        replica: Which of `repeat` augmentations of one decode.
+        frames_T: Frame numbers within the clip's span, presentation order, ascending, int32; repeats are allowed.
+        crop: x, y, width, height in upright pixels (float).
+        flip: Mirror left to right after the crop.
+        windows_W: First mel frame of each window, int32; -1 marks a window that does not fit (masked).
+        band: First masked mel band and how many, (0, 0) for none.
+        mix: Weight of the clip itself in mixup; 1 for none. The partner has 1 - mix.
+        partner: Row of the mixup partner within the same batch.
+        weight: Weight in the loss; 0 for padding.
+    """
+
+    sample: int
+    source: int
+    row: int
+    replica: int
+    frames_T: NDArray[np.int32]
+    crop: tuple[float, float, float, float]
+    flip: bool
+    windows_W: NDArray[np.int32]
+    band: tuple[int, int]
+    mix: float
+    partner: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanBatch:
+    """The plans of B consecutive samples as arrays; indexing gives one `ClipPlan`. Fields as in `ClipPlan`."""
+
+    sample_B: NDArray[np.int64]
+    source_B: NDArray[np.int64]
+    row_B: NDArray[np.int64]
+    replica_B: NDArray[np.int64]
+    frames_BT: NDArray[np.int32]
+    crop_B4: NDArray[np.float32]
+    flip_B: NDArray[np.bool_]
+    windows_BW: NDArray[np.int32]
+    band_B2: NDArray[np.int32]
+    mix_B: NDArray[np.float32]
+    partner_B: NDArray[np.int64]
+    weight_B: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.sample_B)
+
+    def __getitem__(self, i: int) -> ClipPlan:
+        x, y, w, h = (float(v) for v in self.crop_B4[i])
+        return ClipPlan(
+            sample=int(self.sample_B[i]),
+            source=int(self.source_B[i]),
+            row=int(self.row_B[i]),
+            replica=int(self.replica_B[i]),
+            frames_T=self.frames_BT[i],
+            crop=(x, y, w, h),
+            flip=bool(self.flip_B[i]),
+            windows_W=self.windows_BW[i],
+            band=(int(self.band_B2[i, 0]), int(self.band_B2[i, 1])),
+            mix=float(self.mix_B[i]),
+            partner=int(self.partner_B[i]),
+            weight=float(self.weight_B[i]),
+        )
+
+    def __iter__(self) -> Iterator[ClipPlan]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One decoded clip under one plan, on the CPU.
+
+    Attributes:
+        frames_TCHW: uint8, cropped, resized, flipped; None where the clip has no video or none was asked for.
+        mel_WCML: float32 log-mel in dB, neither masked nor normalised; None where there is no audio or none asked for.
+    """
+
+    frames_TCHW: Tensor | None
+    mel_WCML: Tensor | None
+
+
+@dataclass(slots=True)
+class Batch:
+    """B clips as tensors; what is absent of a clip is filled and marked in `has_video_B` / `has_audio_B`.
+
+    Attributes:
+        frames_BTCHW: uint8; None in a run without video.
+        mel_BWCML: float32 log-mel in dB; None in a run without audio.
+        window_BW: bool, which windows are real; None without audio.
+        targets_BK: float32 one-hot or multi-hot, before label smoothing and mixup.
+        weight_B: float32 loss weight: 0 for placeholders and padding.
+        has_video_B: bool.
+        has_audio_B: bool.
+        flip_B: bool, already applied; kept for reports.
+        band_B2: int64 first masked mel band and count.
+        mix_B: float32 mixup weight of the clip itself; 1 for none, also where the partner is a placeholder.
+        partner_B: int64 row of the mixup partner.
+        ids: Clip ids, of the planned clip also where a placeholder stands in.
+        row_B: int64 manifest rows.
+        sample: Global number of the first sample.
+        num_broken: Clips of this batch that could not be read.
+        num_unique: Distinct decoded clips (less than B with `repeat`).
+    """
+
+    frames_BTCHW: Tensor | None
+    mel_BWCML: Tensor | None
+    window_BW: Tensor | None
+    targets_BK: Tensor
+    weight_B: Tensor
+    has_video_B: Tensor
+    has_audio_B: Tensor
+    flip_B: Tensor
+    band_B2: Tensor
+    mix_B: Tensor
+    partner_B: Tensor
+    row_B: Tensor
+    ids: list[str] = field(default_factory=list)
+    sample: int = 0
+    num_broken: int = 0
+    num_unique: int = 0
+
+    def __len__(self) -> int:
+        return len(self.weight_B)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Returns the batch with every tensor on `device` (asynchronously from pinned memory)."""
+        moved = {
+            f.name: value.to(device, non_blocking=True)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
