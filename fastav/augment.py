@@ -1,8 +1,8 @@
 """What happens to tensors on their way to a tower: crop and resize after decode, and the device functions.
 
 `resize_crop` runs once per decoded clip, on the CPU, for every decoder, so that decoders differ only in
-decoding. The rest are pure tensor functions without data-dependent Python: they are the first operation of the
-model, on the device, inside the compiled graph and inside what is exported.
+decoding. The rest are pure tensor functions without data-dependent Python: they are the first operation of
+the model, on the device, inside the compiled graph and inside what is exported.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def resize_crop(
 ) -> Tensor:
     """Crops, resizes (bilinear, antialiased) and mirrors the frames of a clip.
 
-    torch's uint8 kernel reads the decoder's interleaved pixels in place: about 4 ms for eight crops of 400 x 300
-    to 224 x 224 on one core (AVX2), the same as torchvision, which calls it, against 39 ms in float. It rounds
-    its weights to 16 bits, which moves a value by at most 1.
+    torch's uint8 kernel reads the decoder's interleaved pixels in place: about 4 ms for eight crops of 400 x
+    300 to 224 x 224 on one core (AVX2), the same as torchvision, which calls it, against 39 ms in float. It
+    rounds its weights to 16 bits, which moves a value by at most 1.
 
     Args:
         frames_THWC: uint8, upright.
