@@ -1,0 +1,84 @@
+"""The command line: one line on stderr and an exit code for every mistake, a traceback only under `--debug`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fastav.errors import FastavError, UserError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `UserError`s of one line with the nearest match."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage."""
+        options = [word for action in self._actions for word in action.option_strings]
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        near = did_you_mean(unknown[1].split("=")[0], options) if unknown else ""
+        choice = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
+        if choice:
+            near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+            message = message[: choice.start()] + f'"{choice[1]}" is unknown'
+        raise UserError(f"{self.prog}: {message}{near} (see {self.prog} --help)")
+
+
+def run(verb: str, module_name: str, argv: Sequence[str]) -> int:
+    """Runs one verb.
+
+    The verb's module has `add_arguments(parser)` and `main(args) -> int`. Where it sets `OVERRIDES = True`, words such
+    as `--optim.lr 1e-4` are collected for the recipe in `args.overrides`.
+
+    Args:
+        verb: Its name on the command line.
+        module_name: Where it is, imported only now.
+        argv: The words after the verb.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 3 for too many broken clips, 75 when stopped by a signal, 1 otherwise.
+    """
+    words = [word for word in argv if word != "--debug"]
+    debug = len(words) != len(argv)
+    try:
+        module = importlib.import_module(module_name)
+        parser = Parser(
+            prog=f"fastav {verb}", description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter
+        )
+        module.add_arguments(parser)
+        overrides: list[str] = []
+        if getattr(module, "OVERRIDES", False):
+            words, overrides = _split_overrides(words)
+        args = parser.parse_args(words)
+        args.overrides = overrides
+        return int(module.main(args))
+    except FastavError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"fastav: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fastav: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        return 0
+
+
+def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Parts the parser's words from `--key value` pairs meant for the recipe."""
+    kept: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--help":
+            kept.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return kept, overrides
