@@ -162,7 +162,7 @@ def parameter_groups(
     Returns:
         Groups with `name`, `params`, `param_names`, `weight_decay` and `lr_scale`, in the model's order.
     """
-    layers = _layers(model)
+    layers, undecayed = _layers(model), _undecayed(model)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -170,7 +170,8 @@ def parameter_groups(
         part = next((p for p in lr_scales if f".{p}." in f".{name}"), "")
         network, layer, last = layers.get(name, ("", 0, 0))
         scale = lr_scales.get(part, 1.0) * layer_decay ** (last - layer)
-        decayed = parameter.ndim > 1 and not _TOKEN_OR_POSITION.fullmatch(name.rpartition(".")[2])
+        token = name in undecayed or _TOKEN_OR_POSITION.fullmatch(name.rpartition(".")[2])
+        decayed = parameter.ndim > 1 and not token
         words = [network or part or name.partition(".")[0]]
         if layer_decay != 1 and last:
             words.append(f"layer{layer:02d}")
@@ -188,6 +189,16 @@ def parameter_groups(
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
+
+
+def _undecayed(model: nn.Module) -> set[str]:
+    """Names of the parameters that the model or a network in it says are not to be decayed (timm's convention)."""
+    return {
+        (f"{path}." if path else "") + name
+        for path, module in model.named_modules()
+        if hasattr(module, "no_weight_decay")
+        for name in module.no_weight_decay()
+    }
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[str, int, int]]:

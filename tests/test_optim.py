@@ -38,7 +38,11 @@ class Fusion(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bottleneck = nn.Parameter(torch.zeros(1, 4, 16))
+        self.tempo = nn.Parameter(torch.zeros(1, 4, 16))
         self.head = nn.Linear(32, 5)
+
+    def no_weight_decay(self) -> set[str]:
+        return {"tempo"}
 
 
 class Model(nn.Module):
@@ -85,7 +89,8 @@ def test_what_is_decayed():
     decay = {name: group["weight_decay"] for name, group in groups_by_parameter(optimizer).items()}
     for name in (
         "video.net.cls_token", "video.net.pos_embed", "video.net.patch_embed.proj.bias", "video.net.norm.weight",
-        "audio.net.blocks.0.norm1.weight", "audio.net.blocks.0.mlp.fc1.bias", "fusion.bottleneck", "fusion.head.bias",
+        "audio.net.blocks.0.norm1.weight", "audio.net.blocks.0.mlp.fc1.bias", "fusion.bottleneck", "fusion.tempo",
+        "fusion.head.bias",
     ):  # fmt: skip
         assert decay[name] == 0, name
     for name in ("video.net.patch_embed.proj.weight", "audio.net.blocks.1.attn.qkv.weight", "fusion.head.weight"):
