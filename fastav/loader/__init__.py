@@ -1,0 +1,184 @@
+"""The loader: plan -> decode -> batch, by threads, ahead of the consumer.
+
+A planning thread turns requests into plans and clips, decoding threads take one clip at a time straight into the
+rows of its batch, and the consumer finishes batches in the order of the requests: broken clips get placeholders
+there, so that what a batch holds depends on the plan alone, never on the number of workers.
+"""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fastav.clip import Batch, Clip
+from fastav.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from fastav.errors import MediaError, TooManyBroken
+from fastav.frontend import PRESETS, Frontend
+from fastav.loader.assemble import Assembler, Request
+from fastav.loader.stream import StageStats, Stream
+
+if TYPE_CHECKING:
+    from fastav.decode.base import Decoder
+    from fastav.plan import Plan
+
+__all__ = ["JUDGED_AFTER", "Batches", "Loader", "Loading", "Request", "StageStats"]
+
+JUDGED_AFTER = 50
+"""Samples that must have been seen before the share of broken ones means anything."""
+
+
+class Loading(Config, frozen=True):
+    """How batches are made ahead of the training step.
+
+    Attributes:
+        workers: Decoding threads; 0 shares the machine's cores among its training processes.
+        prefetch: Batches that may be on their way.
+        watchdog_s: Seconds without a batch after which a warning names what is being waited for; it repeats.
+        max_broken: Share of broken samples above which `Loader.check_broken` raises.
+    """
+
+    workers: NonNegativeInt = 0
+    prefetch: PositiveInt = 2
+    watchdog_s: PositiveFloat = 60.0
+    max_broken: Fraction = 0.05
+
+    def num_workers(self) -> int:
+        """Returns the number of decoding threads in force."""
+        if self.workers:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class Loader:
+    """Makes batches of a plan.
+
+    A clip that cannot be read is replaced, with weight 0, by a copy of a good row of its batch, or of the batch
+    before, or (at the start) of one on its way; nobody is mixed with it. So is the padding of an evaluation.
+
+    Args:
+        plan: What is at each position.
+        decoder: Reads one clip; called from several threads at once.
+        config: Workers, prefetch, limits.
+        frontend: The decoder's, for the bands and the floor of a spectrogram that is missing.
+        modalities: `video`, `audio` or both; what is left out is None in the batches.
+        classes: Columns of the targets.
+        aliases: Other names of classes.
+        on_broken: Called in the consumer's thread, once for each clip that cannot be read.
+        pin_memory: Batches in page-locked memory, which a GPU fetches asynchronously.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        decoder: Decoder,
+        config: Loading,
+        *,
+        frontend: Frontend = PRESETS["ssw60"],
+        modalities: Sequence[str],
+        classes: Sequence[str],
+        aliases: Mapping[str, str] | None = None,
+        on_broken: Callable[[Clip, MediaError], None],
+        pin_memory: bool = False,
+    ) -> None:
+        self.config = config
+        self._assembler = Assembler(
+            plan,
+            decoder,
+            frontend=frontend,
+            modalities=modalities,
+            classes=classes,
+            aliases=aliases,
+            on_broken=on_broken,
+            pin_memory=pin_memory,
+        )
+        self._stats = {name: StageStats() for name in ("plan", "decode", "collate", "wait")}
+        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+
+    @property
+    def broken(self) -> int:
+        """Samples delivered as placeholders because their clip could not be read."""
+        return self._assembler.broken
+
+    @property
+    def seen(self) -> int:
+        """Samples delivered, padding apart."""
+        return self._assembler.seen
+
+    def batches(self, requests: Iterable[Request]) -> Batches:
+        """Starts to make the requested batches, and returns them one by one in the order of the requests.
+
+        Args:
+            requests: Kind (`train` or `evaluate`), first sample and count of each batch; may be endless; read in
+                another thread.
+
+        Returns:
+            An iterator with `close()`; work stops when it is closed, used up or forgotten. An error of a worker
+            is raised in it, with the worker's traceback. It raises `TooManyBroken` where none of the first clips
+            could be read.
+        """
+        stream = Stream(
+            self._assembler,
+            iter(requests),
+            self._stats,
+            workers=self.config.num_workers(),
+            prefetch=self.config.prefetch,
+            watchdog_s=self.config.watchdog_s,
+        )
+        self._streams.add(stream)
+        stream.start()
+        return Batches(stream)
+
+    def stats(self) -> dict[str, StageStats]:
+        """Returns what each stage did so far: `plan`, `decode` (over all workers), `collate`, `wait`.
+
+        `wait` is the consumer: `get_wait_s` while it waited for a batch, `busy_s` between two batches.
+        """
+        return {name: replace(stats) for name, stats in self._stats.items()}
+
+    def check_broken(self, broken: int | None = None, seen: int | None = None) -> None:
+        """Stops a run that reads too little of its data.
+
+        Args:
+            broken: Broken samples so far, over all ranks; this loader's own by default.
+            seen: Samples so far, likewise.
+
+        Raises:
+            TooManyBroken: The share is above `max_broken`, once 50 samples have been seen.
+        """
+        broken, seen = self.broken if broken is None else broken, self.seen if seen is None else seen
+        if seen >= JUDGED_AFTER and broken > self.config.max_broken * seen:
+            raise TooManyBroken(
+                f"{broken} of {seen} clips could not be read, more than loading.max_broken = "
+                f"{self.config.max_broken:g} allows{self._assembler.named()}"
+            )
+
+    def close(self) -> None:
+        """Ends all threads."""
+        for stream in list(self._streams):
+            stream.close()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Batches(Iterator[Batch]):
+    """The batches of one call of `Loader.batches`; `close()` ends its threads, and so does forgetting it."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        # The threads hold the stream, not this: when the consumer lets go of it, the threads end.
+        self._close = weakref.finalize(self, stream.close)
+
+    def __next__(self) -> Batch:
+        return self._stream.next_batch()
+
+    def close(self) -> None:
+        """Ends the threads; batches on their way are dropped."""
+        self._close()
