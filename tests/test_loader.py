@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastav.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
+from fastav.decode.base import Read
 from fastav.errors import MediaError, TooManyBroken
 from fastav.frontend import Frontend
 from fastav.loader import Batches, Loader, Loading
@@ -97,6 +98,7 @@ class FakeDecoder:
     """Paints a clip's number; `act` may wait, raise, or return something else."""
 
     name = "fake"
+    read = Read(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
 
     def __init__(self, act: Callable[[Clip, Sequence[ClipPlan]], list[Sample] | None] | None = None) -> None:
         self.act = act
@@ -137,7 +139,6 @@ def refuse(*ids: int) -> Callable[[Clip, Sequence[ClipPlan]], None]:
 def make_loader(plan: FakePlan, decoder: FakeDecoder | None = None, **options: Any) -> Loader:
     told: list[tuple[Clip, MediaError]] = options.pop("told", [])
     given = {
-        "frontend": FRONTEND,
         "modalities": ("video", "audio"),
         "classes": CLASSES,
         "on_broken": lambda clip, error: told.append((clip, error)),

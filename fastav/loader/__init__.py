@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING
 from fastav.clip import Batch, Clip
 from fastav.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from fastav.errors import MediaError, TooManyBroken
-from fastav.frontend import PRESETS, Frontend
-from fastav.loader.assemble import Assembler, Request
+from fastav.loader.assemble import Assembler, Reader, Request
 from fastav.loader.stream import StageStats, Stream
 
 if TYPE_CHECKING:
-    from fastav.decode.base import Decoder
     from fastav.plan import Plan
 
-__all__ = ["JUDGED_AFTER", "Batches", "Loader", "Loading", "Request", "StageStats"]
+__all__ = ["JUDGED_AFTER", "Batches", "Loader", "Loading", "Reader", "Request", "StageStats"]
 
 JUDGED_AFTER = 50
 """Samples that must have been seen before the share of broken ones means anything."""
@@ -61,9 +59,8 @@ class Loader:
 
     Args:
         plan: What is at each position.
-        decoder: Reads one clip; called from several threads at once.
+        decoder: Reads one clip, and says what it reads; called from several threads at once.
         config: Workers, prefetch, limits.
-        frontend: The decoder's, for the bands and the floor of a spectrogram that is missing.
         modalities: `video`, `audio` or both; what is left out is None in the batches.
         classes: Columns of the targets.
         aliases: Other names of classes.
@@ -74,10 +71,9 @@ class Loader:
     def __init__(
         self,
         plan: Plan,
-        decoder: Decoder,
+        decoder: Reader,
         config: Loading,
         *,
-        frontend: Frontend = PRESETS["ssw60"],
         modalities: Sequence[str],
         classes: Sequence[str],
         aliases: Mapping[str, str] | None = None,
@@ -88,7 +84,6 @@ class Loader:
         self._assembler = Assembler(
             plan,
             decoder,
-            frontend=frontend,
             modalities=modalities,
             classes=classes,
             aliases=aliases,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -12,17 +12,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastav.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
+from fastav.decode.base import Decoder, Read
 from fastav.errors import MediaError, TooManyBroken
-from fastav.frontend import Frontend
 
 if TYPE_CHECKING:
-    from fastav.decode.base import Decoder
     from fastav.plan import Plan
 
 Request = tuple[str, int, int]
 """`train` or `evaluate`, first sample, how many."""
 
 _NAMED = 3  # reasons that an error lists
+
+
+class Reader(Decoder, Protocol):
+    """A decoder that says what it reads: the shape and the floor of a spectrogram that is missing."""
+
+    read: Read
 
 
 @dataclass(eq=False, slots=True)
@@ -110,9 +115,8 @@ class Assembler:
     def __init__(
         self,
         plan: Plan,
-        decoder: Decoder,
+        decoder: Reader,
         *,
-        frontend: Frontend,
         modalities: Sequence[str],
         classes: Sequence[str],
         aliases: Mapping[str, str] | None,
@@ -122,7 +126,8 @@ class Assembler:
         self.broken, self.seen, self.pin_memory = 0, 0, pin_memory
         self._plan, self._decoder, self._on_broken = plan, decoder, on_broken
         self._modalities, self._classes, self._aliases = tuple(modalities), tuple(classes), aliases
-        self._frontend, self._floor = frontend, frontend.floor_db
+        self._frontend = decoder.read.frontend
+        self._floor = self._frontend.floor_db
         self._told: set[tuple[int, str]] = set()
         self._reasons: list[str] = []
         self._donor: Donor | None = None
