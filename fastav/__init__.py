@@ -1,0 +1,48 @@
+"""fastav trains audiovisual classifiers on video clips. This file is the index of what is public.
+
+Each name is imported when it is first used, so that `fastav --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastav.clip import Batch as Batch
+    from fastav.clip import Clip as Clip
+    from fastav.clip import ClipPlan as ClipPlan
+    from fastav.errors import FastavError as FastavError
+    from fastav.errors import MediaError as MediaError
+    from fastav.errors import UserError as UserError
+    from fastav.frontend import Frontend as Frontend
+    from fastav.loader import Loader as Loader
+    from fastav.manifest import Manifest as Manifest
+    from fastav.manifest import write_manifest as write_manifest
+    from fastav.model import AVModel as AVModel
+    from fastav.plan import Plan as Plan
+    from fastav.recipe import Recipe as Recipe
+
+_WHERE = {
+    "Batch": "clip",
+    "Clip": "clip",
+    "ClipPlan": "clip",
+    "FastavError": "errors",
+    "MediaError": "errors",
+    "UserError": "errors",
+    "Frontend": "frontend",
+    "Loader": "loader",
+    "Manifest": "manifest",
+    "write_manifest": "manifest",
+    "AVModel": "model",
+    "Plan": "plan",
+    "Recipe": "recipe",
+}
+
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fastav' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fastav.{_WHERE[name]}"), name)

@@ -1,0 +1,218 @@
+"""Ranks: the processes of one run: started, checked against what was asked for, and kept in agreement."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, InitProcessGroupKwargs
+from torch import Tensor
+
+from fastav.errors import UserError
+from fastav.recipe import Training
+
+STRATEGIES = {
+    DistributedType.NO: "single",
+    DistributedType.MULTI_CPU: "ddp",
+    DistributedType.MULTI_GPU: "ddp",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How a global batch falls apart: `batch = world * accumulation * micro_batch`.
+
+    Attributes:
+        batch: Clips per optimizer step over all ranks.
+        micro_batch: Clips per forward pass and rank.
+        accumulation: Forward passes per optimizer step.
+        rank: This process.
+        world: Processes.
+    """
+
+    batch: int
+    micro_batch: int
+    accumulation: int
+    rank: int
+    world: int
+
+    def requests(self, first_step: int, last_step: int) -> Iterator[tuple[str, int, int]]:
+        """Yields the (kind, first sample, count) of every micro-batch of this rank, in order."""
+        for step in range(first_step, last_step):
+            for part in range(self.accumulation):
+                offset = (part * self.world + self.rank) * self.micro_batch
+                yield "train", step * self.batch + offset, self.micro_batch
+
+    def evaluation(self, num_clips: int) -> list[tuple[str, int, int]]:
+        """Returns the requests of this rank that cover `num_clips`; every rank gets equally many, all full."""
+        rounds = -(-num_clips // (self.world * self.micro_batch))
+        starts = ((part * self.world + self.rank) * self.micro_batch for part in range(rounds))
+        return [("evaluate", start, self.micro_batch) for start in starts]
+
+
+class Ranks:
+    """Starts accelerate and asserts that what is in force is what was asked for.
+
+    Args:
+        training: The recipe's table.
+        trackers: accelerate trackers by name.
+        folder: Where trackers write.
+
+    Raises:
+        UserError: World size, strategy, precision or accumulation in force differ from what was asked for.
+    """
+
+    def __init__(self, training: Training, trackers: Sequence[str] = (), folder: str = ".") -> None:
+        if training.threads:
+            torch.set_num_threads(training.threads)
+        if training.deterministic:
+            torch.use_deterministic_algorithms(True)
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        try:
+            self.accelerator = Accelerator(
+                cpu=not accelerated,
+                mixed_precision="bf16" if training.precision == "bf16" else "no",
+                step_scheduler_with_optimizer=False,
+                log_with=list(trackers) or None,
+                project_dir=folder,
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.patience_s))],
+            )
+        except ValueError as error:  # an unknown tracker, or one that is not installed
+            raise UserError(f"log.trackers = {list(trackers)}: {' '.join(str(error).split())}") from None
+        self._check(training)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.accelerator.process_index
+
+    @property
+    def world(self) -> int:
+        """How many processes."""
+        return self.accelerator.num_processes
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.accelerator.is_main_process
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self.accelerator.device
+
+    def _check(self, training: Training) -> None:
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        if asked != self.world:
+            raise UserError(
+                f"the launcher started {asked} processes (WORLD_SIZE), but {self.world} are in one group: each would "
+                "train alone; on CPUs use torchrun, or an accelerate config with distributed_type MULTI_GPU and "
+                "ACCELERATE_USE_CPU=true"
+            )
+        if training.num_processes and training.num_processes != self.world:
+            raise UserError(
+                f"train.num_processes = {training.num_processes}, but {self.world} are in force: with accelerate, "
+                "distributed_type MULTI_CPU without mpirun starts one process"
+            )
+        strategy = STRATEGIES.get(self.accelerator.distributed_type)
+        if strategy is None:
+            raise UserError(
+                f"distributed_type {self.accelerator.distributed_type} of the accelerate config is not supported; "
+                "expected NO, MULTI_CPU or MULTI_GPU"
+            )
+        if training.strategy not in ("any", strategy):
+            raise UserError(f'train.strategy = "{training.strategy}", but "{strategy}" is in force')
+        if self.accelerator.gradient_accumulation_steps != 1:
+            raise UserError(
+                "gradient accumulation is set in the accelerate config or environment "
+                f"({self.accelerator.gradient_accumulation_steps}); set train.micro_batch instead, it follows from that"
+            )
+        wanted = "bf16" if training.precision == "bf16" else "no"
+        if self.accelerator.mixed_precision != wanted:
+            found = self.accelerator.mixed_precision
+            raise UserError(f'train.precision = "{training.precision}", but mixed precision "{found}" is in force')
+
+    def shares(self, training: Training, multiple: int = 1) -> Shares:
+        """Splits the batch over ranks and accumulation.
+
+        Args:
+            training: The recipe's table.
+            multiple: What a micro-batch must be a multiple of (mixup pairs, repeats).
+
+        Raises:
+            UserError: The numbers do not divide.
+        """
+        batch, world = training.batch, self.world
+        if batch % world:
+            raise UserError(f"train.batch = {batch} does not divide by the {world} processes")
+        micro = training.micro_batch or batch // world
+        if (batch // world) % micro:
+            raise UserError(
+                f"train.micro_batch = {micro} does not divide the {batch // world} clips of a process "
+                f"(train.batch = {batch})"
+            )
+        if micro % multiple:
+            raise UserError(
+                f"train.micro_batch = {micro} must be a multiple of {multiple} (mixup pairs and sampling.repeat)"
+            )
+        return Shares(batch, micro, batch // world // micro, self.rank, world)
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Sums small numbers over all ranks, in float64."""
+        if self.world == 1:
+            return [float(v) for v in values]
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        summed = self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=self.device), reduction="sum")
+        return [float(v) for v in summed.tolist()]
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Concatenates equally shaped tensors of all ranks along the first axis, in rank order."""
+        return self.accelerator.gather(tensor) if self.world > 1 else tensor
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seeds torch's generators from (seed, step, rank), so that no generator state needs saving."""
+        digest = hashlib.blake2b(f"{seed}:{step}:{self.rank}".encode(), digest_size=8).digest()
+        torch.manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def describe(self) -> str:
+        """Device and processes, for the first log line."""
+        if self.device.type == "cuda":
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            why = "" if self.device.type != "cpu" else ", no GPU found"
+            device = f"{self.device.type} ({torch.get_num_threads()} threads{why})"
+        plural = "es" if self.world > 1 else ""
+        precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
+        return f"{device}, {self.world} process{plural}, {precision}"
+
+
+class StopSignals:
+    """While entered, SIGTERM, SIGINT and SIGUSR1 set `name` instead of killing; a second SIGINT kills."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __enter__(self) -> StopSignals:
+        self._before = {}
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            with contextlib.suppress(ValueError):  # only the main thread may set handlers
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.name and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.name = signal.Signals(number).name
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
