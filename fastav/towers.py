@@ -163,6 +163,9 @@ class TimmTower(nn.Module):
         input_size: H, W of its images.
         where: The recipe's key of the tower, for messages.
 
+    Raises:
+        UserError: where the network has several heads or none of its features is pooled.
+
     Attributes:
         width: Number F of features that go into the head (the width of tokens for a ViT).
         is_vit: Whether it is timm's `VisionTransformer` with plain `Block`s, so that `embed`, `blocks`,
@@ -182,6 +185,11 @@ class TimmTower(nn.Module):
         cfg = getattr(net, "pretrained_cfg", None) or {}
         self.mean = tuple(float(v) for v in cfg.get("mean") or (0.485, 0.456, 0.406))
         self.std = tuple(float(v) for v in cfg.get("std") or (0.229, 0.224, 0.225))
+        if not isinstance(self.net.get_classifier(), nn.Module) or getattr(net, "global_pool", None) == "":
+            raise UserError(
+                f'{where}.name: "{name}" has several heads or no pooling; a network of one feature vector and one head '
+                "expected"
+            )
         self._drop_paths = tuple(_per_clip(net))
         self._frozen: tuple[nn.Module, ...] = ()
 

@@ -1,5 +1,6 @@
 """The whole model: a batch in, logits out; saving and loading; towers that start from other runs."""
 
+import copy
 import json
 import logging
 import shutil
@@ -313,6 +314,20 @@ def test_compiles_as_one_graph():
     model.eval()
     evaluate = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(evaluate(*batch()), model(*batch()))
+
+
+def test_copies_stand_on_their_own():
+    """Averaged weights are kept in a copy, which must not share the state of stochastic depth."""
+    tower = msgspec.structs.replace(TINY, drop_path=0.5)
+    model = make(Bottleneck(start=1), video=tower, audio=tower)
+    twin = copy.deepcopy(model).train()
+    ours, theirs = ({id(m) for m in each.modules()} for each in (model, twin))
+    assert not ours & theirs
+    assert {id(drop) for drop in twin.video._drop_paths} < theirs
+    torch.manual_seed(1)
+    out = twin(*batch())
+    torch.manual_seed(1)
+    assert torch.equal(model.train()(*batch()), out)
 
 
 def test_names_are_stable():

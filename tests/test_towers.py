@@ -189,6 +189,9 @@ def test_misspelt_names_and_arguments():
         build(args={"dephth": 3}, modality="audio")
     with pytest.raises(UserError, match=r"model\.video\.args\.img_size: cannot be given here; the size follows from"):
         build(args={"img_size": 64})
+    for changes in ({"name": "deit_tiny_distilled_patch16_224"}, {"args": TINY | {"global_pool": ""}}):
+        with pytest.raises(UserError, match="has several heads or no pooling"):
+            build(**changes)
     with pytest.raises(UserError, match="Token pooling needs the class token"):
         build(args=TINY | {"class_token": False})
 
