@@ -17,7 +17,7 @@ from fastav.errors import FastavError, MediaError, UserError
 from fastav.frontend import Frontend
 from fastav.manifest import Manifest
 from fastav.plan import Plan
-from fastav.recipe import Recipe
+from fastav.recipe import Recipe, to_table
 from fastav.weights import model_folder, read_description
 
 MEASURED_CLIPS = 64  # enough for mean and deviation of a spectrogram to a few tenths of a dB
@@ -170,6 +170,12 @@ def read_aliases(path: str | Path) -> dict[str, str]:
         if len(row) != 2:
             raise UserError(f"{path}:{number}: {len(row)} columns given, expected two: name,class")
     return {name.strip(): known.strip() for name, known in rows}
+
+
+def describe_decoder(recipe: Recipe) -> str:
+    """The decoder in force and why, for the first log line."""
+    kind = to_table(recipe.decode)["kind"]
+    return f"{kind} on {recipe.loading.num_workers()} threads (the one for media files as they are)"
 
 
 def choose_pin_memory(device: torch.device) -> bool:

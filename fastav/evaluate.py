@@ -1,0 +1,177 @@
+"""`fastav evaluate RUN`: a trained model over a split: predictions, metrics and what could not be read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import torch
+from accelerate.utils import gather_object
+from fastav.model import AVModel
+from rich.table import Table
+
+from fastav import recipe as recipes
+from fastav.clip import Batch, Clip
+from fastav.errors import MediaError, UserError
+from fastav.files import write_text
+from fastav.meter import Console
+from fastav.metrics import Evaluation, Metrics, Predictions
+from fastav.pipeline import Source, choose_pin_memory, evaluation_source, make_loader
+from fastav.ranks import Ranks, Shares
+from fastav.recipe import Recipe
+from fastav.run import RunFolder
+from fastav.task import write_predictions
+
+OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's options; `--loading.workers 4` and the like change the run's recipe for this evaluation."""
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("manifest", nargs="?", help="another manifest; classes are matched by name")
+    parser.add_argument("split", nargs="?", help="split; the recipe's data.test unless given")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Evaluates, prints the table, writes `metrics.json` and `predictions.parquet`."""
+    saved = Path(args.run) / "recipe.toml"
+    if not saved.exists():
+        raise UserError(f"{args.run}: not a run folder: it has no recipe.toml")
+    recipe = msgspec.structs.replace(recipes.load(saved, args.overrides), out=args.run)
+    ranks = Ranks(recipe.train)
+    console = Console(quiet=not ranks.main)
+    run = RunFolder(args.run, writer=ranks.main)
+    # A factory runs code, so only those that the run's own recipe names are called.
+    towers = (recipe.model.video, recipe.model.audio)
+    factories = [tower.name for tower in towers if ":" in tower.name]
+    model = AVModel.from_pretrained(run.model, factories=factories).to(ranks.device)
+    source = evaluation_source(recipe, args.manifest, args.split, model.classes)
+    told = unmapped(source)
+    if told:
+        console.log(told)
+    folder = run.path
+    if args.manifest or args.split:
+        name = Path(args.manifest or recipe.data.manifest).parent.name + "_" + (args.split or recipe.data.test)
+        folder = run.path / "evaluations" / name
+    evaluation, predictions = evaluate(
+        model, recipe, source, ranks, console, split=args.split or recipe.data.test, on_broken=_tell(console)
+    )
+    if ranks.main:
+        write_text(folder / "metrics.json", evaluation.to_json())
+        write_predictions(folder / "predictions.parquet", predictions)
+        console.show(table(evaluation))
+        console.log(f"written: {folder}/metrics.json, predictions.parquet")
+    return 0
+
+
+def evaluate(
+    model: AVModel,
+    recipe: Recipe,
+    source: Source,
+    ranks: Ranks,
+    console: Console,
+    *,
+    split: str,
+    on_broken: Callable[[Clip, MediaError], None],
+) -> tuple[Evaluation, Predictions]:
+    """Runs a model over every clip of a source once, spread over the ranks.
+
+    Every rank reads equally many full batches; padding and clips that two ranks share count once.
+
+    Args:
+        model: On the rank's device.
+        recipe: Sampling, loading, task and batch size.
+        source: What to evaluate on.
+        ranks: The processes.
+        console: For the progress line.
+        split: Name to file the figures under.
+        on_broken: Called for every clip that cannot be read.
+
+    Returns:
+        Figures and predictions, the same on every rank.
+    """
+    shares = evaluation_shares(recipe, ranks)
+    requests = shares.evaluation(source.num_clips)
+    metrics = Metrics(source.classes)
+    was_training = model.training
+    model.eval()
+    precision = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
+    with (
+        make_loader(recipe, source, on_broken, pin_memory=choose_pin_memory(ranks.device)) as loader,
+        closing(loader.batches(requests)) as batches,
+        torch.inference_mode(),
+        precision,
+    ):
+        for number, host in enumerate(batches, 1):
+            batch = host.to(ranks.device)
+            probabilities_BK = recipe.task.probabilities(forward(model, batch))
+            metrics.update(
+                host.ids, probabilities_BK, host.targets_BK, host.weight_B, host.has_video_B, host.has_audio_B
+            )
+            console.progress(f"evaluating {split}: {number}/{len(requests)} batches", last=number == len(requests))
+    model.train(was_training)
+    if ranks.world > 1:
+        gathered = Metrics(source.classes)
+        gathered.merge(gather_object([metrics.rows()]))
+        metrics = gathered
+    predictions = metrics.predictions()
+    return recipe.task.evaluate(predictions, split, seed=recipe.train.seed), predictions
+
+
+def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Calls a model with what it takes of a batch; the mixup fields only in training."""
+    mixing = (batch.band_B2, batch.mix_B, batch.partner_B) if model.training else (None, None, None)
+    return model(batch.frames_BTCHW, batch.mel_BWCML, batch.window_BW, batch.has_video_B, batch.has_audio_B, *mixing)
+
+
+def evaluation_shares(recipe: Recipe, ranks: Ranks) -> Shares:
+    """Batches of evaluation: a rank's micro-batch, whatever mixup and repeats ask of training."""
+    micro = recipe.train.micro_batch or max(recipe.train.batch // ranks.world, 1)
+    return Shares(micro * ranks.world, micro, 1, ranks.rank, ranks.world)
+
+
+def unmapped(source: Source) -> str:
+    """One line on the classes of the data that the model does not know; empty when it knows them all."""
+    known = set(source.classes)
+    strange = [
+        name
+        for manifest, _ in source.manifests
+        for name in manifest.classes
+        if source.aliases.get(name, name) not in known
+    ]
+    if not strange:
+        return ""
+    named = ", ".join(strange[:10])
+    return f"{len(strange)} classes of the data are unknown to the model, their clips count as unlabelled: {named}"
+
+
+def summary(evaluation: Evaluation) -> str:
+    """The main metric with its interval, in one line."""
+    if evaluation.value is None:
+        return f"nothing to score in split {evaluation.split}"
+    ends = evaluation.interval
+    interval = f" (95 % interval {ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
+    return f"{evaluation.main} {evaluation.value:.2f}{interval} on {evaluation.split}"
+
+
+def table(evaluation: Evaluation) -> Table:
+    """The figures as a terminal table."""
+    shown = Table(title=f"split {evaluation.split}", show_header=False)
+    for key, value in evaluation.metrics.items():
+        shown.add_row(key, f"{value:.4g}" if value != int(value) else f"{int(value)}")
+    return shown
+
+
+def _tell(console: Console) -> Callable[[Clip, MediaError], None]:
+    told: set[str] = set()
+
+    def on_broken(clip: Clip, error: MediaError) -> None:
+        if clip.id not in told:
+            told.add(clip.id)
+            console.log(f"cannot read clip {json.dumps(clip.id)}: {error}")
+
+    return on_broken

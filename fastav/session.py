@@ -1,0 +1,154 @@
+"""Session: everything one run is made of at one step: data, model, optimizer, counters; built, saved and restored."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import msgspec
+import torch
+from fastav.model import AVModel
+from fastav.optim import Ema, NonFiniteGuard, optimizer_tensors, restore_optimizer
+
+from fastav import recipe as recipes
+from fastav.checkpoint import Checkpoint, Checkpoints, check_resumable, recipe_state, write_best
+from fastav.clip import Clip
+from fastav.errors import MediaError, UserError
+from fastav.files import sha256, write_text
+from fastav.meter import Console, Meter, peak_flops
+from fastav.pipeline import describe_decoder, measured_frontend, modalities, training_source
+from fastav.ranks import Ranks
+from fastav.recipe import Recipe
+from fastav.run import RunFolder
+
+
+class Session:
+    """One run at one step, the same on every rank.
+
+    Args:
+        recipe: The resolved recipe; the newest checkpoint in its run folder is restored.
+
+    Attributes:
+        recipe: With the spectrogram's statistics filled in.
+        step: Optimizer steps done.
+        total_steps: Optimizer steps of the whole run.
+        steps_per_epoch: Optimizer steps of one pass over the training split, rounded up.
+        broken: Reads that failed so far, over all ranks.
+        seen: Reads so far, over all ranks.
+        best: Step, metric and value of the best evaluation; empty before the first.
+
+    Raises:
+        UserError: Recipe, data and run folder do not fit together.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.ranks = Ranks(recipe.train, recipe.log.trackers if recipe.train.epochs else (), recipe.out)
+        self.console = Console(quiet=not self.ranks.main)
+        self.run = RunFolder(recipe.out, writer=self.ranks.main)
+        self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep)
+        self.source = training_source(recipe)
+        self.step, self.broken, self.seen = 0, 0, 0
+        self.best: dict[str, Any] = {}
+        found = self.checkpoints.newest()
+        self.recipe = self._settle(recipe, found)
+        self._build()
+        if found:
+            self._restore(found)
+        elif self.ranks.main:
+            write_text(self.run.recipe, recipes.to_toml(self.recipe))
+        self._announce(found)
+
+    def _settle(self, recipe: Recipe, found: Checkpoint | None) -> Recipe:
+        """The recipe with the spectrogram's statistics: those of the resumed run, or measured."""
+        if not found:
+            return msgspec.structs.replace(recipe, frontend=measured_frontend(recipe, self.source))
+        saved = recipes.parse(found.state["recipe"], {}, str(self.run.path)).frontend
+        given = recipe.frontend
+        adopted = {name: getattr(saved, name) for name in ("mean", "std") if getattr(given, name) is None}
+        recipe = msgspec.structs.replace(recipe, frontend=msgspec.structs.replace(given, **adopted))
+        check_resumable(found.state["recipe"], recipe, self.run.path)
+        if found.state["data"] != self.data_digest:
+            raise UserError(
+                f"{self.run.path}: cannot resume, {recipe.data.manifest} has changed since; choose another --out"
+            )
+        return recipe
+
+    @functools.cached_property
+    def data_digest(self) -> list[str]:
+        """Digests of the manifests: a run goes on only over the rows that it began with."""
+        return [sha256(manifest.path) for manifest, _ in self.source.manifests]
+
+    def _build(self) -> None:
+        recipe, training, device = self.recipe, self.recipe.train, self.ranks.device
+        pairs = 2 if recipe.sampling.mixup else 1
+        self.shares = self.ranks.shares(training, pairs * recipe.sampling.repeat)
+        epoch_size = self.source.num_clips * recipe.sampling.repeat
+        self.steps_per_epoch = max(1, -(-epoch_size // training.batch))
+        self.total_steps = -(-round(training.epochs * epoch_size) // training.batch)
+        torch.manual_seed(training.seed)
+        self.model = AVModel.build(recipe.model, self.source.classes, recipe.sampling, recipe.frontend).to(device)
+        scales = {"video": recipe.model.video.lr_scale, "audio": recipe.model.audio.lr_scale}
+        self.optimizer, self.schedule = recipe.optim.build(self.model, max(self.total_steps, 1), scales)
+        self.ema = Ema(self.model, recipe.optim.ema) if recipe.optim.ema else None
+        self.guard = NonFiniteGuard(training.max_bad_steps)
+        self.network: torch.nn.Module = self.model
+        if self.total_steps:
+            compiled = torch.compile(self.model) if training.compile else self.model
+            self.network = self.ranks.accelerator.prepare(compiled)
+        peak = peak_flops(device)
+        # A backward pass costs twice the forward pass.
+        self.meter = Meter(self.total_steps, 3 * self.model.flops(), peak * self.ranks.world if peak else None)
+
+    def _announce(self, found: Checkpoint | None) -> None:
+        recipe, log = self.recipe, self.console.log
+        decoder, attention = describe_decoder(recipe), self.model.attention
+        log(f"{self.run.path}: {self.ranks.describe()}; decoder {decoder}; attention {attention}")
+        at = f", resumed after step {self.step} ({found.path.name})" if found else ""
+        kind = recipes.to_table(recipe.model.fusion)["kind"]
+        log(
+            f"{self.source.num_clips} clips, {len(self.source.classes)} classes, {'+'.join(modalities(recipe))}, "
+            f"model {kind}, {self.total_steps} steps of {recipe.train.batch}{at}"
+        )
+        self.run.write_environment(device=self.ranks.describe(), attention=self.model.attention, world=self.ranks.world)
+        self.run.write_status("running", step=self.step, total_steps=self.total_steps)
+        if self.ranks.accelerator.log_with:
+            self.ranks.accelerator.init_trackers(self.run.path.name)
+
+    def skip(self, clip: Clip, error: MediaError) -> None:
+        """Names a clip that could not be read in `skipped.csv`."""
+        self.run.skip(clip.id, error, self.step)
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step.
+
+        Raises:
+            FastavError: The disk is full or not writable; older checkpoints are untouched.
+        """
+        if self.ranks.main:
+            optimizer, meta = optimizer_tensors(self.optimizer)
+            tensors = {"model": self.model.state_dict(), "optimizer": optimizer}
+            if self.ema:
+                tensors["ema"] = self.ema.state_dict()
+            state = {
+                "recipe": recipe_state(self.recipe), "data": self.data_digest, "optimizer": meta,
+                "schedule": self.schedule.state_dict(), "guard": self.guard.state_dict(), "best": self.best,
+                "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
+            }  # fmt: skip
+            self.checkpoints.save(self.step, tensors, state, best=self.best.get("step"))
+            if self.best:
+                write_best(self.run.checkpoints, **self.best)
+        self.ranks.accelerator.wait_for_everyone()
+
+    def _restore(self, found: Checkpoint) -> None:
+        self.model.load_state_dict(found.tensors["model"])
+        restore_optimizer(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
+        if self.ema:
+            self.ema.load_state_dict(found.tensors["ema"])
+        self.schedule.load_state_dict(found.state["schedule"])
+        self.guard.load_state_dict(found.state["guard"])
+        self.step, self.best = found.step, found.state["best"]
+        self.broken, self.seen = found.state["broken"], found.state["seen"]
+        if not self.recipe.train.threads and self.ranks.device.type == "cpu":
+            torch.set_num_threads(found.state["threads"])  # sums on a CPU differ from one number of threads to another
+        self.run.cut_back(self.step)
+        self.run.cut_back_skipped(self.step)

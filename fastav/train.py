@@ -1,0 +1,253 @@
+"""`fastav train RECIPE`, or `accelerate launch -m fastav.train RECIPE`: build, loop, evaluate, save.
+
+A run resumes by itself from the newest checkpoint in its folder. The input side is one integer, the step: sample
+`step * batch + i` of the plan's stream is the same for any number of ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fastav import recipe as recipes
+from fastav.clip import Batch
+from fastav.commandline import run as run_verb
+from fastav.errors import Stopped, UserError
+from fastav.evaluate import evaluate, forward, summary, table
+from fastav.files import write_text
+from fastav.meter import clock_time, tracker_values
+from fastav.metrics import Evaluation
+from fastav.pipeline import choose_pin_memory, evaluation_source, make_loader
+from fastav.ranks import StopSignals
+from fastav.recipe import Recipe
+from fastav.session import Session
+from fastav.task import write_predictions
+
+OVERRIDES = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's options; every recipe key can be given as well: `--optim.lr 1e-4`."""
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe file; several train one after another")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Trains each recipe."""
+    read = [recipes.load(path, args.overrides) for path in args.recipes]
+    folders = [recipe.out for recipe in read]
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            f"several recipes share the run folder {max(folders, key=folders.count)}; train them one by one"
+        )
+    for recipe in read:
+        train(recipe)
+    return 0
+
+
+def train(recipe: Recipe) -> Evaluation | None:
+    """Trains one recipe to its end.
+
+    Returns:
+        The evaluation on the test split; None without one.
+
+    Raises:
+        UserError: The recipe, the data and the run folder do not fit together (exit 2).
+        TooManyBroken: More than `log.max_broken` of the clips cannot be read (exit 3).
+        Stopped: A signal came; a checkpoint of the last step is on disk (exit 75).
+        FastavError: The disk is full, or the loss stayed non-finite (exit 1).
+    """
+    with StopSignals() as signals:
+        trainer = Trainer(recipe, signals)
+        try:
+            trainer.fit()
+            return trainer.finish()
+        except BaseException as error:
+            trainer.note_failure(error)
+            raise
+        finally:
+            trainer.session.ranks.accelerator.end_training()
+
+
+class Trainer:
+    """The loop over one session.
+
+    Args:
+        recipe: The resolved recipe.
+        signals: Watches for a signal to stop.
+    """
+
+    def __init__(self, recipe: Recipe, signals: StopSignals) -> None:
+        self.signals, self.started = signals, time.perf_counter()
+        self.session = Session(recipe)
+        self._save_every = recipe.saving.every or self.session.steps_per_epoch
+        self._evaluate_every = round(recipe.train.eval_every * self.session.steps_per_epoch)
+
+    def fit(self) -> None:
+        """Runs the remaining steps, with evaluations and checkpoints in between."""
+        session = self.session
+        if session.step >= session.total_steps:
+            return
+        pin_memory = choose_pin_memory(session.ranks.device)
+        loader = make_loader(session.recipe, session.source, session.skip, pin_memory=pin_memory)
+        requests = session.shares.requests(session.step, session.total_steps)
+        session.model.train()
+        with loader, contextlib.closing(loader.batches(requests)) as batches:
+            session.meter.restart()
+            while session.step < session.total_steps:
+                row = self._step(batches)
+                loader.check_broken(session.broken, session.seen)
+                last = session.step == session.total_steps
+                if session.step % session.recipe.log.every == 0 or last:
+                    self._report(row, last=last)
+                due = bool(self._evaluate_every) and session.step % self._evaluate_every == 0 and not last
+                better = due and self._evaluate_between()
+                if session.step % self._save_every == 0 or better or last or row["stop"]:
+                    session.save()
+                    session.meter.restart()
+                if row["stop"] and not last:
+                    reason = f"stopped by {self.signals.name or 'a signal to another rank'}"
+                    raise Stopped(f"{reason} after step {session.step}/{session.total_steps}; the same command resumes")
+
+    def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+        """One optimizer step; returns its loss, learning rate, gradient norm and whether to stop."""
+        session, recipe = self.session, self.session.recipe
+        session.ranks.seed(recipe.train.seed, session.step)
+        lr = session.schedule.set_step(session.step)
+        sums, waited, ids = self._accumulate(batches)
+        limit = recipe.optim.clip_norm or float("inf")
+        grad_norm = float(torch.nn.utils.clip_grad_norm_(session.model.parameters(), limit))
+        # One small reduction carries the loss, the counts and the wish to stop, so that no rank leaves alone.
+        loss, broken, seen, unique, stop = session.ranks.total([*sums, float(bool(self.signals.name))])
+        loss /= recipe.train.batch
+        if session.guard.accept(loss, grad_norm, session.step, ids):
+            session.optimizer.step()
+            if session.ema:
+                session.ema.update()
+        session.optimizer.zero_grad(set_to_none=True)
+        session.step += 1
+        session.meter.step(recipe.train.batch, int(unique), waited)
+        session.broken, session.seen = session.broken + int(broken), session.seen + int(seen)
+        return {"loss": loss, "lr": lr, "grad_norm": grad_norm, "stop": stop > 0}
+
+    def _accumulate(self, batches: Iterator[Batch]) -> tuple[list[float], float, list[str]]:
+        """Backward passes of one step; returns (loss, broken, seen, decoded) sums, seconds waited, and clip ids."""
+        session, recipe = self.session, self.session.recipe
+        accelerator, world = session.ranks.accelerator, session.ranks.world
+        sums, waited, ids = [0.0] * 4, 0.0, list[str]()
+        for part in range(session.shares.accumulation):
+            before = time.perf_counter()
+            host = next(batches)
+            waited += time.perf_counter() - before
+            ids += host.ids
+            batch = host.to(session.ranks.device)
+            reduces = part == session.shares.accumulation - 1
+            with contextlib.nullcontext() if reduces else accelerator.no_sync(session.network):
+                logits_BK = forward(session.network, batch)
+                loss = recipe.task.loss(logits_BK, batch.targets_BK, batch.weight_B, batch.mix_B, batch.partner_B)
+                # The nominal batch divides, not the weights' sum: exact for any ranks. DDP averages, hence the world.
+                accelerator.backward(loss * (world / recipe.train.batch))
+            counts = (loss.item(), host.num_broken, len(host), host.num_unique)
+            sums = [total + value for total, value in zip(sums, counts, strict=True)]
+        return sums, waited, ids
+
+    def _report(self, row: dict[str, Any], *, last: bool) -> None:
+        session = self.session
+        rates = session.meter.rates()
+        session.console.progress(session.meter.line(session.step, row["loss"], rates), last=last)
+        kept = {key: row[key] for key in ("loss", "lr", "grad_norm")}
+        speed = {name: getattr(rates, name) for name in rates.__slots__}
+        counts = {"broken": session.broken, "skipped_steps": session.guard.skipped}
+        self._log({"epoch": session.step / session.steps_per_epoch, **kept, **speed, **counts})
+        eta_s = session.meter.eta_s(session.step)
+        session.run.write_status("running", step=session.step, total_steps=session.total_steps, eta_s=eta_s)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        session = self.session
+        session.run.append_metrics({"step": session.step, **values, "time": time.time()})
+        if session.ranks.accelerator.log_with:
+            session.ranks.accelerator.log(tracker_values(values), step=session.step)
+
+    def _evaluate_between(self) -> bool:
+        """Evaluates during training; returns whether the model is the best so far."""
+        session = self.session
+        evaluation = self._evaluate()
+        session.model.train()
+        session.meter.restart()
+        if evaluation is None:
+            return False
+        metric = session.recipe.saving.best or evaluation.main
+        if metric not in evaluation.metrics:
+            known = ", ".join(evaluation.metrics)
+            raise UserError(f'saving.best = "{metric}" is no metric of this evaluation; known: {known}')
+        value = evaluation.metrics[metric]
+        session.schedule.note_metric(value)
+        if session.best and value <= session.best["value"]:
+            return False
+        session.best = {"step": session.step, "metric": metric, "value": value}
+        return True
+
+    def _evaluate(self, *, final: bool = False) -> Evaluation | None:
+        """Evaluates the (averaged) model on the test split; the final one is written to the run folder."""
+        session = self.session
+        split = session.recipe.data.test
+        if not split:
+            return None
+        source = evaluation_source(session.recipe, classes=session.source.classes)
+        averaged = session.ema.swap() if session.ema else contextlib.nullcontext()
+        with averaged:
+            evaluation, predictions = evaluate(
+                session.model,
+                session.recipe,
+                source,
+                session.ranks,
+                session.console,
+                split=split,
+                on_broken=session.skip,
+            )
+        session.console.log(f"step {session.step}/{session.total_steps}: {summary(evaluation)}")
+        self._log({"eval": evaluation.metrics})
+        if final and session.ranks.main:
+            write_text(session.run.evaluation, evaluation.to_json())
+            write_predictions(session.run.predictions, predictions)
+        return evaluation
+
+    def finish(self) -> Evaluation | None:
+        """Writes `model/`, evaluates on the test split and marks the run as done."""
+        session = self.session
+        if session.ranks.main:
+            averaged = session.ema.swap() if session.ema else contextlib.nullcontext()
+            with averaged:
+                session.model.save(session.run.model)
+        evaluation = self._evaluate(final=True)
+        found = {} if evaluation is None else {evaluation.main: evaluation.value}
+        session.run.write_status("done", step=session.step, total_steps=session.total_steps, **found)
+        if session.broken:
+            session.console.log(
+                f"{session.broken} of {session.seen} reads failed; {session.run.skipped} names the clips"
+            )
+        if evaluation is not None:
+            session.console.show(table(evaluation))
+        session.console.log(f"{session.run.path}: done in {clock_time(time.perf_counter() - self.started)}")
+        session.ranks.accelerator.wait_for_everyone()
+        return evaluation
+
+    def note_failure(self, error: BaseException) -> None:
+        """Leaves the reason of an early end in `status.json`, which launch scripts read."""
+        session, stopped = self.session, isinstance(error, Stopped)
+        with contextlib.suppress(OSError):  # a full disk may be the reason
+            session.run.write_status(
+                "stopped" if stopped else "failed",
+                step=session.step,
+                total_steps=session.total_steps,
+                reason=str(error),
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb("train", "fastav.train", sys.argv[1:]))

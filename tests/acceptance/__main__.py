@@ -1,0 +1,69 @@
+"""`python -m tests.acceptance [ROW ...]`: runs the long checks that have not passed yet for this version of the code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from tests.acceptance import rows
+
+FOLDER = Path("acceptance")
+
+
+def code_version() -> str:
+    """A digest of everything that is tracked or would be, so that a row is run again once the code has changed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-s", "fastav", "kernels", "launch", "tests"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    changed = subprocess.run(
+        ["git", "diff", "HEAD", "--", "fastav", "kernels", "launch"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    import hashlib
+
+    return hashlib.sha256((listed.stdout + changed.stdout).encode()).hexdigest()[:16]
+
+
+def main(names: list[str]) -> int:
+    """Runs the named rows, or all of them; returns 1 when one failed."""
+    FOLDER.mkdir(exist_ok=True)
+    version, failed = code_version(), []
+    unknown = [name for name in names if name not in rows.ROWS]
+    if unknown:
+        print(f"no such row: {', '.join(unknown)}; known: {', '.join(rows.ROWS)}", file=sys.stderr)
+        return 2
+    for name in names or rows.ROWS:
+        file = FOLDER / f"{name}.json"
+        if file.exists():
+            before = json.loads(file.read_text())
+            if before["passed"] and before["version"] == version:
+                print(f"{name:<12} passed before: {before['figure']}")
+                continue
+        print(f"{name:<12} {rows.ROWS[name].__doc__.splitlines()[0]}", flush=True)
+        started = time.time()
+        work = FOLDER / name
+        try:
+            figure, passed = rows.ROWS[name](work)
+        except rows.Failed as error:
+            figure, passed = {"error": str(error)}, False
+        took = time.time() - started
+        result = {
+            "row": name, "command": f"python -m tests.acceptance {name}", "figure": figure, "passed": passed,
+            "version": version, "seconds": round(took, 1),
+        }  # fmt: skip
+        file.write_text(json.dumps(result, indent=1))
+        print(f"{name:<12} {'PASSED' if passed else 'FAILED'} in {took:.0f} s: {json.dumps(figure)}", flush=True)
+        failed += [] if passed else [name]
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
