@@ -209,12 +209,7 @@ def open_mel(path: Path) -> NDArray[np.float32]:
     except (OSError, ValueError, EOFError) as error:
         reason = explain(error, path) if isinstance(error, OSError) else f"not a whole .npy array ({error})"
         raise MediaError(path, reason, "mel") from error
-    if (
-        not isinstance(mel_CML, np.ndarray)
-        or mel_CML.dtype != np.float32
-        or mel_CML.ndim != 3
-        or not mel_CML.size
-    ):
+    if not isinstance(mel_CML, np.ndarray) or mel_CML.dtype != np.float32 or mel_CML.ndim != 3 or not mel_CML.size:
         kind = f"{mel_CML.dtype} {list(mel_CML.shape)}" if isinstance(mel_CML, np.ndarray) else "an archive"
         raise MediaError(path, f"holds {kind}, expected a .npy of float32 [channels, bands, frames]", "mel")
     return mel_CML
@@ -286,12 +281,13 @@ class SampleClock:
             (after a seek).
     """
 
-    def __init__(
-        self, rate: int, time_base: Fraction, start_pts: int | None, position: int | None = 0
-    ) -> None:
-        self.rate, self.time_base, self.position = rate, time_base, position
+    def __init__(self, rate: int, time_base: Fraction, start_pts: int | None, position: int | None = 0) -> None:
+        self.rate, self.position = rate, position
+        # A timestamp is so many samples; plain integers, as this runs for every packet.
+        self._scale, self._divisor = time_base.numerator * rate, time_base.denominator
         self._origin = start_pts
         self._shift = 0
+        self._gap, self._longest = GAP_TOLERANCE_S * rate, LONGEST_GAP_S * rate
 
     def place(self, frame: av.AudioFrame) -> int:
         """Returns the number of the frame's first sample; the next one is expected after its last."""
@@ -302,13 +298,13 @@ class SampleClock:
     def _start(self, frame: av.AudioFrame) -> int:
         if frame.pts is None or self._origin is None:
             return self.position or 0
-        stated = round((frame.pts - self._origin) * self.time_base * self.rate) + self._shift
+        stated = round((frame.pts - self._origin) * self._scale / self._divisor) + self._shift
         if self.position is None:
             return stated
         hole = stated - self.position
-        if GAP_TOLERANCE_S * self.rate < hole <= LONGEST_GAP_S * self.rate:
+        if self._gap < hole <= self._longest:
             return stated
-        if abs(hole) > GAP_TOLERANCE_S * self.rate:
+        if abs(hole) > self._gap:
             self._shift -= hole
         return self.position
 
@@ -427,26 +423,26 @@ def frame_times_s(pts: NDArray[np.int64], start_pts: int, time_base: Fraction) -
 
 
 def _decode_all(path: Path, container: Any, tallies: dict[int, _VideoTally | _AudioTally]) -> float:
-    """Decodes every packet of the streams into their tallies; returns where the last packet ends, seconds."""
-    end_s, stage, seen = 0.0, "probe", ""
-    if not tallies:
-        return end_s
+    """Decodes the streams into their tallies; returns where the last packet of all streams ends, seconds."""
+    end_s, stage = 0.0, "probe"
+    tally: _VideoTally | _AudioTally | None = None
     try:
-        for packet in container.demux([tally.stream for tally in tallies.values()]):
+        for packet in container.demux():
             stream = packet.stream
-            stage, tally = stream.type, tallies[stream.index]
-            seen = tally.seen
-            if packet.is_corrupt:
-                raise MediaError(path, f"a damaged or cut-off packet {seen}", stage)
             if packet.size and packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * stream.time_base))
+            tally = tallies.get(stream.index)
+            if tally is None:
+                continue
+            stage = stream.type
+            if packet.is_corrupt:
+                raise MediaError(path, f"a damaged or cut-off packet {tally.seen}", stage)
             for frame in packet.decode():
                 if frame.is_corrupt:
-                    raise MediaError(path, f"damaged data {seen}", stage)
+                    raise MediaError(path, f"damaged data {tally.seen}", stage)
                 tally.see(frame)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        if isinstance(error, MediaError):
-            raise
+        seen = "" if tally is None else tally.seen
         raise MediaError(path, f"{explain(error, path)} {seen}", stage) from error
     return end_s
 
@@ -458,8 +454,6 @@ def _refuse_cut_short(path: Path, container: Any, end_s: float) -> None:
     """
     if container.format.name not in _STATES_ITS_LENGTH or not container.duration:
         return
-    if any(stream.type not in ("video", "audio") for stream in container.streams):
-        return  # a subtitle may outlast sound and picture
     promised_s = container.duration / av.time_base
     if promised_s - end_s > max(0.5, 0.05 * promised_s):
         reason = f"cut off: its header promises {promised_s:.1f} s, it ends at {end_s:.1f} s"

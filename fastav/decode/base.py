@@ -1,0 +1,51 @@
+"""What every decoder does, and what it is told of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from fastav.clip import Clip, ClipPlan, Sample
+from fastav.frontend import Frontend
+
+Modality = Literal["video", "audio"]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a run reads of every clip.
+
+    Attributes:
+        modalities: What is decoded; the other streams are not touched.
+        image_size: Height and width of the frames handed out, pixels.
+        frontend: Settings of the spectrogram.
+        window: Length of a mel window, mel frames.
+    """
+
+    modalities: tuple[Modality, ...] = ("video", "audio")
+    image_size: int = 224
+    frontend: Frontend = field(default_factory=Frontend)
+    window: int = 400
+
+
+class Unproven(Exception):
+    """A short cut that might not lead to the planned frames or samples; the file is then read from its start."""
+
+
+class Decoder(Protocol):
+    """Reads planned frames and windows; called from many threads at once."""
+
+    name: str
+
+    def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
+        """Decodes a clip once and returns one `Sample` per plan.
+
+        Args:
+            clip: A probed row of a manifest.
+            plans: The replicas of one clip: same frames and windows, their own crop and flip.
+
+        Raises:
+            MediaError: The file is not what the row promises; names file and stage.
+        """
+        ...
