@@ -587,3 +587,58 @@ def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Loading().num_workers() == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert Loading().num_workers() == 1
+
+
+def test_real_files_end_to_end(tmp_path: Path) -> None:
+    from benchmarks.loader_workers import make_clips as make_media
+    from fastav.decode.pyav import PyAV
+    from fastav.plan import Plan, Sampling
+
+    manifest = make_media(tmp_path / "made.parquet", 5)
+    broken = manifest.clip(3)
+    assert broken.video is not None
+    broken.video.write_bytes(broken.video.read_bytes()[:3000])
+    sampling = Sampling(frames=3, image_size=32, window=100, eval_windows=(0, 150, 450), mixup=0.3, repeat=2)
+    frontend = Frontend()
+    decoder = PyAV().build(Read(image_size=32, frontend=frontend, window=100))
+    options = {"mel_bands": frontend.num_mels, "mel_frames": frontend.num_frames_s}
+    plan = Plan([(manifest, 1.0)], sampling, seed=1, **options)
+
+    def run(workers: int) -> tuple[list[Batch], list[str]]:
+        told: list[str] = []
+        loader = Loader(
+            plan,
+            decoder,
+            Loading(workers=workers),
+            modalities=("video", "audio"),
+            classes=manifest.classes,
+            on_broken=lambda clip, error: told.append(f"{clip.id} {error}"),
+        )
+        with loader:
+            requests = [("train", 0, 4), ("train", 4, 4), ("train", 8, 4), ("evaluate", 0, 4), ("evaluate", 4, 4)]
+            return list(loader.batches(requests)), told
+
+    (one, told), (many, _) = run(1), run(4)
+    assert all(same(a, b) for a, b in zip(one, many, strict=True))
+    assert len(told) == 1
+    assert told[0].startswith(f"{broken.id} {broken.video}: ")
+    train, evaluation, last = one[0], one[3], one[4]
+    planned = plan.train(0, 4)
+    for row in range(4):
+        clip = manifest.clip(int(planned.row_B[row]))
+        if clip.id == broken.id:
+            assert train.weight_B[row] == 0
+            continue
+        (sample,) = decoder.decode(clip, [planned[row]])
+        assert train.frames_BTCHW is not None
+        assert train.mel_BWCML is not None
+        assert sample.frames_TCHW is not None
+        assert sample.mel_WCML is not None
+        assert torch.equal(train.frames_BTCHW[row], sample.frames_TCHW)
+        assert torch.equal(train.mel_BWCML[row], sample.mel_WCML)
+        assert train.targets_BK[row].argmax() == manifest.classes.index(clip.labels[0])
+    assert evaluation.window_BW is not None
+    assert evaluation.window_BW.tolist() == [[True, True, False]] * 4  # 4 s are 501 frames: 450 + 100 do not fit
+    assert evaluation.weight_B.tolist() == [1, 1, 1, 0]
+    assert last.ids == ["0004", "", "", ""]
+    assert sum(batch.num_broken for batch in one[:3]) in (2, 4)  # both replicas of a draw break

@@ -1,0 +1,357 @@
+"""Threads or processes for the loader: `python -m benchmarks.loader_workers MANIFEST [--make 60] [--json FILE]`.
+
+Both sides decode the same plan with the same decoder, clip by clip, into rows of a batch. `threads` is the loader
+itself. `processes` is a pool at its best: spawned once (fork is not safe beside threads and CUDA), given the plan and
+the decoder at its start, told a clip per task, and writing into batches in shared memory, so that no frame is ever
+pickled or copied. Both are kept ready and take turns (A B B A ...) in short segments, alone and beside training-like
+loads in the main thread, so that what else the machine does falls on both alike; medians and quartiles are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import count
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastav.clip import Clip, ClipPlan
+from fastav.decode.base import Read
+from fastav.decode.probe import probe
+from fastav.decode.pyav import PyAV
+from fastav.frontend import Frontend
+from fastav.loader import Loader, Loading
+from fastav.manifest import Manifest, write_manifest
+from fastav.plan import Plan, Sampling
+
+PREFETCH = 2
+SETTLE_S = 0.5
+SAMPLING = Sampling(frames=4, image_size=64, window=400, mask_bands=0)
+
+
+def make_clips(manifest: Path, num: int) -> Manifest:
+    """Writes `num` mp4 files of 4 s (H.264 96 x 96 with B-frames, GOP 250, AAC 44.1 kHz stereo) and their manifest."""
+    folder = manifest.parent / f"{manifest.stem}_media"
+    folder.mkdir(parents=True, exist_ok=True)
+    clips = []
+    for i in range(num):
+        path = folder / f"{i:04d}.mp4"
+        if not path.exists():
+            write_mp4(path, np.random.default_rng(i))
+        info = probe(path)
+        clips.append(
+            Clip(
+                id=path.stem,
+                video=path,
+                audio=path,
+                duration_s=info.duration_s,
+                num_frames=info.num_frames,
+                fps=info.fps,
+                width=info.width,
+                height=info.height,
+                rotation=info.rotation,
+                video_codec=info.video_codec,
+                num_samples=info.num_samples,
+                sample_rate=info.sample_rate,
+                channels=info.channels,
+                audio_codec=info.audio_codec,
+                audio_offset_s=info.audio_offset_s,
+                labels=(f"class {i % 4}",),
+            )
+        )
+    return write_manifest(manifest, clips)
+
+
+def write_mp4(path: Path, rng: np.random.Generator, seconds: int = 4, rate: int = 25) -> None:
+    """Writes a drifting texture with a chirp."""
+    with av.open(str(path), "w") as container:
+        video = container.add_stream("libx264", rate=rate, options={"g": "250", "bf": "3", "crf": "23"})
+        video.width = video.height = 96
+        video.pix_fmt = "yuv420p"
+        audio = container.add_stream("aac", rate=44_100, layout="stereo")
+        texture = rng.integers(0, 256, (96 * 2, 96 * 2, 3), dtype=np.uint8)
+        for t in range(seconds * rate):
+            picture = np.ascontiguousarray(texture[t % 96 : t % 96 + 96, (2 * t) % 96 : (2 * t) % 96 + 96])
+            picture = picture // 4 + 96
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        at = np.arange(seconds * 44_100) / 44_100
+        chirp = 0.3 * np.sin(2 * np.pi * (400 * at + rng.uniform(100, 900) * at**2)).astype(np.float32)
+        sound = av.AudioFrame.from_ndarray(np.stack([chirp, chirp]), format="fltp", layout="stereo")
+        sound.rate = 44_100
+        container.mux(audio.encode(sound))
+        container.mux(audio.encode())
+
+
+def make_plan(manifest: Manifest) -> Plan:
+    frontend = Frontend()
+    return Plan([(manifest, 1.0)], SAMPLING, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
+
+
+def make_decoder() -> Any:
+    return PyAV().build(Read(image_size=SAMPLING.image_size, frontend=Frontend(), window=SAMPLING.window))
+
+
+class Side(ABC):
+    """One of the two: an endless stream of batches."""
+
+    def __init__(self) -> None:
+        self.stream = self.tensors()
+
+    @abstractmethod
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields frames and spectrograms of batch after batch."""
+
+    @abstractmethod
+    def workers(self) -> list[int]:
+        """Returns the process ids of the workers."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the workers."""
+
+
+class Threads(Side):
+    """The loader as it is."""
+
+    def __init__(self, manifest: Manifest, batch: int, workers: int) -> None:
+        config = Loading(workers=workers, prefetch=PREFETCH)
+        self._loader = Loader(
+            make_plan(manifest),
+            make_decoder(),
+            config,
+            modalities=("video", "audio"),
+            classes=manifest.classes,
+            on_broken=lambda clip, error: None,
+        )
+        self._batch = batch
+        super().__init__()
+
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Side`."""
+        for made in self._loader.batches(("train", i * self._batch, self._batch) for i in count()):
+            assert made.frames_BTCHW is not None
+            assert made.mel_BWCML is not None
+            yield made.frames_BTCHW, made.mel_BWCML
+
+    def workers(self) -> list[int]:
+        """See `Side`."""
+        return []
+
+    def close(self) -> None:
+        """See `Side`."""
+        self._loader.close()
+
+
+class Processes(Side):
+    """A pool of processes that write into batches in shared memory."""
+
+    def __init__(self, manifest: Manifest, batch: int, workers: int) -> None:
+        self._manifest, self._plan, self._batch = manifest, make_plan(manifest), batch
+        slots, frames, size = PREFETCH + 1, SAMPLING.frames, SAMPLING.image_size
+        self._frames = torch.empty(slots, batch, frames, 3, size, size, dtype=torch.uint8).share_memory_()
+        self._mel = torch.empty(slots, batch, 1, 1, Frontend().num_mels, SAMPLING.window).share_memory_()
+        context: BaseContext = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(workers, context, _start_process, (self._frames, self._mel))
+        super().__init__()
+
+    def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `Side`."""
+        asked: deque[list[Future[None]]] = deque()
+        for number in count():
+            while len(asked) < PREFETCH:
+                asked.append(self._ask(number + len(asked)))
+            for future in asked.popleft():
+                future.result()
+            slot = number % len(self._frames)
+            yield self._frames[slot], self._mel[slot]
+
+    def _ask(self, number: int) -> list[Future[None]]:
+        plan = self._plan.train(number * self._batch, self._batch)
+        clips = self._manifest.clips(plan.row_B)
+        slot = number % len(self._frames)
+        pairs = zip(clips, plan, strict=True)
+        return [self._pool.submit(_decode, slot, row, clip, one) for row, (clip, one) in enumerate(pairs)]
+
+    def workers(self) -> list[int]:
+        """See `Side`."""
+        return list(self._pool._processes)
+
+    def close(self) -> None:
+        """See `Side`."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+_in_process: dict[str, Any] = {}
+
+
+def _start_process(frames: Tensor, mel: Tensor) -> None:
+    torch.set_num_threads(1)
+    _in_process.update(decoder=make_decoder(), frames=frames, mel=mel)
+
+
+def _decode(slot: int, row: int, clip: Clip, plan: ClipPlan) -> None:
+    (sample,) = _in_process["decoder"].decode(clip, [plan])
+    _in_process["frames"][slot, row].copy_(sample.frames_TCHW)
+    _in_process["mel"][slot, row].copy_(sample.mel_WCML)
+
+
+def _cpu_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _private_mib(pid: int) -> float:
+    rollup = Path(f"/proc/{pid}/smaps_rollup")
+    if not rollup.exists():
+        return math.nan
+    lines = rollup.read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
+
+
+def training_step() -> Callable[[], None]:
+    """A step on the CPU: a small transformer forward, backward and update. Long operations, without Python's lock."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True, dropout=0.0)
+    network = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+    optimizer = torch.optim.AdamW(network.parameters())
+    tokens = torch.randn(8, 128, 128)
+
+    def step() -> None:
+        network(tokens).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def launching_step() -> Callable[[], None]:
+    """A step for a GPU as the CPU sees it: thousands of short calls, each of which takes Python's lock back."""
+    tiny = torch.zeros(8)
+
+    def step() -> None:
+        for _ in range(4000):
+            tiny.add_(1)
+
+    return step
+
+
+def first_batch_s(make: Callable[[], Side]) -> float:
+    """Seconds from nothing to the first batch."""
+    begun = time.perf_counter()
+    side = make()
+    try:
+        next(side.stream)
+        return time.perf_counter() - begun
+    finally:
+        side.close()
+
+
+def segment(side: Side, batches: int, step: Callable[[], None] | None) -> dict[str, float]:
+    """The rate over some batches of a side that is at work already."""
+    for _ in range(PREFETCH):  # what lay ready
+        next(side.stream)
+    pids = [os.getpid(), *side.workers()]
+    begun, burnt, stepped, clips = time.perf_counter(), sum(map(_cpu_s, pids)), 0.0, 0
+    for _ in range(batches):
+        frames, _ = next(side.stream)
+        clips += len(frames)
+        if step:
+            stepped += _timed(step)
+    wall, burnt = time.perf_counter() - begun, sum(map(_cpu_s, pids)) - burnt
+    time.sleep(SETTLE_S)  # until it has filled its queue, so as not to disturb the other side
+    return {
+        "clips_per_s": clips / wall,
+        "cpu_ms_per_clip": 1e3 * burnt / clips,
+        "step_ms": 1e3 * stepped / batches,
+        "worker_mib": sum(map(_private_mib, side.workers())),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("manifest", type=Path, help="a .parquet manifest")
+    parser.add_argument("--make", type=int, default=0, metavar="N", help="make it first, of N clips")
+    parser.add_argument("--workers", type=int, default=Loading().num_workers())
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batches", type=int, default=8, help="timed batches of a segment")
+    parser.add_argument("--rounds", type=int, default=9, help="segments of each side")
+    parser.add_argument("--starts", type=int, default=3, help="standing starts of each side")
+    parser.add_argument("--step-threads", type=int, default=1, help="torch's threads in the main thread")
+    parser.add_argument("--switch-ms", type=float, default=5.0, help="Python's switch interval")
+    parser.add_argument("--json", type=Path, help="where to write the results")
+    args = parser.parse_args()
+    sys.setswitchinterval(args.switch_ms / 1e3)
+    manifest = make_clips(args.manifest, args.make) if args.make else Manifest.open(args.manifest)
+    makers: dict[str, Callable[[], Side]] = {
+        "threads": lambda: Threads(manifest, args.batch, args.workers),
+        "processes": lambda: Processes(manifest, args.batch, args.workers),
+    }
+    results: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for number in range(args.starts):
+        for name in _turn(makers, number):
+            results[f"start {name}"].append({"first_batch_s": first_batch_s(makers[name])})
+    torch.set_num_threads(args.step_threads)
+    loads = {"idle": None, "training": training_step(), "launching": launching_step()}
+    sides = {name: make() for name, make in makers.items()}
+    for number in range(-1, args.rounds):  # the first round warms up
+        for load, step in loads.items():
+            for name in _turn(makers, number):
+                made = segment(sides[name], args.batches, step)
+                if number >= 0:
+                    results[f"{load} {name}"].append(made)
+                print(f"{load:9} {name:9}", {k: round(v, 1) for k, v in made.items()}, flush=True)
+            if number >= 0 and step:
+                alone = statistics.median(_timed(step) for _ in range(args.batches))
+                results[f"{load} alone"].append({"step_ms": 1e3 * alone})
+    for side in sides.values():
+        side.close()
+    report(results, args)
+
+
+def report(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
+    """Prints medians and quartiles, and writes everything as JSON."""
+    summary = {
+        name: {key: statistics.quantiles([one[key] for one in many], n=4) for key in many[0]}
+        for name, many in sorted(results.items())
+        if len(many) > 1
+    }
+    for name, row in summary.items():
+        print(f"{name:20}", *(f"{key} {q[1]:.2f} ({q[0]:.2f}-{q[2]:.2f})" for key, q in row.items()), sep="  ")
+    if args.json:
+        about = {"cores": os.cpu_count(), "torch": torch.__version__, "av": av.__version__}
+        settings = {key: str(value) for key, value in vars(args).items()}
+        args.json.write_text(
+            json.dumps({"machine": about, "settings": settings, "quartiles": summary, "runs": results}, indent=1)
+        )
+
+
+def _turn(names: Iterable[str], number: int) -> list[str]:
+    """A B, then B A: what drifts falls on both alike."""
+    return sorted(names, reverse=bool(number % 2))
+
+
+def _timed(step: Callable[[], None]) -> float:
+    before = time.perf_counter()
+    step()
+    return time.perf_counter() - before
+
+
+if __name__ == "__main__":
+    main()
