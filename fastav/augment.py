@@ -35,9 +35,7 @@ def crop_box(crop: Sequence[float], height: int, width: int) -> tuple[int, int, 
     return left, top, right, bottom
 
 
-def resize_crop(
-    frames_THWC: Tensor | NDArray[np.uint8], crop: Sequence[float], flip: bool, size: int
-) -> Tensor:
+def resize_crop(frames_THWC: Tensor | NDArray[np.uint8], crop: Sequence[float], flip: bool, size: int) -> Tensor:
     """Crops, resizes (bilinear, antialiased) and mirrors the frames of a clip.
 
     torch's uint8 kernel reads the decoder's interleaved pixels in place: about 4 ms for eight crops of 400 x
@@ -62,9 +60,7 @@ def resize_crop(
     return (out_TCHW.flip(-1) if flip else out_TCHW).contiguous()
 
 
-def normalise_frames(
-    frames: Tensor, mean_C: Tensor, std_C: Tensor, dtype: torch.dtype = torch.float32
-) -> Tensor:
+def normalise_frames(frames: Tensor, mean_C: Tensor, std_C: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Returns (frames / 255 - mean) / std per colour channel.
 
     Args:

@@ -11,7 +11,6 @@ from pathlib import Path
 import msgspec
 import torch
 from accelerate.utils import gather_object
-from fastav.model import AVModel
 from rich.table import Table
 
 from fastav import recipe as recipes
@@ -20,6 +19,7 @@ from fastav.errors import MediaError, UserError
 from fastav.files import write_text
 from fastav.meter import Console
 from fastav.metrics import Evaluation, Metrics, Predictions
+from fastav.model import AVModel
 from fastav.pipeline import Source, choose_pin_memory, evaluation_source, make_loader
 from fastav.ranks import Ranks, Shares
 from fastav.recipe import Recipe

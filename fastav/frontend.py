@@ -93,9 +93,7 @@ class Frontend(Config, frozen=True):
             near = did_you_mean(self.preset, PRESETS)
             raise UserError(f'frontend.preset: "{self.preset}" is unknown{near}')
         if self.win_length > self.n_fft:
-            raise UserError(
-                f"frontend.win_length: {self.win_length} given, at most n_fft = {self.n_fft} expected"
-            )
+            raise UserError(f"frontend.win_length: {self.win_length} given, at most n_fft = {self.n_fft} expected")
         if not self.f_min < self.f_max <= self.sample_rate / 2:
             raise UserError(
                 f"frontend.f_max: {self.f_max:g} Hz given, more than f_min = {self.f_min:g} and at most half "
@@ -123,8 +121,8 @@ class LogMel(nn.Module):
         config: Settings, checked by `Frontend.build`.
     """
 
-    hann_S: Tensor  # noqa: N815
-    filters_MF: Tensor  # noqa: N815
+    hann_S: Tensor
+    filters_MF: Tensor
 
     def __init__(self, config: Frontend) -> None:
         super().__init__()

@@ -75,9 +75,7 @@ def join(parts: Sequence[Predictions]) -> tuple[list[str], list[Predictions]]:
             raise UserError(f"predictions of different classes cannot be joined: {what}")
     common = sorted(set(first.ids).intersection(*(part.ids for part in parts[1:])))
     if not common:
-        raise UserError(
-            f"predictions to be joined have no clip in common (such as {', '.join(first.ids[:3])})"
-        )
+        raise UserError(f"predictions to be joined have no clip in common (such as {', '.join(first.ids[:3])})")
     return common, [_cut(part, common) for part in parts]
 
 
@@ -343,11 +341,13 @@ def single_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
     width, top_k = probabilities_NK.shape[1], min(TOP_K, num_classes)
     present_K = counts_K > 0
 
-    def accuracy(average: str, k: int) -> Tensor:
-        found = scores.multiclass_accuracy(probabilities_NK, target_N, width, average=average, top_k=k)
-        return 100 * found.double()
+    def hits(k: int) -> Tensor:
+        """Clips of each class that has it among its k most probable ones, [K]; whole numbers, so nothing is rounded."""
+        counted = scores.multiclass_stat_scores(probabilities_NK, target_N, width, average="none", top_k=k)
+        return counted[:, 0].double()
 
-    top1_K, topk_K = accuracy("none", 1), accuracy("none", top_k)
+    hits_K, top_hits_K = hits(1), hits(top_k)
+    top1_K, topk_K = 100 * hits_K / counts_K, 100 * top_hits_K / counts_K
     ap_K = torch.full((width,), torch.nan, dtype=torch.float64)
     one_hot_NK = torch.nn.functional.one_hot(target_N, width)
     ap_K[present_K] = 100 * average_precision(probabilities_NK[:, present_K], one_hot_NK[:, present_K])
@@ -356,16 +356,16 @@ def single_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
     loss_K = torch.zeros(width, dtype=torch.float64).index_add_(0, target_N, loss_N) / counts_K
     confusion_KK = scores.multiclass_confusion_matrix(probabilities_NK, target_N, width)
     figures = {
-        "top1_micro_pct": accuracy("micro", 1).item(),
-        "top5_micro_pct": accuracy("micro", top_k).item(),
+        "top1_micro_pct": 100 * hits_K.sum().item() / len(target_N),
+        "top5_micro_pct": 100 * top_hits_K.sum().item() / len(target_N),
         "top1_macro_pct": top1_K[present_K].mean().item(),
         "top5_macro_pct": topk_K[present_K].mean().item(),
         "map_macro_pct": ap_K[present_K].mean().item(),
         "log_loss_macro_nats": loss_K[present_K].mean().item(),
         "top_k": float(top_k),
     }
-    hits = int(confusion_KK.diagonal().sum())
-    figures |= _interval("top1_micro_pct", bootstrap_share(hits, len(target_N), seed, resamples))
+    right = int(confusion_KK.diagonal().sum())
+    figures |= _interval("top1_micro_pct", bootstrap_share(right, len(target_N), seed, resamples))
     per_class = [
         ClassScore(name, int(counts_K[k]), top1_K[k].item(), ap_K[k].item(), loss_K[k].item())
         if present_K[k]
@@ -402,9 +402,7 @@ def multi_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
         ends = bootstrap_map(predictions.probabilities_NK, predictions.targets_NK, seed, resamples)
         figures |= _interval("map_macro_pct", ends)
     per_class = [
-        ClassScore(name, int(counts_K[k]), None, ap_K[k].item(), loss_K[k].item())
-        if present_K[k]
-        else ClassScore(name)
+        ClassScore(name, int(counts_K[k]), None, ap_K[k].item(), loss_K[k].item()) if present_K[k] else ClassScore(name)
         for k, name in enumerate(names)
     ]
     return figures, per_class, []
@@ -418,9 +416,7 @@ def average_precision(probabilities_NK: Tensor, targets_NK: Tensor) -> Tensor:
     return torch.stack([binary_average_precision(p_N, t_N).double() for p_N, t_N in pairs])
 
 
-def bootstrap_share(
-    hits: int, total: int, seed: int, resamples: int = RESAMPLES
-) -> tuple[float, float] | None:
+def bootstrap_share(hits: int, total: int, seed: int, resamples: int = RESAMPLES) -> tuple[float, float] | None:
     """95 % percentile interval of a share, in percent.
 
     Resampling `total` clips with replacement, of which `hits` are right, gives a number of right ones that is
@@ -433,9 +429,7 @@ def bootstrap_share(
     return float(low), float(high)
 
 
-def bootstrap_gain(
-    better: int, worse: int, total: int, seed: int, resamples: int = RESAMPLES
-) -> Interval | None:
+def bootstrap_gain(better: int, worse: int, total: int, seed: int, resamples: int = RESAMPLES) -> Interval | None:
     """95 % percentile interval of the difference of two models' top-1 on the same clips, percentage points.
 
     Args:
@@ -474,9 +468,7 @@ def bootstrap_map(
         drawn = rng.integers(0, num_clips, size=(size, num_clips)) + num_clips * np.arange(size)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=size * num_clips).reshape(size, num_clips)
         counts_NR = np.ascontiguousarray(counts.T.astype(np.float32))
-        ap_KR = np.stack(
-            [_weighted_ap(probabilities_NK[:, k], targets_NK[:, k] > 0, counts_NR) for k in present]
-        )
+        ap_KR = np.stack([_weighted_ap(probabilities_NK[:, k], targets_NK[:, k] > 0, counts_NR) for k in present])
         counted_KR = ~np.isnan(ap_KR)
         found.append(np.where(counted_KR, ap_KR, 0).sum(axis=0) / np.maximum(counted_KR.sum(axis=0), 1))
     low, high = np.percentile(100 * np.concatenate(found), [2.5, 97.5])

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import msgspec
 import torch
-from fastav.loader import Loader
 
 from fastav.clip import Clip
-from fastav.decode.base import Read
+from fastav.decode.base import Modality, Read
 from fastav.errors import FastavError, MediaError, UserError
 from fastav.frontend import Frontend
+from fastav.loader import Loader
 from fastav.manifest import Manifest
 from fastav.plan import Plan
 from fastav.recipe import Recipe, to_table
@@ -82,7 +82,7 @@ def evaluation_source(
     return Source(((chosen, 1.0),), classes or opened.classes, read_aliases(recipe.data.aliases))
 
 
-def modalities(recipe: Recipe) -> tuple[str, ...]:
+def modalities(recipe: Recipe) -> tuple[Modality, ...]:
     """What the recipe's model looks at: `video`, `audio` or both."""
     return type(recipe.model.fusion).modalities
 

@@ -16,16 +16,16 @@ from typing import Any, Literal
 
 import msgspec
 import tomli_w
-from fastav.decode.pyav import PyAV
-from fastav.loader import Loading
-from fastav.model import Model
-from fastav.optim import Optim
 from msgspec import inspect
 
 from fastav.config import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from fastav.decode import DecoderConfig
+from fastav.decode.pyav import PyAV
 from fastav.errors import UserError, did_you_mean
 from fastav.frontend import PRESETS, Frontend
+from fastav.loader import Loading
+from fastav.model import Model
+from fastav.optim import Optim
 from fastav.plan import Sampling
 from fastav.task import SingleLabel, Task
 
@@ -311,11 +311,11 @@ def _overlay(under: Table, over: Table) -> Table:
     result = dict(under)
     for key, value in over.items():
         below = result.get(key)
-        both = isinstance(value, dict) and isinstance(below, dict)
-        if both and value.get("kind", below.get("kind")) == below.get("kind"):
-            result[key] = _overlay(below, value)
-        else:
-            result[key] = value
+        result[key] = value
+        if isinstance(value, dict) and isinstance(below, dict):
+            kind = below.get("kind")
+            if value.get("kind", kind) == kind:
+                result[key] = _overlay(below, value)
     return result
 
 

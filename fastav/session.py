@@ -7,8 +7,6 @@ from typing import Any
 
 import msgspec
 import torch
-from fastav.model import AVModel
-from fastav.optim import Ema, NonFiniteGuard, optimizer_tensors, restore_optimizer
 
 from fastav import recipe as recipes
 from fastav.checkpoint import Checkpoint, Checkpoints, check_resumable, recipe_state, write_best
@@ -16,6 +14,8 @@ from fastav.clip import Clip
 from fastav.errors import MediaError, UserError
 from fastav.files import sha256, write_text
 from fastav.meter import Console, Meter, peak_flops
+from fastav.model import AVModel
+from fastav.optim import Ema, NonFiniteGuard, optimizer_tensors, restore_optimizer
 from fastav.pipeline import describe_decoder, measured_frontend, modalities, training_source
 from fastav.ranks import Ranks
 from fastav.recipe import Recipe

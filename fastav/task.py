@@ -60,9 +60,7 @@ class SingleLabel(AnyTask, frozen=True, tag="single_label"):
 
     name: ClassVar[TaskName] = "single_label"
 
-    def loss(
-        self, logits_BK: Tensor, targets_BK: Tensor, weight_B: Tensor, mix_B: Tensor, partner_B: Tensor
-    ) -> Tensor:
+    def loss(self, logits_BK: Tensor, targets_BK: Tensor, weight_B: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
         """Sum over the rows of weight x cross-entropy with smoothed and mixed targets, a float32 scalar.
 
         Mixup (Zhang et al., 2018, eq. 1): the target is mix x own + (1 - mix) x the partner's. A row without
@@ -99,9 +97,7 @@ class MultiLabel(AnyTask, frozen=True, tag="multi_label"):
     name: ClassVar[TaskName] = "multi_label"
     reduce: Literal["sum", "mean"] = "sum"
 
-    def loss(
-        self, logits_BK: Tensor, targets_BK: Tensor, weight_B: Tensor, mix_B: Tensor, partner_B: Tensor
-    ) -> Tensor:
+    def loss(self, logits_BK: Tensor, targets_BK: Tensor, weight_B: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
         """Sum over the rows of weight x binary cross-entropy, targets smoothed and mixed; a float32 scalar.
 
         Args:
@@ -143,9 +139,7 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
     flat = pa.array(np.ascontiguousarray(predictions.probabilities_NK).reshape(-1), type=pa.float32())
     offsets = pa.array(np.arange(num_clips + 1) * num_classes, type=pa.int32())
     labels = [names[np.flatnonzero(row)].tolist() for row in predictions.targets_NK]
-    predicted = (
-        names[predictions.probabilities_NK.argmax(axis=1)].tolist() if num_classes else [""] * num_clips
-    )
+    predicted = names[predictions.probabilities_NK.argmax(axis=1)].tolist() if num_classes else [""] * num_clips
     columns = {
         "id": pa.array(predictions.ids, type=pa.string()),
         "labels": pa.array(labels, type=pa.list_(pa.string())),

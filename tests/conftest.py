@@ -28,7 +28,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # A model of some ten thousand parameters: the tests are about what happens around it.
-TOWER = "{patch_size = 16, embed_dim = 16, depth = 2, num_heads = 2, class_token = false, global_pool = 'avg', fc_norm = false}"
+TOWER = (
+    "{patch_size = 16, embed_dim = 16, depth = 2, num_heads = 2, class_token = false, "
+    "global_pool = 'avg', fc_norm = false}"
+)
 TINY = [
     "--sampling.frames", "2", "--sampling.image_size", "32", "--sampling.eval_windows", "[0]",
     "--model.video.name", "vit_tiny_patch16_224", "--model.video.args", TOWER,

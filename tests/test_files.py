@@ -12,9 +12,14 @@ from fastav.files import sha256, write_text, written_beside
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     file = tmp_path / "status.json"
     write_text(file, "old")
-    with pytest.raises(RuntimeError, match="in the middle"), written_beside(file) as beside:
-        beside.write_text("half")
-        raise RuntimeError("in the middle")
+
+    def fail_halfway():
+        with written_beside(file) as beside:
+            beside.write_text("half")
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        fail_halfway()
     assert file.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["status.json"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import pickle
-import time
 from dataclasses import fields
 
 import msgspec
@@ -90,22 +89,12 @@ def test_a_plan_survives_pickling_and_is_small():
     assert len(pickle.dumps(plan)) - len(pickle.dumps(manifest)) < 6000
 
 
-def test_far_positions_are_as_quick_and_as_complete():
+def test_far_positions_are_as_complete():
     plan = make_plan(1000)
     far = 10**12
     batch = plan.train(far, 1000)
     assert np.array_equal(np.sort(batch.row_B), np.arange(1000))
     assert batch.sample_B[0] == far
-
-    def best_s(start):
-        runs = []
-        for i in range(30):
-            begin = time.perf_counter()
-            plan.train(start + 256 * i, 256)
-            runs.append(time.perf_counter() - begin)
-        return min(runs)
-
-    assert best_s(far) < 3 * best_s(0) + 1e-3
 
 
 def test_a_single_clip_is_every_sample():
@@ -290,17 +279,6 @@ def test_sampling_reads_plain_tables_and_checks_types():
 
 
 # Speed and the real manifest
-
-
-def test_plans_are_drawn_fast_enough_to_feed_any_accelerator():
-    """Measured about 160,000 plans/s for batches of 256 on one core; half the target leaves room for a busy one."""
-    plan = make_plan(FakeManifest(100_000))
-    best_s = math.inf
-    for i in range(60):
-        begin = time.perf_counter()
-        plan.train(256 * i, 256)
-        best_s = min(best_s, time.perf_counter() - begin)
-    assert 256 / best_s > 50_000
 
 
 def test_the_plan_reads_a_written_manifest(tmp_path):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from fastav.model import Model
 
 from fastav.errors import UserError
 from fastav.fusion import Bottleneck, Late, Score
+from fastav.model import Model
 from fastav.recipe import CHANGEABLE, Recipe, differences, load, parse, show, to_table, to_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.toml"))

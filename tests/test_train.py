@@ -237,7 +237,8 @@ def test_two_processes_train_as_one(tiny, tmp_path):
     recipe = _as_recipe(words, tmp_path)
     torchrun = Path(sys.executable).parent / "torchrun"
     command = [
-        str(torchrun), "--standalone", "--nproc-per-node", "2", "-m", "fastav.train", *recipe, "--out", str(tmp_path / "two"),
+        str(torchrun), "--standalone", "--nproc-per-node", "2", "-m", "fastav.train", *recipe,
+        "--out", str(tmp_path / "two"),
         "--train.num_processes", "2",
     ]  # fmt: skip
     done = subprocess.run(
@@ -296,7 +297,7 @@ def test_a_loss_that_stays_non_finite_stops_the_run(tiny, tmp_path):
     [
         (["--data.manifest", ""], "data.manifest is not set"),
         (["--data.manifest", "no.parquet"], "no.parquet"),
-        (["--data.train", "trian"], 'did you mean "train"'),
+        (["--data.train", "trian"], 'no split "trian"; it has: train, test'),
         (["--train.micro_batch", "3"], "does not divide"),
         (["--sampling.mixup", "0.2", "--train.micro_batch", "1"], "must be a multiple of 2"),
         (["--train.num_processes", "2"], "train.num_processes = 2, but 1"),
@@ -328,7 +329,8 @@ def test_tensorboard_gets_the_numbers(tiny, tmp_path):
 
 def test_repeat_decodes_once_and_plateau_and_best_are_kept(tiny, tmp_path):
     words = tiny(
-        "video", tmp_path / "run", "--sampling.repeat", "2", "--optim.schedule.kind", "plateau", "--train.eval_every", "0.5",
+        "video", tmp_path / "run", "--sampling.repeat", "2", "--optim.schedule.kind", "plateau",
+        "--train.eval_every", "0.5",
         "--train.epochs", "1.5", "--saving.keep", "1",
     )  # fmt: skip
     run(words)

@@ -146,6 +146,7 @@ def probe(path: Path, streams: Sequence[str] = ("video", "audio"), *, threads: i
         MediaError: The file cannot be opened, breaks off, holds a frame or packet that does not decode
             cleanly, changes its picture size or sampling rate on the way, or holds nothing.
     """
+    _refuse_playlist(path)
     with open_media(path) as container:
         chosen = [first_stream(container, kind, path) for kind in ("video", "audio") if kind in streams]
         tallies: dict[int, _VideoTally | _AudioTally] = {}
@@ -435,7 +436,7 @@ def _decode_all(path: Path, container: Any, tallies: dict[int, _VideoTally | _Au
             if tally is None:
                 continue
             stage = stream.type
-            if packet.is_corrupt:
+            if packet.is_corrupt and not _is_streamed_wave(path):
                 raise MediaError(path, f"a damaged or cut-off packet {tally.seen}", stage)
             for frame in packet.decode():
                 if frame.is_corrupt:
@@ -445,6 +446,28 @@ def _decode_all(path: Path, container: Any, tallies: dict[int, _VideoTally | _Au
         seen = "" if tally is None else tally.seen
         raise MediaError(path, f"{explain(error, path)} {seen}", stage) from error
     return end_s
+
+
+def _is_streamed_wave(path: Path) -> bool:
+    """Whether this is a WAV of unstated length, as programs write it into a pipe: its end then looks cut off."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    at = head.find(b"data", 12)
+    if head[:4] != b"RIFF" or at < 0:
+        return False
+    size = int.from_bytes(head[at + 4 : at + 8], "little")
+    return size == 0 or size >= 0x7FFFF000
+
+
+def _refuse_playlist(path: Path) -> None:
+    """Raises for a list of other files: FFmpeg would follow it, and wait for a live one to go on."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(16)
+    except OSError as error:
+        raise MediaError(path, explain(error, path), "open") from error
+    if head.startswith((b"#EXTM3U", b"ffconcat")):
+        raise MediaError(path, "a playlist, expected the media themselves", "open")
 
 
 def _refuse_cut_short(path: Path, container: Any, end_s: float) -> None:

@@ -1,7 +1,8 @@
-"""`python -m tests.acceptance [ROW ...]`: runs the long checks that have not passed yet for this version of the code."""
+"""`python -m tests.acceptance [ROW ...]`: runs the long checks that have not passed yet for this code."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -27,8 +28,6 @@ def code_version() -> str:
         text=True,
         check=True,
     )
-    import hashlib
-
     return hashlib.sha256((listed.stdout + changed.stdout).encode()).hexdigest()[:16]
 
 

@@ -24,9 +24,11 @@ LONG_CLIPS = (
 )  # fmt: skip
 # A model small enough that the time goes into starting, killing and resuming, with all that a checkpoint holds.
 TINY = [
-    "--model.fusion.kind", "bottleneck", "--model.fusion.start", "1", "--sampling.frames", "2", "--sampling.image_size", "32",
+    "--model.fusion.kind", "bottleneck", "--model.fusion.start", "1", "--sampling.frames", "2",
+    "--sampling.image_size", "32",
     "--model.video.args.depth", "2", "--model.audio.args.depth", "2", "--model.video.args.embed_dim", "32",
-    "--model.audio.args.embed_dim", "32", "--sampling.eval_windows", "[0]", "--sampling.mixup", "0.3", "--optim.ema", "0.9",
+    "--model.audio.args.embed_dim", "32", "--sampling.eval_windows", "[0]",
+    "--sampling.mixup", "0.3", "--optim.ema", "0.9",
 ]  # fmt: skip
 
 
@@ -89,7 +91,7 @@ def quickstart(work: Path) -> Result:
 
 
 def real_clips(work: Path) -> Result:
-    """Eight real files, class = file, 2 s pieces, every third held out: 100 % on the training pieces, >= 85 % held out."""
+    """Eight real files, class = file, 2 s pieces, every third held out: 100 % of the rest, >= 85 % of those held out."""
     if not REALDATA.is_dir():
         raise Failed("no real media here; set FASTAV_REALDATA")
     fresh(work)
@@ -123,12 +125,13 @@ def ranks(work: Path) -> Result:
     fresh(work)
     fastav("synth", str(work / "data"), "--train", "64", "--test", "16")
     common = [
-        "launch/recipes/quickstart_video.toml", "--data.manifest", str(work / "data" / "manifest.parquet"), "--data.test", "",
-        *TINY, "--train.epochs", "5", "--log.every", "1", "--train.threads", "1",
+        "launch/recipes/quickstart_video.toml", "--data.manifest", str(work / "data" / "manifest.parquet"),
+        "--data.test", "", *TINY, "--train.epochs", "5", "--log.every", "1", "--train.threads", "1",
     ]  # fmt: skip
     fastav("train", *common, "--out", str(work / "one"))
     call(
-        str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "fastav.train", *common,
+        str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "fastav.train",
+        *common,
         "--out", str(work / "two"), "--train.num_processes", "2",
     )  # fmt: skip
     losses = [
@@ -195,7 +198,7 @@ def kills(work: Path) -> Result:
 
 
 def wait_for_moment(process: subprocess.Popen[str], run: Path, step: int, in_save: bool) -> int:
-    """Waits until a step has been logged, then, if asked, until a checkpoint is half written; returns whether it was."""
+    """Waits until a step has been logged, then, if asked, for a half-written checkpoint; returns if there was one."""
     deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
         if last_step(run) >= step:
@@ -224,8 +227,9 @@ def full_disk(work: Path) -> Result:
     disk.mkdir()
     fastav("synth", str(work / "data"), "--train", "64", "--test", "16")
     common = [
-        "launch/recipes/quickstart_video.toml", "--data.manifest", str(work / "data" / "manifest.parquet"), "--data.test", "", *TINY,
-        "--train.epochs", "4", "--saving.every", "4", "--saving.keep", "9", "--log.trackers", "[]", "--out", str(disk / "run"),
+        "launch/recipes/quickstart_video.toml", "--data.manifest", str(work / "data" / "manifest.parquet"),
+        "--data.test", "", *TINY, "--train.epochs", "4", "--saving.every", "4", "--saving.keep", "9", "--log.trackers", "[]",
+        "--out", str(disk / "run"),
     ]  # fmt: skip
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True, text=True
@@ -250,7 +254,7 @@ def full_disk(work: Path) -> Result:
 
 
 def packaging(work: Path) -> Result:
-    """A wheel and an editable install: `import kernels` (Hugging Face's) and `import fastav_kernels` both work beside each other."""
+    """A wheel and an editable install: Hugging Face's `kernels` and our `fastav_kernels` import beside each other."""
     fresh(work)
     call(sys.executable, "-m", "build", "--wheel", "--outdir", str(work / "dist"), ".")
     wheel = next((work / "dist").glob("*.whl"))
@@ -260,7 +264,7 @@ def packaging(work: Path) -> Result:
         said = call(
             str(python),
             "-c",
-            "import kernels, fastav, fastav_kernels; print(kernels.__file__, hasattr(kernels, 'get_kernel'), fastav.__file__)",
+            "import kernels, fastav, fastav_kernels; print(kernels.__file__, hasattr(kernels, 'get_kernel'))",
         )
         found[kind] = said.stdout.split()[1]
     return found, all(value == "True" for value in found.values())
