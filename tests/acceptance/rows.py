@@ -91,7 +91,7 @@ def quickstart(work: Path) -> Result:
 
 
 def real_clips(work: Path) -> Result:
-    """Eight real files, class = file, 2 s pieces, every third held out: 100 % of the rest, >= 85 % of those held out."""
+    """Eight real files, class = file, 2 s pieces, every third held out: 100 % and >= 85 % right."""
     if not REALDATA.is_dir():
         raise Failed("no real media here; set FASTAV_REALDATA")
     fresh(work)
@@ -228,7 +228,8 @@ def full_disk(work: Path) -> Result:
     fastav("synth", str(work / "data"), "--train", "64", "--test", "16")
     common = [
         "launch/recipes/quickstart_video.toml", "--data.manifest", str(work / "data" / "manifest.parquet"),
-        "--data.test", "", *TINY, "--train.epochs", "4", "--saving.every", "4", "--saving.keep", "9", "--log.trackers", "[]",
+        "--data.test", "", *TINY, "--train.epochs", "4", "--saving.every", "4", "--saving.keep", "9",
+        "--log.trackers", "[]",
         "--out", str(disk / "run"),
     ]  # fmt: skip
     mounted = subprocess.run(
