@@ -21,6 +21,7 @@ from its first packet and frames are counted, which is always right and is what 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import av
@@ -39,6 +40,10 @@ _TIMED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"})
 # layer non-reference pictures may be referred to from a higher layer.
 _DISPOSABLE = frozenset({"h264", "mpeg2video", "mpeg4"})
 
+# Readers go to a decoding time, or to any packet near it: where the next keyframe is presented too late, go back more.
+_SEEK_BACK_S = (0.0, 1.0, 4.0, 16.0)
+
+_MOST_REORDERED = 64  # packets at the head of a file among which an earlier picture could still come
 _MARGIN_S = 1.0  # read on so far past the end: more than any reordering
 _HELD_BYTES = 1 << 28  # packets are held until the span is read; of longer ones, frames are counted instead
 
@@ -73,14 +78,15 @@ class Reel:
             return
         pts, dts = packet.pts, packet.dts
         self._held += packet.size
-        if pts is None or dts is None or self._held > _HELD_BYTES:
+        if pts is None or self._held > _HELD_BYTES:
             self.blind = self.full = True
             self._packets.clear()
             return
         self._packets.append(packet)
         if self.start_pts is None:
             self.start_pts = pts
-        self.full = dts - self.start_pts > self._read_to
+        # Matroska knows no decoding times for its first packets.
+        self.full = dts is not None and dts - self.start_pts > self._read_to
 
     def pick(self, numbers: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
         """Yields number and frame of the planned frames, ascending; decodes nothing that it need not.
@@ -180,13 +186,31 @@ def count_frames(container: Any, stream: Any, numbers: Sequence[int]) -> Iterato
                 return
 
 
+def seek_reel(container: Any, stream: Any, clip: Clip) -> Reel | None:
+    """Goes to the last keyframe that is presented no later than the span; None where only counting is certain."""
+    start_pts = first_pts(container, stream)
+    if start_pts is None:
+        return None
+    target = start_pts + round(clip.start_s / stream.time_base)
+    for back_s in _SEEK_BACK_S:
+        container.seek(max(target - round(back_s / stream.time_base), start_pts), stream=stream)
+        for packet in container.demux(stream):
+            if packet.size and packet.is_keyframe:
+                if packet.pts is None or packet.pts > target:
+                    break
+                reel = Reel(container, stream, clip, start_pts)
+                reel.feed(packet)
+                return reel
+    return None
+
+
 def first_pts(container: Any, stream: Any) -> int | None:
     """Timestamp of the first presented frame, found at the head of the file; None where it cannot be told so."""
     if container.format.name not in _TIMED:
         return None
     first: int | None = None
-    for packet in container.demux(stream):
-        if packet.pts is None or packet.dts is None or (first is None and packet.is_discard):
+    for packet in islice(container.demux(stream), _MOST_REORDERED):
+        if packet.pts is None or (first is None and packet.is_discard):
             return None
         if first is None:
             if not packet.is_keyframe:
@@ -194,7 +218,7 @@ def first_pts(container: Any, stream: Any) -> int | None:
             first = packet.pts
         elif packet.pts < first:
             return None
-        if packet.dts >= first:
+        if packet.dts is not None and packet.dts >= first:
             # What is decoded later is presented later, too.
             return first
-    return first
+    return None

@@ -33,7 +33,7 @@ from fastav.augment import resize_crop
 from fastav.clip import Clip, ClipPlan, Sample
 from fastav.config import Kind, PositiveInt
 from fastav.decode.base import Modality, Read, Unproven
-from fastav.decode.frames import Reel, count_frames, first_pts
+from fastav.decode.frames import Reel, count_frames, seek_reel
 from fastav.decode.probe import explain, first_stream, open_media, open_mel
 from fastav.decode.sound import EXACT_SEEK, PREROLL_S, Sound
 from fastav.errors import MediaError
@@ -144,7 +144,8 @@ class PyAVDecoder:
             reel = sound = None
             if "video" in streams:
                 with _blame(path, "video"):
-                    reel = _thread_reel(container, streams["video"], clip)
+                    late = _is_late(clip) and clip.start_frame > 0
+                    reel = (seek_reel if late else Reel)(container, streams["video"], clip)
             if "audio" in streams:
                 with _blame(path, "audio"):
                     sound = _prick_ears(container, streams["audio"], clip)
@@ -262,7 +263,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
                 rgb_CHW = (rgb_CHW.to(torch.int32) >> 8).to(torch.uint8)
             return rgb_CHW.permute(1, 2, 0).numpy()
         with Image.open(path) as picture:
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, ValueError, RuntimeError, SyntaxError) as error:
         reason = explain(error, path) if isinstance(error, OSError) else "damaged or not a picture"
         raise MediaError(path, reason, "image") from error
@@ -311,17 +312,6 @@ def _pour(container: Any, reel: Reel | None, sound: Sound | None, path: Path) ->
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise MediaError(path, explain(error, path), stage) from error
-
-
-def _thread_reel(container: Any, stream: Any, clip: Clip) -> Reel | None:
-    """A reel at the file's start or a keyframe before the span; None where only counting is certain."""
-    if not _is_late(clip) or clip.start_frame == 0:
-        return Reel(container, stream, clip)
-    start_pts = first_pts(container, stream)
-    if start_pts is None:
-        return None
-    container.seek(start_pts + round(clip.start_s / stream.time_base), stream=stream)
-    return Reel(container, stream, clip, start_pts)
 
 
 def _prick_ears(container: Any, stream: Any, clip: Clip) -> Sound:

@@ -34,6 +34,7 @@ EXACT_SEEK = frozenset(
     {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "wav", "w64", "aiff", "flac", "mp3", "ogg"}
 )
 
+_DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
 _CHUNK = 44_100  # samples a step: larger ones cost page faults (three times the time on 4 s)
 _SHORT_BY = 16  # samples that may be missing at the end: rounding of spans
 _FRONT, _CENTRE, _SURROUND = 0.7071, 1.0, 0.5
@@ -128,23 +129,31 @@ class Sound:
 
 def mix_down(frame: av.AudioFrame) -> NDArray[np.float32]:
     """Returns the samples of a frame as one channel in -1 to 1, float32 [S]."""
-    wave = frame.to_ndarray()
     names = [channel.name for channel in frame.layout.channels]
-    if frame.format.is_packed:
-        wave = wave.reshape(-1, len(names)).T
     if len(names) < 3 or not set(names) <= set(_WEIGHTS):
         weight_C = np.full(len(names), 1 / len(names))
     else:
         weight_C = np.array([_WEIGHTS[name] for name in names])
         weight_C /= weight_C.sum()
-    if wave.dtype == np.uint8:
-        wave = wave.astype(np.float32) - 128
-        weight_C /= 128
-    elif np.issubdtype(wave.dtype, np.integer):
-        weight_C /= -float(np.iinfo(wave.dtype).min)
-    if len(names) == 1 and wave.dtype == np.float32:
-        return wave[0]
-    return weight_C.astype(np.float32) @ wave.astype(np.float32, copy=False)
+    mono_S = np.zeros(frame.samples, dtype=np.float32)
+    for weight, wave_S in zip(weight_C.tolist(), _channels(frame), strict=True):
+        if wave_S.dtype == np.uint8:
+            mono_S += (wave_S.astype(np.float32) - 128) * np.float32(weight / 128)
+        elif np.issubdtype(wave_S.dtype, np.integer):
+            mono_S += wave_S * np.float32(weight / -float(np.iinfo(wave_S.dtype).min))
+        else:
+            mono_S += wave_S.astype(np.float32, copy=False) * np.float32(weight)
+    return mono_S
+
+
+def _channels(frame: av.AudioFrame) -> list[NDArray[Any]]:
+    """Views of the channels [S] of a frame, valid as long as the frame."""
+    # Not `frame.to_ndarray()`: with eight planes it reads past their pointers and crashes the process (PyAV 18.1).
+    dtype, channels = _DTYPES[frame.format.name.removesuffix("p")], frame.layout.nb_channels
+    if frame.format.is_packed:
+        packed = np.frombuffer(frame.planes[0], dtype)[: frame.samples * channels]
+        return list(packed.reshape(-1, channels).T)
+    return [np.frombuffer(plane, dtype)[: frame.samples] for plane in frame.planes[:channels]]
 
 
 def resample(wave_S: NDArray[np.float32], sample_rate: int, rate: int) -> NDArray[np.float32]:

@@ -1,0 +1,684 @@
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import av
+import msgspec
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastav.decode.pyav as pyav_module
+from fastav.augment import resize_crop
+from fastav.clip import Clip, ClipPlan
+from fastav.decode import DecoderConfig, PyAV, Read
+from fastav.decode.base import Unproven
+from fastav.decode.frames import Reel
+from fastav.decode.probe import probe, probe_any
+from fastav.decode.sound import mix_down, resample
+from fastav.errors import MediaError
+from fastav.frontend import PRESETS
+from tests.make_media import clicks, loudest_s, number_of, numbered, probed, remux, straight, write_media
+from tests.test_probe import REAL_VIDEO
+
+RATE = 16_000
+
+
+def clip_of(path, start_s=0.0, duration_s=None, modalities=("video", "audio"), info=None):
+    """A manifest row for a span of a file, as the index writes it."""
+    info = info or (probe(path, modalities) if path.suffix != ".jpg" else probe_any(path))
+    span = info.cut(start_s, duration_s)
+    return Clip(
+        id=path.name,
+        video=path if info.has_video else None,
+        audio=path if info.has_audio else None,
+        start_s=start_s,
+        duration_s=info.duration_s - start_s if duration_s is None else duration_s,
+        start_frame=span.start_frame,
+        num_frames=span.num_frames,
+        fps=info.fps,
+        width=info.width,
+        height=info.height,
+        rotation=info.rotation,
+        start_sample=span.start_sample,
+        num_samples=span.num_samples,
+        sample_rate=info.sample_rate,
+        channels=info.channels,
+        audio_offset_s=info.audio_offset_s,
+    )
+
+
+def plan_of(frames=(0,), crop=(0, 0, 32, 32), windows=(0,), flip=False):
+    return ClipPlan(
+        sample=0,
+        source=0,
+        row=0,
+        replica=0,
+        frames_T=np.array(frames, np.int32),
+        crop=crop,
+        flip=flip,
+        windows_W=np.array(windows, np.int32),
+        band=(0, 0),
+        mix=1.0,
+        partner=0,
+        weight=1.0,
+    )
+
+
+def pictures(clip, frames, size=32, at=(0, 0), config=None):
+    """The planned frames [T, size, size, 3]: an untouched square of each, cut out at `at`."""
+    decoder = (config or PyAV()).build(Read(("video",), image_size=size))
+    sample = decoder.decode(clip, [plan_of(frames, crop=(*at, size, size))])[0]
+    return sample.frames_TCHW.permute(0, 2, 3, 1).numpy()
+
+
+def heard(clip, rate=RATE):
+    """The waveform [C, S] that the spectrogram is computed from."""
+    caught = []
+
+    class Ear(torch.nn.Module):
+        def windows(self, wave_CS, starts_W, length):
+            caught.append(wave_CS)
+            return torch.zeros(len(starts_W), 1, 128, length)
+
+    decoder = PyAV().build(
+        Read(("audio",), frontend=msgspec.structs.replace(PRESETS["ssw60"], sample_rate=rate, f_max=rate / 2))
+    )
+    decoder._log_mel = Ear()
+    decoder.decode(clip, [plan_of()])
+    return caught[0]
+
+
+@pytest.fixture
+def no_counting(monkeypatch):
+    """Fails a test whose frames were found by decoding the file from its start."""
+
+    def refuse(*args):
+        raise AssertionError("the file was decoded from its start")
+
+    monkeypatch.setattr(pyav_module, "count_frames", refuse)
+
+
+# Frames: real files -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", REAL_VIDEO)
+def test_planned_frames_are_those_of_a_straight_decode(realdata, name, monkeypatch):
+    path = realdata / "video" / name
+    if name != "sample.avi":
+        monkeypatch.setattr(pyav_module, "count_frames", None)
+    rng = np.random.default_rng(0)
+    info = probed(path)
+    side = min(info.width, info.height, 256)
+    plans = {}
+    pieces = [(0.0, None), *[(k * 2.0, 2.0) for k in range(int(info.duration_s / 2))][-3:]]
+    for start_s, duration_s in pieces:
+        clip = clip_of(path, start_s, duration_s, info=info)
+        plans[clip] = np.sort(rng.integers(0, clip.num_frames, 6))
+    wanted = {clip.start_frame + n for clip, frames in plans.items() for n in frames.tolist()}
+    truth = {}
+    for i, frame in enumerate(straight(path)):
+        if i in wanted:
+            upright = np.rot90(frame.to_ndarray(format="rgb24"), -info.rotation // 90)
+            truth[i] = upright[info.height - side :, info.width - side :]
+    for clip, frames in plans.items():
+        seen = pictures(clip, frames, side, (info.width - side, info.height - side))
+        for number, picture in zip(frames.tolist(), seen, strict=True):
+            assert np.array_equal(picture, truth[clip.start_frame + number]), (clip.start_s, number)
+
+
+def test_damaged_real_files_are_named(realdata):
+    row = Clip("x", video=realdata / "video" / "sample_with_invalid_nalu.mp4", num_frames=30, width=1080, height=720)
+    row = replace(row, duration_s=1.0, fps=30.0)
+    with pytest.raises(MediaError, match="video: damaged"):
+        pictures(row, [2, 28])
+    missing = realdata / "video" / "sample_missing_stsd.mp4"
+    row = replace(row, video=missing, audio=missing, num_samples=40_000, sample_rate=44_100)
+    assert pictures(row, [2, 28]).shape == (2, 32, 32, 3)
+    with pytest.raises(MediaError, match="audio: nothing says how"):
+        heard(row)
+
+
+# Frames: made files -------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "long.mp4": ("libx264", {"g": "250", "bf": "3", "b-pyramid": "normal"}),
+    "short.mp4": ("libx264", {"g": "12", "bf": "2", "sc_threshold": "0"}),
+    "open.mkv": ("libx264", {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0:log-level=-1"}),
+    "intra.mov": ("libx264", {"g": "1"}),
+    "stream.ts": ("libx264", {"g": "15", "bf": "2"}),
+    "open.ts": ("mpeg2video", {"g": "12", "bf": "2"}),
+    "hevc.mp4": ("libx265", {"g": "20", "x265-params": "open-gop=1:log-level=none:pools=1"}),
+    "vp8.webm": ("libvpx", {"g": "30", "auto-alt-ref": "1", "lag-in-frames": "10", "deadline": "good"}),
+    "vp9.webm": ("libvpx-vp9", {"g": "30", "lag-in-frames": "10", "deadline": "realtime", "cpu-used": "8"}),
+    "mpeg4.mp4": ("mpeg4", {"g": "20", "bf": "2"}),
+    "mpeg4.avi": ("mpeg4", {"g": "20", "bf": "2"}),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Writes each layout once: 125 numbered frames, five seconds."""
+    folder, known = tmp_path_factory.mktemp("decode"), {}
+
+    def get(name):
+        if name not in known:
+            codec, options = LAYOUTS[name]
+            path = write_media(folder / name, frames=125, codec=codec, options=options)
+            known[name] = path, probe(path, ("video",))
+        return known[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_frame_numbers_in_every_layout(made, name, monkeypatch):
+    path, info = made(name)
+    if name != "mpeg4.avi":
+        # By their packets, that is: not by counting, which is always right.
+        monkeypatch.setattr(pyav_module, "count_frames", None)
+    rng = np.random.default_rng(1)
+    for start_s, duration_s in [(0.0, None), (0.0, 2.0), (2.0, 2.0), (2.52, 1.0), (3.96, 0.5), (4.0, 1.0)]:
+        clip = clip_of(path, start_s, duration_s, info=info)
+        assert clip.num_frames == round((duration_s or 5.0) * 25 + 0.1)
+        for count in (1, 4, 9):
+            frames = np.sort(rng.integers(0, clip.num_frames, count))
+            assert numbers(clip, frames) == (clip.start_frame + frames).tolist()
+
+
+def numbers(clip, frames, config=None):
+    """The numbers that the planned frames of a `numbered` file show."""
+    decoder = (config or PyAV()).build(Read(("video",), image_size=96))
+    sample = decoder.decode(clip, [plan_of(frames, crop=(0, 0, clip.width, clip.height))])[0]
+    return [number_of(picture.permute(1, 2, 0).numpy()) for picture in sample.frames_TCHW]
+
+
+@pytest.mark.parametrize("name", ["long.mp4", "open.mkv", "hevc.mp4"])
+def test_left_out_frames_change_no_pixel(made, name):
+    path, info = made(name)
+    truth = [frame.to_ndarray(format="rgb24")[:, :64] for frame in straight(path)]
+    for frames in ([3, 50, 51, 119], [124], [0]):
+        for config in (PyAV(), PyAV(threads_per_clip=2)):
+            for number, seen in zip(frames, pictures(clip_of(path, info=info), frames, 64, config=config), strict=True):
+                assert np.array_equal(seen, truth[number])
+
+
+def test_only_what_is_needed_is_decoded(made, monkeypatch):
+    decoded = []
+    real = Reel._decode
+
+    def count(self, first, last, keep):
+        decoded.append(last - first + 1)
+        yield from real(self, first, last, keep)
+
+    monkeypatch.setattr(Reel, "_decode", count)
+    path, info = made("short.mp4")
+    assert numbers(clip_of(path, info=info), [3, 40, 100]) == [3, 40, 100]
+    assert len(decoded) == 3
+    assert sum(decoded) < 3 * 12
+    decoded.clear()
+    assert numbers(clip_of(path, 4.0, 1.0, info=info), [2]) == [102]
+    assert sum(decoded) <= 12
+
+
+def test_variable_frame_rate(tmp_path, no_counting):
+    times_ms = [0, 40, 80, 500, 540, 1200, 1240, 1280, 2500, 3000, 3040, 3080, 4000, 4040, 4080, 4120]
+    path = write_media(tmp_path / "vfr.mp4", times_ms=times_ms, options={"bf": "2", "g": "6"})
+    info = probe(path)
+    assert numbers(clip_of(path, info=info), [2, 3, 7, 12]) == [2, 3, 7, 12]
+    clip = clip_of(path, 2.2, 1.0, info=info)
+    assert (clip.start_frame, clip.num_frames) == (8, 4)
+    assert numbers(clip, [0, 1, 3]) == [8, 9, 11]
+
+
+def test_edit_lists(made, tmp_path):
+    path = remux(made("long.mp4")[0], tmp_path / "cut.mp4", shift_s=-0.5, options={"avoid_negative_ts": "disabled"})
+    truth = [number_of(frame.to_ndarray(format="rgb24")) for frame in straight(path)]
+    assert truth[0] > 5
+    clip = clip_of(path)
+    frames = [0, 1, 30, len(truth) - 1]
+    assert numbers(clip, frames) == [truth[n] for n in frames]
+    piece = clip_of(path, 2.1, 1.0)
+    assert numbers(piece, [0, 5]) == [truth[piece.start_frame], truth[piece.start_frame + 5]]
+
+
+def test_where_packets_prove_nothing_frames_are_counted(made, tmp_path, monkeypatch):
+    # The first keyframe is gone: a straight decode drops what cannot be decoded before the second one.
+    seen = iter(range(1000))
+    source = made("open.mkv")[0]
+    path = remux(source, tmp_path / "late.mkv", keep=lambda p: next(seen) > 0)
+    truth = [number_of(frame.to_ndarray(format="rgb24")) for frame in straight(path)]
+    assert len(truth) < 124
+    counted = []
+    real = pyav_module.count_frames
+    monkeypatch.setattr(pyav_module, "count_frames", lambda *args: counted.append(1) or real(*args))
+    clip = clip_of(path)
+    assert numbers(clip, [0, 20, 60]) == [truth[n] for n in (0, 20, 60)]
+    assert counted
+
+
+def test_a_failing_short_cut_gives_the_same_frames(made, monkeypatch):
+    path, info = made("long.mp4")
+    clip = clip_of(path, 2.0, 2.0, info=info)
+    expected = pictures(clip, [3, 30])
+
+    def fail(self, wanted):
+        yield wanted[0], next(straight(made("short.mp4")[0]))
+        raise Unproven("for the test")
+
+    monkeypatch.setattr(Reel, "pick", fail)
+    assert np.array_equal(pictures(clip, [3, 30]), expected)
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotation(tmp_path, degrees):
+    path = write_media(tmp_path / "x.mp4", frames=4, rotation=-degrees)
+    clip = clip_of(path)
+    assert clip.rotation == degrees
+    upright = [np.rot90(frame.to_ndarray(format="rgb24"), -degrees // 90)[-40:, -40:] for frame in straight(path)]
+    at = (clip.width - 40, clip.height - 40)
+    assert np.array_equal(pictures(clip, [0, 3], 40, at), np.stack([upright[0], upright[3]]))
+
+
+MATRICES = {"601": (6, 1), "709": (1, 1), "709 full": (1, 2), "601 full": (6, 2)}
+
+
+@pytest.mark.parametrize("pix_fmt", ["yuv420p", "yuv444p", "yuv420p10le"])
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_colours_by_matrix_range_and_depth(tmp_path, matrix, pix_fmt):
+    def patches(number, width, height):
+        picture = np.zeros((height, width, 3), np.uint8)
+        picture[:, : width // 2] = (200, 60, 30)
+        picture[:, width // 2 :] = (20, 180, 90)
+        return picture
+
+    path = write_media(
+        tmp_path / "x.mp4", frames=2, pix_fmt=pix_fmt, colour=MATRICES[matrix], picture=patches, options={"crf": "5"}
+    )
+    with av.open(str(path)) as container:
+        frame = next(container.decode(video=0))
+        assert (frame.colorspace, frame.color_range, frame.format.name) == (
+            *MATRICES[matrix],
+            pix_fmt if "full" not in matrix or pix_fmt == "yuv420p10le" else pix_fmt.replace("yuv", "yuvj"),
+        )
+    seen = pictures(clip_of(path), [1], 64, (16, 0))[0].astype(int)
+    assert np.abs(seen[30, 10] - (200, 60, 30)).max() <= 5
+    assert np.abs(seen[30, 54] - (20, 180, 90)).max() <= 5
+
+
+def test_odd_sizes(tmp_path):
+    path = write_media(tmp_path / "x.mkv", frames=5, size=(97, 53), codec="ffv1", picture=_texture)
+    clip = clip_of(path)
+    assert (clip.width, clip.height) == (97, 53)
+    truth = [frame.to_ndarray(format="rgb24") for frame in straight(path)]
+    assert np.array_equal(pictures(clip, [4], 53, (44, 0))[0], truth[4][:, 44:])
+
+
+def _texture(number, width, height):
+    return np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def test_repeats_crops_and_flips(made):
+    path, info = made("long.mp4")
+    clip = clip_of(path, info=info)
+    truth = [frame.to_ndarray(format="rgb24") for frame in straight(path)]
+    frames = [4, 4, 90, 90]
+    plans = [plan_of(frames, (3, 5, 60, 40), flip=True), plan_of(frames, (20, 2, 50, 61))]
+    for sample, plan in zip(PyAV().build(Read(("video",), image_size=48)).decode(clip, plans), plans, strict=True):
+        expected = resize_crop(np.stack([truth[n] for n in frames]), plan.crop, plan.flip, 48)
+        assert torch.equal(sample.frames_TCHW, expected)
+        assert sample.mel_WCML is None
+
+
+# Sound --------------------------------------------------------------------------------------------------------------
+
+SOUNDS = {
+    "aac.mp4": ("aac", 44_100),
+    "aac.ts": ("aac", 48_000),
+    "opus.webm": ("libopus", 48_000),
+    "mp3.mp3": ("libmp3lame", 44_100),
+    "mp3.avi": ("libmp3lame", 48_000),
+    "pcm.wav": ("pcm_s16le", 44_100),
+    "flac.flac": ("flac", 22_050),
+    "vorbis.ogg": ("vorbis", 44_100),
+}
+
+
+@pytest.mark.parametrize("name", SOUNDS)
+def test_a_click_lands_on_its_sample(tmp_path, name):
+    codec, rate = SOUNDS[name]
+    path = write_media(tmp_path / name, wave=clicks(8, [0.5, 3.25, 5.5], rate), rate=rate, audio_codec=codec)
+    info = probe(path, ("audio",))
+    # Some coders start with a little silence that their container does not mark: as much in every piece.
+    ahead_s = loudest_s(heard(clip_of(path, 0.0, 1.0, info=info))[0], RATE) - 0.5
+    assert abs(ahead_s) < (1e-3 if name not in ("mp3.avi", "aac.ts") else 0.05)
+    for start_s, length_s, after_s, at_s in [(3, 1, 0, 3.25), (2, 2, 0, 3.25), (5, 1.1, 0, 5.5), (0, 3.4, 1, 3.25)]:
+        wave = heard(clip_of(path, start_s, length_s, info=info))
+        assert wave.shape == (1, round(length_s * RATE))
+        assert wave.dtype == torch.float32
+        found_s = loudest_s(wave[0, after_s * RATE :], RATE) + after_s + start_s
+        assert found_s == pytest.approx(at_s + ahead_s, abs=1e-3)
+
+
+@pytest.mark.parametrize("offset_s", [0.6, -0.25])
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_sound_and_picture_stay_in_step(tmp_path, suffix, offset_s):
+    path = write_media(
+        tmp_path / f"x.{suffix}",
+        frames=125,
+        options={"bf": "2"},
+        start_ms=400,
+        wave=clicks(5.5, [1.2, 3.5]),
+        audio_codec="libmp3lame",
+        audio_start_s=offset_s,
+    )
+    info = probe(path)
+    for start_s, length_s, at_s in [(0.0, 2.4, 1.2), (2.0, 2.4, 3.5), (3.0, 2.0, 3.5)]:
+        clip = clip_of(path, start_s, length_s, info=info)
+        found_s = loudest_s(heard(clip)[0], RATE) + start_s
+        assert found_s == pytest.approx(at_s + offset_s, abs=1e-3), (start_s, clip.start_sample)
+    before = clip_of(path, 0.0, 0.5, info=info)
+    if offset_s > 0.5:
+        assert before.num_samples == 0
+        lead = heard(clip_of(path, 0.0, 2.0, info=info))[0]
+        assert torch.count_nonzero(lead[: round((offset_s - 0.05) * RATE)]) == 0
+
+
+def test_a_hole_in_the_sound_is_silence(tmp_path):
+    tone = np.sin(2 * np.pi * 440 * np.arange(4 * 8000) / 8000)[None].astype(np.float32) * 0.5
+    whole = write_media(tmp_path / "whole.mkv", wave=tone, rate=8000, audio_codec="pcm_s16le", layout="mono")
+    path = remux(whole, tmp_path / "torn.mkv", keep=lambda p: not 1.0 <= p.pts * p.time_base < 2.0)
+    info = probe(path)
+    assert info.num_samples == pytest.approx(32_000, abs=300)
+    wave = heard(clip_of(path, info=info), 8000)[0]
+    hole = torch.nonzero(wave[4000:20_000].abs() > 0.01).flatten() + 4000
+    assert torch.diff(hole).max() == pytest.approx(8000, abs=300)
+    late = heard(clip_of(path, 2.5, 1.0, info=info), 8000)[0]
+    assert torch.allclose(late, wave[20_000:28_000], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("layout", "codec", "suffix"), [("5.1(side)", "pcm_s16le", "wav"), ("7.1", "flac", "mka"), ("5.1", "aac", "mp4")]
+)
+def test_surround_is_mixed_by_place(tmp_path, layout, codec, suffix):
+    time = np.arange(48_000) / 48_000
+    weights = {"FL": 0.7071, "FR": 0.7071, "FC": 1.0, "LFE": 0.0, "BL": 0.5, "BR": 0.5, "SL": 0.5, "SR": 0.5}
+    hertz = dict(zip(weights, (200, 450, 800, 60, 1600, 2500, 3300, 5000), strict=True))
+    names = [channel.name for channel in av.AudioLayout(layout).channels]
+    tones = {name: hertz[name] for name in names}
+    wave = np.stack([0.9 * np.sin(2 * np.pi * hz * time) for hz in tones.values()]).astype(np.float32)
+    path = write_media(tmp_path / f"x.{suffix}", wave=wave, rate=48_000, audio_codec=codec, layout=layout)
+    mono = heard(clip_of(path))[0].numpy()
+    spectrum = np.abs(np.fft.rfft(mono[1600:14_400])) / 6400
+    got = {name: spectrum[round(hz * 12_800 / RATE)] / 0.9 for name, hz in tones.items()}
+    total = sum(weights[name] for name in names)
+    assert got == pytest.approx({name: weights[name] / total for name in names}, abs=0.01)
+
+
+@pytest.mark.parametrize("layout", ["mono", "stereo", "2.1", "5.1(side)", "7.1"])
+@pytest.mark.parametrize("sample_format", ["flt", "fltp", "s16", "s16p", "s32", "u8", "dbl"])
+def test_no_mix_clips_or_gains(layout, sample_format):
+    channels = av.AudioLayout(layout).nb_channels
+    level = np.tile(np.array([1.0, -1.0, 0.5, 0.0], np.float32), (channels, 50))
+    packed = np.ascontiguousarray(level.T).reshape(1, -1)
+    frame = av.AudioFrame.from_ndarray(packed, "flt", layout)
+    frame.sample_rate = 8000
+    ready = av.AudioResampler(sample_format, layout, 8000).resample(frame)[0]
+    mono = mix_down(ready)
+    assert mono.dtype == np.float32
+    assert np.abs(mono).max() <= 1.0 + 1e-6
+    np.testing.assert_allclose(mono, level[0], atol=0.01)
+
+
+def test_channels_without_places_are_averaged(realdata):
+    path = realdata / "audio" / "vocalpy_fruitfly_multich.wav"
+    clip = clip_of(path)
+    planes = np.concatenate([f.to_ndarray().reshape(-1, 3) for f in straight(path, "audio")])
+    np.testing.assert_allclose(heard(clip, 10_000)[0], planes.mean(axis=1) / 32_768, atol=1e-6)
+
+
+def test_sound_at_the_wanted_rate_passes_through(tmp_path):
+    wave = (np.random.default_rng(0).integers(-32_768, 32_767, (1, 40_000)) / 32_768).astype(np.float32)
+    path = write_media(tmp_path / "x.wav", wave=wave, rate=RATE, audio_codec="pcm_s16le", layout="mono")
+    assert torch.equal(heard(clip_of(path)), torch.from_numpy(wave))
+    assert torch.equal(heard(clip_of(path, 2.25, 0.2)), torch.from_numpy(wave[:, 36_000:39_200]))
+
+
+@pytest.mark.parametrize(("rate", "samples"), [(44_100, 176_400), (48_000, 12_345), (22_000, 1), (8000, 99_999)])
+def test_resampled_length_and_level(rate, samples):
+    tone = np.cos(2 * np.pi * 500 * np.arange(samples) / rate).astype(np.float32)
+    out = resample(tone, rate, RATE)
+    assert len(out) == round(samples * RATE / rate)
+    expected = np.cos(2 * np.pi * 500 * np.arange(len(out)) / RATE)
+    np.testing.assert_allclose(out[200:-200], expected[200:-200], atol=2e-3)
+
+
+def test_real_sound_survives_cutting(realdata):
+    for path in [*realdata.glob("audio/perch*"), realdata / "video" / "nasa_13013.mp4"]:
+        info = probe(path, ("audio",))
+        whole = heard(clip_of(path, info=info))[0]
+        piece = heard(clip_of(path, 4.0, 3.0, info=info))[0]
+        error = (piece - whole[4 * RATE : 7 * RATE])[100:-100]
+        assert error.norm() < 2e-3 * piece.norm(), path.name
+
+
+def test_a_span_that_sounds_too_short_is_named(tmp_path):
+    path = write_media(tmp_path / "x.flac", wave=clicks(1, [0.5]), audio_codec="flac")
+    clip = clip_of(path)
+    assert heard(replace(clip, num_samples=44_105)).shape == (1, 16_002)
+    with pytest.raises(MediaError, match="audio: its sound ends after 44100 of 50000 samples"):
+        heard(replace(clip, num_samples=50_000))
+    with pytest.raises(MediaError, match="sounds at 44100 Hz"):
+        heard(replace(clip, sample_rate=48_000))
+
+
+def test_a_late_landing_is_read_from_the_start(tmp_path, monkeypatch):
+    path = write_media(tmp_path / "x.mp3", wave=clicks(6, [4.5]), audio_codec="libmp3lame")
+    clip = clip_of(path, 4.0, 1.0)
+    expected = heard(clip)
+    monkeypatch.setattr(pyav_module, "PREROLL_S", -0.7)
+    assert torch.allclose(heard(clip), expected, atol=1e-4)
+
+
+# Clips --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    path = tmp_path_factory.mktemp("both") / "both.mp4"
+    write_media(path, frames=100, options={"g": "250", "bf": "3"}, wave=clicks(4, [1, 3]))
+    return path, probe(path)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """The state of every stream of every container that was opened: (kind, packets skipped, decoder started)."""
+    states = []
+
+    class Watched:
+        def __init__(self, container):
+            self.container = container
+
+        def __enter__(self):
+            return self.container
+
+        def __exit__(self, *error):
+            streams = self.container.streams
+            states.append([(s.type, s.discard.name == "all", s.codec_context.is_open) for s in streams])
+            self.container.close()
+
+    real = pyav_module.open_media
+    monkeypatch.setattr(pyav_module, "open_media", lambda path: Watched(real(path)))
+    return states
+
+
+@pytest.mark.parametrize("start_s", [0.0, 2.5])
+@pytest.mark.parametrize("modality", ["video", "audio"])
+def test_a_single_modality_decodes_only_itself(both, opened, modality, start_s):
+    path, info = both
+    clip = clip_of(path, start_s, 1.0, info=info)
+    sample = PyAV().build(Read((modality,), image_size=32)).decode(clip, [plan_of([1, 20])])[0]
+    assert (sample.frames_TCHW is None) == (modality == "audio")
+    assert (sample.mel_WCML is None) == (modality == "video")
+    assert len(opened) == 1
+    for kind, skipped, started in opened[0]:
+        assert skipped == (kind != modality)
+        assert started == (kind == modality)
+
+
+def test_both_modalities_share_one_container(both, opened):
+    path, info = both
+    decoder = PyAV().build(Read(image_size=48, window=100))
+    plans = [plan_of([0, 50, 99], windows=(20, -1)), plan_of([0, 50, 99], (10, 10, 30, 30), (20, -1), flip=True)]
+    samples = decoder.decode(clip_of(path, info=info), plans)
+    assert len(opened) == 1
+    assert [s.frames_TCHW.shape for s in samples] == [(3, 3, 48, 48)] * 2
+    assert samples[0].mel_WCML is samples[1].mel_WCML
+    mel_WCML = samples[0].mel_WCML
+    assert (mel_WCML.shape, mel_WCML.dtype) == ((2, 1, 128, 100), torch.float32)
+    assert (mel_WCML[1] == -100).all()
+    whole = PRESETS["ssw60"].build().log_mel(heard(clip_of(path, info=info)))
+    assert torch.allclose(mel_WCML[0], whole[..., 20:120], atol=1e-3)
+    for sample, plan in zip(samples, plans, strict=True):
+        assert torch.equal(sample.frames_TCHW, decoder.decode(clip_of(path, info=info), [plan])[0].frames_TCHW)
+
+
+def test_what_is_not_there_is_none(made, tmp_path):
+    silent, info = made("long.mp4")
+    sample = PyAV().build(Read(image_size=32)).decode(clip_of(silent, info=info), [plan_of()])[0]
+    assert sample.mel_WCML is None
+    sound = write_media(tmp_path / "x.m4a", wave=clicks(1, [0.5]))
+    sample = PyAV().build(Read(image_size=32)).decode(clip_of(sound), [plan_of()])[0]
+    assert sample.frames_TCHW is None
+    assert sample.mel_WCML.shape == (1, 1, 128, 400)
+
+
+def test_promises_that_a_file_breaks_are_named(both, made, tmp_path):
+    path, info = both
+    clip = clip_of(path, info=info)
+    decoder = PyAV().build(Read(image_size=32))
+    silent = made("long.mp4")[0]
+    broken = {
+        r"open: no such file": replace(clip, video=tmp_path / "gone.mp4", audio=tmp_path / "gone.mp4"),
+        r"audio: has no audio stream": replace(clip, video=silent, audio=silent),
+        r"video: frame \d+ is 96x64, its row says 64x96": replace(clip, width=64, height=96),
+        r"video: its frames end before number 120 of 130": replace(clip, num_frames=130),
+        r"video: has no video stream": replace(
+            clip, video=write_media(tmp_path / "x.wav", wave=clicks(1, [0.5]), audio_codec="pcm_s16le")
+        ),
+    }
+    for reason, row in broken.items():
+        with pytest.raises(MediaError, match=reason) as caught:
+            decoder.decode(row, [plan_of([3, 120 if row.num_frames == 130 else 60])])
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_cut_off_after_it_was_indexed_is_named(both, tmp_path):
+    path = remux(both[0], tmp_path / "front.mp4", options={"movflags": "faststart"})
+    clip = clip_of(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    decoder = PyAV().build(Read(image_size=32))
+    with pytest.raises(MediaError, match=r"(video|audio): (damaged|its)"):
+        decoder.decode(clip, [plan_of([5, 98])])
+
+
+def test_damage_met_in_a_planned_frame_is_named(made, tmp_path):
+    source, info = made("intra.mov")
+    with av.open(str(source)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray(source.read_bytes())
+    start, size = packets[40]
+    data[start + size // 3 : start + size // 3 + 60] = bytes(60)
+    path = tmp_path / "spoilt.mov"
+    path.write_bytes(data)
+    clip = replace(clip_of(source, info=info), video=path)
+    assert numbers(clip, [20, 90]) == [20, 90]
+    with pytest.raises(MediaError, match=r"video: .*damaged"):
+        numbers(clip, [20, 40, 90])
+
+
+def test_many_threads_see_the_same(both, made):
+    decoder = PyAV().build(Read(image_size=64, window=200))
+    rng = np.random.default_rng(0)
+    jobs = []
+    for path, info in [both, made("short.mp4"), made("open.mkv"), made("mpeg4.avi")] * 6:
+        start_s = float(rng.choice([0.0, 1.0, 2.5]))
+        clip = clip_of(path, start_s, 1.0, info=info)
+        jobs.append((clip, [plan_of(np.sort(rng.integers(0, 25, 4)), (5, 5, 60, 50), windows=(3,))]))
+    alone = [decoder.decode(*job)[0] for job in jobs]
+    with ThreadPoolExecutor(8) as pool:
+        together = [samples[0] for samples in pool.map(lambda job: decoder.decode(*job), jobs)]
+    for one, other in zip(alone, together, strict=True):
+        assert torch.equal(one.frames_TCHW, other.frames_TCHW)
+        assert (one.mel_WCML is None) == (other.mel_WCML is None)
+        assert one.mel_WCML is None or torch.equal(one.mel_WCML, other.mel_WCML)
+
+
+# Pictures and stored spectrograms -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "orientation"), [("a.jpg", 1), ("b.jpg", 6), ("c.jpg", 2), ("d.png", 1), ("e.bmp", 1)]
+)
+def test_pictures_stand_upright(tmp_path, name, orientation):
+    image = Image.fromarray(numbered(178, 96, 64))
+    stored = image.rotate(90, expand=True) if orientation == 6 else image
+    stored = stored.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if orientation == 2 else stored
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / name, exif=exif, **({"quality": 95} if "jpg" in name else {}))
+    info = probe_any(tmp_path / name)
+    clip = Clip("x", image=tmp_path / name, num_frames=1, width=info.width, height=info.height)
+    assert (clip.width, clip.height) == (96, 64)
+    assert numbers(clip, [0, 0, 0]) == [178] * 3
+
+
+def test_deep_grey_and_transparent_pictures(tmp_path):
+    deep = np.full((20, 30), 200 * 256, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    Image.fromarray(np.full((20, 30), 200, np.uint8)).save(tmp_path / "grey.jpg")
+    Image.fromarray(np.full((20, 30, 4), (200, 200, 200, 9), np.uint8)).save(tmp_path / "clear.png")
+    for name in ("deep.png", "grey.jpg", "clear.png"):
+        clip = Clip("x", image=tmp_path / name, num_frames=1, width=30, height=20)
+        assert np.abs(pictures(clip, [0], 16).astype(int) - 200).max() <= 1, name
+
+
+def test_broken_pictures_are_named(tmp_path):
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "magic.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
+    for name in ("text.jpg", "magic.png", "none.jpg"):
+        with pytest.raises(MediaError) as caught:
+            pictures(Clip("x", image=tmp_path / name, num_frames=1, width=30, height=20), [0], 16)
+        assert caught.value.stage == "image"
+
+
+def test_stored_spectrograms(tmp_path):
+    mel_CML = np.random.default_rng(0).normal(size=(1, 128, 250)).astype(np.float32)
+    np.save(tmp_path / "a.npy", mel_CML)
+    clip = Clip("x", mel=tmp_path / "a.npy", num_mel_frames=250, duration_s=2.0)
+    decoder = PyAV().build(Read(("video", "audio"), window=100))
+    sample = decoder.decode(clip, [plan_of(windows=(0, 200, -1))])[0]
+    assert sample.frames_TCHW is None
+    assert sample.mel_WCML.shape == (3, 1, 128, 100)
+    assert torch.equal(sample.mel_WCML[0], torch.from_numpy(mel_CML[..., :100]))
+    assert torch.equal(sample.mel_WCML[1, ..., :50], torch.from_numpy(mel_CML[..., 200:]))
+    assert (sample.mel_WCML[1, ..., 50:] == -100).all()
+    assert (sample.mel_WCML[2] == -100).all()
+    assert PyAV().build(Read(("video",))).decode(clip, [plan_of()])[0].mel_WCML is None
+    with pytest.raises(MediaError, match=r"has 128 bands, frontend\.num_mels is 80"):
+        PyAV().build(Read(frontend=PRESETS["events"])).decode(clip, [plan_of()])
+
+
+def test_a_picture_with_a_recording(both, tmp_path):
+    Image.fromarray(numbered(77)).save(tmp_path / "a.png")
+    path, info = both
+    clip = replace(clip_of(path, info=info), video=None, image=tmp_path / "a.png", num_frames=1, width=96, height=64)
+    sample = PyAV().build(Read(image_size=96)).decode(clip, [plan_of([0], (0, 0, 96, 64))])[0]
+    assert number_of(sample.frames_TCHW[0].permute(1, 2, 0).numpy()) == 77
+    assert sample.mel_WCML.max() > -60
+
+
+def test_the_registry():
+    assert msgspec.convert({"kind": "pyav"}, DecoderConfig) == PyAV(threads_per_clip=1)
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"kind": "pyav", "threads": 2}, DecoderConfig)
