@@ -109,9 +109,8 @@ def evaluate(
         for number, host in enumerate(batches, 1):
             batch = host.to(ranks.device)
             probabilities_BK = recipe.task.probabilities(forward(model, batch))
-            metrics.update(
-                host.ids, probabilities_BK, host.targets_BK, host.weight_B, host.has_video_B, host.has_audio_B
-            )
+            has_video_B, has_audio_B = _present(source, host)
+            metrics.update(host.ids, probabilities_BK, host.targets_BK, host.weight_B, has_video_B, has_audio_B)
             console.progress(f"evaluating {split}: {number}/{len(requests)} batches", last=number == len(requests))
     model.train(was_training)
     if ranks.world > 1:
@@ -120,6 +119,13 @@ def evaluate(
         metrics = gathered
     predictions = metrics.predictions()
     return recipe.task.evaluate(predictions, split, seed=recipe.train.seed), predictions
+
+
+def _present(source: Source, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the clips of an evaluation batch have, also where the model does not look at it."""
+    manifest, _ = source.manifests[0]
+    has = manifest.columns(batch.row_B.numpy(), ["has_video", "has_audio"])
+    return torch.from_numpy(has["has_video"]), torch.from_numpy(has["has_audio"])
 
 
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -338,3 +338,10 @@ def test_repeat_decodes_once_and_plateau_and_best_are_kept(tiny, tmp_path):
     assert trained[-1]["unique_clips_per_s"] == pytest.approx(trained[-1]["clips_per_s"] / 2)
     best = json.loads((tmp_path / "run" / "checkpoints" / "best.json").read_text())
     assert best["step"] in Checkpoints(tmp_path / "run" / "checkpoints").steps()
+
+
+def test_a_single_modality_still_says_what_the_clips_have(tiny, tmp_path):
+    evaluation = run(tiny("video", tmp_path / "run", "--train.epochs", "0.5"))
+    assert evaluation.metrics["num_clips_without_audio"] == 0
+    assert evaluation.metrics["num_clips_without_video"] == 0
+    assert read_predictions(tmp_path / "run" / "predictions.parquet").has_audio_N.all()
