@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastav.clip import Clip, ClipPlan
-from fastav.decode.base import Read
+from fastav.decode.base import Modality, Read
 from fastav.errors import FastavError, MediaError
 from fastav.figures import frame_uri, spectrogram_uri
 from fastav.manifest import Manifest
@@ -140,8 +140,9 @@ def _pictures(recipe: Recipe, clip: Clip) -> Pictures:
     frontend = recipe.frontend
     length = clip.num_mel_frames or int(frontend.num_frames_s(clip.duration_s))
     window = max(1, min(length, MAX_MEL_FRAMES))
+    there: tuple[tuple[Modality, bool], ...] = (("video", clip.has_video), ("audio", clip.has_audio))
     read = Read(
-        modalities=tuple(m for m, has in (("video", clip.has_video), ("audio", clip.has_audio)) if has),  # type: ignore[misc]
+        modalities=tuple(modality for modality, has in there if has),
         image_size=IMAGE_SIZE,
         frontend=frontend,
         window=window,
@@ -167,5 +168,5 @@ def _pictures(recipe: Recipe, clip: Clip) -> Pictures:
         return Pictures(note=f"cannot be read: {error}")
     frames = [] if sample.frames_TCHW is None else [frame_uri(frame) for frame in sample.frames_TCHW.numpy()]
     spectrogram = "" if sample.mel_WCML is None else spectrogram_uri(sample.mel_WCML[0].mean(dim=0).numpy())
-    absent = [word for word, there in (("pictures", clip.has_video), ("sound", clip.has_audio)) if not there]
+    absent = [{"video": "pictures", "audio": "sound"}[modality] for modality, has in there if not has]
     return Pictures(frames, spectrogram, f"the clip has no {' and no '.join(absent)}" if absent else "")

@@ -217,9 +217,7 @@ def test_no_batch_at_all():
 def test_probabilities_that_are_not_finite_are_named():
     metrics = Metrics(["a", "b"])
     yes = torch.ones(2)
-    metrics.update(
-        ["x", "y"], torch.tensor([[0.5, 0.5], [math.nan, 0.5]]), torch.eye(2), yes, yes.bool(), yes.bool()
-    )
+    metrics.update(["x", "y"], torch.tensor([[0.5, 0.5], [math.nan, 0.5]]), torch.eye(2), yes, yes.bool(), yes.bool())
     with pytest.raises(FastavError, match=r'1 of 2 clips .* "y"'):
         metrics.predictions()
 

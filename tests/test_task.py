@@ -55,8 +55,7 @@ def test_mixed_targets_give_the_mixed_loss(task):
 def test_loss_in_pieces_is_the_loss_of_the_whole():
     given = batch()
     pieces = [
-        {k: v[rows] if k != "partner_B" else v[:2] for k, v in given.items()}
-        for rows in torch.arange(6).split(2)
+        {k: v[rows] if k != "partner_B" else v[:2] for k, v in given.items()} for rows in torch.arange(6).split(2)
     ]
     assert torch.allclose(sum(SingleLabel().loss(**piece) for piece in pieces), SingleLabel().loss(**given))
 
