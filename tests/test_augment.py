@@ -22,9 +22,7 @@ def picture(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
         (240, 320, (0.0, 0.0, 320.0, 240.0), 32),
     ],
 )
-def test_resize_crop_is_torchvisions(
-    height: int, width: int, crop: tuple[float, ...], size: int, flip: bool
-) -> None:
+def test_resize_crop_is_torchvisions(height: int, width: int, crop: tuple[float, ...], size: int, flip: bool) -> None:
     frames_THWC = picture(3, height, width)
     got = resize_crop(frames_THWC, crop, flip, size)
     left, top, right, bottom = crop_box(crop, height, width)

@@ -138,13 +138,12 @@ class Stream:
         return batch
 
     def _later(self) -> Iterator[Job]:
-        """Yields the jobs on their way behind the first one, as they are done."""
-        with self._lock:
-            planned = len(self._jobs)
-        for place in range(1, planned):
+        """Yields the jobs behind the first one as they are done: as many as there is room for, so always the same."""
+        for place in range(1, self._prefetch):
             job = self._wait_for(place)
-            if job is not None:
-                yield job
+            if job is None:
+                return
+            yield job
 
     def _wait_for(self, place: int) -> Job | None:
         """Returns the job at this place once it is decoded; None when there will be none."""
