@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import av.error
@@ -45,7 +45,20 @@ _SEEK_BACK_S = (0.0, 1.0, 4.0, 16.0)
 
 _MOST_REORDERED = 64  # packets at the head of a file among which an earlier picture could still come
 _MARGIN_S = 1.0  # read on so far past the end: more than any reordering
-_HELD_BYTES = 1 << 28  # packets are held until the span is read; of longer ones, frames are counted instead
+_HELD_BYTES = 1 << 26  # of a longer span the packets' marks are kept alone, and the needed packets read again
+
+
+class _Mark(NamedTuple):
+    """What is kept of a packet without its data; the names are the packet's own."""
+
+    pts: int
+    dts: int | None
+    is_keyframe: bool
+    is_discard: bool
+
+    @classmethod
+    def of(cls, packet: Any) -> _Mark:
+        return cls(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
 
 
 class Reel:
@@ -60,14 +73,14 @@ class Reel:
     """
 
     def __init__(self, container: Any, stream: Any, clip: Clip, start_pts: int | None = None) -> None:
-        self.stream, self.clip = stream, clip
+        self.container, self.stream, self.clip = container, stream, clip
         self.from_start = start_pts is None
         self.start_pts = start_pts
         self.blind = container.format.name not in _TIMED
         self.full = self.blind
         self._ended = False
         self._held = 0
-        self._packets: list[Any] = []
+        self._packets: list[Any] = []  # packets, or the marks of all of them
         self._end_s = clip.start_s + clip.duration_s
         self._read_to = round((self._end_s + _MARGIN_S) / stream.time_base)
 
@@ -77,11 +90,15 @@ class Reel:
             self._ended = self.full = True
             return
         pts, dts = packet.pts, packet.dts
-        self._held += packet.size
-        if pts is None or self._held > _HELD_BYTES:
+        if pts is None:
             self.blind = self.full = True
             self._packets.clear()
             return
+        held, self._held = self._held, self._held + packet.size
+        if self._held > _HELD_BYTES:
+            if held <= _HELD_BYTES:
+                self._packets = [_Mark.of(earlier) for earlier in self._packets]
+            packet = _Mark.of(packet)
         self._packets.append(packet)
         if self.start_pts is None:
             self.start_pts = pts
@@ -131,7 +148,7 @@ class Reel:
             raise Unproven("no keyframe, or two frames of one time")
         if self.from_start:
             # Pictures that lead the first keyframe, or come before one, might not decode and not count.
-            if not packets[0].is_keyframe or (shown[0] < opens and not packets[0].is_discard):
+            if not packets[0].is_keyframe or shown[0] < opens:
                 raise Unproven("the file does not start at a keyframe")
             self.start_pts = int(shown[0])
         times = frame_times_s(shown, self.start_pts or 0, self.stream.time_base)
@@ -161,11 +178,32 @@ class Reel:
     def _decode(self, first: int, last: int, keep: set[int] | None) -> Iterator[av.VideoFrame]:
         """Decodes packets first..last and drains the decoder; `keep`: leave disposable frames out but these."""
         context = self.stream.codec_context
-        for packet in self._packets[first : last + 1]:
+        held = self._held <= _HELD_BYTES
+        for packet in self._packets[first : last + 1] if held else self._read_again(first, last):
             if keep is not None:
                 context.skip_frame = "DEFAULT" if packet.pts in keep else "NONREF"
             yield from context.decode(packet)
         yield from context.decode(None)
+
+    def _read_again(self, first: int, last: int) -> Iterator[Any]:
+        """Goes back to a keyframe and yields packets first..last once more."""
+        key = self._packets[first]
+        at = key.pts if key.dts is None else key.dts
+        for back_s in _SEEK_BACK_S:
+            self.container.seek(at - round(back_s / self.stream.time_base), stream=self.stream)
+            expected = iter(self._packets[first : last + 1])
+            mark = next(expected)
+            for packet in self.container.demux(self.stream):
+                if packet.pts == mark.pts:
+                    yield packet
+                    mark = next(expected, None)
+                    if mark is None:
+                        return
+                elif mark is not key:
+                    raise Unproven("other packets than before")
+                elif not packet.size or (packet.dts is not None and packet.dts > at):
+                    break
+        raise Unproven("a keyframe was not found again")
 
 
 def count_frames(container: Any, stream: Any, numbers: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:

@@ -105,8 +105,7 @@ class PyAVDecoder:
         for plan in plans:
             key = plan.windows_W.tobytes()
             if key not in made and wave_CS is not None:
-                with torch.inference_mode():
-                    made[key] = self._log_mel.windows(wave_CS, plan.windows_W, self.read.window)
+                made[key] = self._log_mel.windows(wave_CS, plan.windows_W, self.read.window)
             elif key not in made and stored is not None:
                 made[key] = self._cut(stored, plan.windows_W)
         return [made[plan.windows_W.tobytes()] for plan in plans]
@@ -173,7 +172,8 @@ class PyAVDecoder:
         stream = first_stream(container, kind, path)
         if stream is None:
             raise MediaError(path, f"has no {kind} stream, its row promises one", kind)
-        stream.codec_context.thread_count = self.config.threads_per_clip if kind == "video" else 1
+        stream.codec_context.thread_count = threads = self.config.threads_per_clip if kind == "video" else 1
+        stream.codec_context.thread_type = "AUTO" if threads > 1 else "NONE"
         return stream
 
     def _look(self, reel: Reel | None, crops: _Crops, path: Path) -> None:
