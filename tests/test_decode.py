@@ -275,6 +275,20 @@ def test_where_packets_prove_nothing_frames_are_counted(made, tmp_path, monkeypa
     assert numbers(clip_of(path, 0.0, 1.0), [20]) == [truth[20]]
 
 
+@pytest.mark.parametrize("name", ["mpeg4.mp4", "hevc.mp4"])  # FFmpeg looks for itself into others
+def test_packets_wrongly_marked_as_keyframes(made, tmp_path, name):
+    def mark(packet):
+        packet.is_keyframe = True
+        return True
+
+    path = remux(made(name)[0], tmp_path / "lies.mp4", keep=mark)
+    with av.open(str(path)) as container:
+        assert all(packet.is_keyframe for packet in container.demux(video=0) if packet.size)
+    assert numbers(clip_of(path, modalities=("video",)), [0, 43, 44, 120]) == [0, 43, 44, 120]
+    piece = clip_of(path, 2.52, 1.0, ("video",))
+    assert numbers(piece, [2, 20]) == [65, 83]
+
+
 def test_a_failing_short_cut_gives_the_same_frames(made, monkeypatch):
     path, info = made("long.mp4")
     clip = clip_of(path, 2.0, 2.0, info=info)

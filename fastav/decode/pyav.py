@@ -136,7 +136,8 @@ class PyAVDecoder:
     def _media(self, clip: Clip, crops: _Crops | None, modalities: tuple[Modality, ...]) -> Tensor | None:
         """Decodes the planned frames into `crops` and returns the sound, from one container."""
         path = clip.video if crops is not None else clip.audio
-        assert path is not None, "a clip with frames or samples names their file"
+        if path is None:
+            raise MediaError("", f'the row of clip "{clip.id}" promises {modalities[0]} and names no file', "open")
         with open_media(path) as container:
             streams = {kind: self._stream(container, kind, path) for kind in modalities}
             _leave_out(container, streams.values())
@@ -184,8 +185,8 @@ class PyAVDecoder:
                     for number, frame in reel.pick(crops.numbers):
                         crops.see(number, frame)
                     return
-                except Unproven:
-                    pass
+                except (Unproven, av.error.FFmpegError):
+                    pass  # a packet wrongly marked as a keyframe cannot be decoded either
             first = crops.clip.start_frame
             with open_media(path) as container:
                 stream = self._stream(container, "video", path)
