@@ -1,12 +1,11 @@
 """What a media file really holds: frames and samples counted by decoding them, never by trusting a header.
 
-Why a full decode, once, when a data set is indexed: of 19 real video files, the frame count in the header
-was missing in six (Matroska, WebM, MPEG-TS) and wrong in one (AVI: 98 for 96); the packets of every
-undamaged file numbered its frames, but of its audio they did not (the first packet of AAC, Vorbis and MP3
-yields nothing or half; priming is cut by edit lists and skip counts), and no count of packets notices a
-damaged one: a file with 30 packets decodes to 26 frames and an error. FFmpeg also conceals damage, which
-shows only as a flag on the decoded frame. Decoding costs what one epoch costs and finds all of it; what it
-cannot find is a hole that Matroska's reader skips over in silence.
+Why a full decode, once, when a data set is indexed: of 18 real videos the header's frame count was missing in
+five (Matroska, WebM, MPEG-TS) and wrong in one (AVI: 98 for 96). The packets of every undamaged one numbered
+its frames, but not its samples (the first packet of AAC, Vorbis and MP3 yields nothing or half of its samples;
+edit lists and skip counts cut more), and no count of packets notices damage: a file of 30 packets decodes to 26
+frames and an error. FFmpeg also conceals damage, which shows only as a flag on the decoded frame. Decoding costs
+what one epoch costs and finds all of it; what it cannot find is a hole that Matroska's reader skips in silence.
 
 Time here is FFmpeg's presentation time. Second 0 of a file is its first presented frame, or its first
 sample where it has no video. The rules by which a span of seconds becomes frames and samples stand in
