@@ -113,7 +113,7 @@ class Checkpoints:
             kept = self.steps()
             safe = f"the checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
             raise FastavError(f"{self.folder}: cannot save the checkpoint of step {step}: {reason}; {safe}") from None
-        self._remove_old(best)
+        self._remove_old(step, best)
         return self.path(step)
 
     def newest(self) -> Checkpoint | None:
@@ -157,8 +157,9 @@ class Checkpoints:
             raise FastavError(f"{path}: damaged checkpoint: {error}") from None
         return Checkpoint(step=step, tensors=tensors, state=state, path=path)
 
-    def _remove_old(self, best: int | None) -> None:
-        for step in self.steps()[: -self.keep]:
+    def _remove_old(self, newest: int, best: int | None) -> None:
+        """Keeps the newest; later ones are damaged and were passed over, so they do not count."""
+        for step in [step for step in self.steps() if step <= newest][: -self.keep]:
             if step != best:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 

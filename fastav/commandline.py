@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import re
 import sys
@@ -65,7 +66,13 @@ def run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         print("fastav: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
-        return 0
+        return 1
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fastav: {where}cannot write: {error.strerror}", file=sys.stderr)
+        return 1
 
 
 def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import msgspec
 import torch
-from accelerate.utils import gather_object
 from rich.table import Table
 
 from fastav import recipe as recipes
 from fastav.clip import Batch, Clip
-from fastav.errors import MediaError, UserError
+from fastav.errors import MediaError, Stopped, UserError
 from fastav.files import write_text
 from fastav.meter import Console
 from fastav.metrics import Evaluation, Metrics, Predictions
@@ -42,6 +41,8 @@ def main(args: argparse.Namespace) -> int:
     if not saved.exists():
         raise UserError(f"{args.run}: not a run folder: it has no recipe.toml")
     recipe = msgspec.structs.replace(recipes.load(saved, args.overrides), out=args.run)
+    if not (Path(args.run) / "model").is_dir():
+        raise UserError(f"{args.run}: the run has no model/ yet; finish it with `fastav train`")
     ranks = Ranks(recipe.train)
     console = Console(quiet=not ranks.main)
     run = RunFolder(args.run, writer=ranks.main)
@@ -55,8 +56,8 @@ def main(args: argparse.Namespace) -> int:
         console.log(told)
     folder = run.path
     if args.manifest or args.split:
-        name = Path(args.manifest or recipe.data.manifest).parent.name + "_" + (args.split or recipe.data.test)
-        folder = run.path / "evaluations" / name
+        of = Path(args.manifest or recipe.data.manifest).resolve()
+        folder = run.path / "evaluations" / f"{of.parent.name}_{of.stem}_{args.split or recipe.data.test}"
     evaluation, predictions = evaluate(
         model, recipe, source, ranks, console, split=args.split or recipe.data.test, on_broken=_tell(console)
     )
@@ -77,6 +78,7 @@ def evaluate(
     *,
     split: str,
     on_broken: Callable[[Clip, MediaError], None],
+    stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[Evaluation, Predictions]:
     """Runs a model over every clip of a source once, spread over the ranks.
 
@@ -90,15 +92,21 @@ def evaluate(
         console: For the progress line.
         split: Name to file the figures under.
         on_broken: Called for every clip that cannot be read.
+        stopping: Whether a signal asks this rank to stop.
 
     Returns:
         Figures and predictions, the same on every rank.
+
+    Raises:
+        Stopped: A rank was asked to stop.
+        TooManyBroken: More than `loading.max_broken` of the clips cannot be read.
     """
     shares = evaluation_shares(recipe, ranks)
     requests = shares.evaluation(source.num_clips)
     metrics = Metrics(source.classes)
     was_training = model.training
     model.eval()
+    ranks.share_buffers(model)
     precision = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
     with (
         make_loader(recipe, source, on_broken, pin_memory=choose_pin_memory(ranks.device)) as loader,
@@ -112,11 +120,14 @@ def evaluate(
             has_video_B, has_audio_B = _present(source, host)
             metrics.update(host.ids, probabilities_BK, host.targets_BK, host.weight_B, has_video_B, has_audio_B)
             console.progress(f"evaluating {split}: {number}/{len(requests)} batches", last=number == len(requests))
+            if ranks.total([float(stopping())])[0]:
+                model.train(was_training)
+                raise Stopped("stopped by a signal during an evaluation; the same command resumes")
+        loader.check_broken(*(int(count) for count in ranks.total([loader.broken, loader.seen])))
     model.train(was_training)
-    if ranks.world > 1:
-        gathered = Metrics(source.classes)
-        gathered.merge(gather_object([metrics.rows()]))
-        metrics = gathered
+    gathered = Metrics(source.classes)
+    gathered.merge(ranks.gather(metrics.rows()))
+    metrics = gathered
     predictions = metrics.predictions()
     return recipe.task.evaluate(predictions, split, seed=recipe.train.seed), predictions
 

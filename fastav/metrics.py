@@ -27,6 +27,11 @@ TaskName = Literal["single_label", "multi_label"]
 Interval = tuple[float, float]
 TOP_K = 5
 RESAMPLES = 1_000
+RANKING: dict[str, tuple[str, ...]] = {
+    "single_label": ("top1_micro_pct", "top5_micro_pct", "top1_macro_pct", "top5_macro_pct", "map_macro_pct"),
+    "multi_label": ("map_macro_pct", "top1_micro_pct"),
+}
+"""Metrics of each task by which one model can be better than another: higher is better."""
 MAIN: dict[str, str] = {"single_label": "top1_micro_pct", "multi_label": "map_macro_pct"}
 # Resampled counts held at a time: bounds the memory of the bootstrap to tens of MiB.
 _BOOTSTRAP_CELLS = 2_000_000
@@ -174,8 +179,8 @@ class Metrics:
         valid = np.flatnonzero(rows.arrays["weight"] > 0)
         kept_ids, first = np.unique(ids[valid], return_index=True)
         kept = valid[first]
-        # Padding repeats a clip that is scored elsewhere; an id that never has a weight could not be read.
-        num_broken = len(np.setdiff1d(ids, kept_ids))
+        # Padding has no id, or that of a clip scored elsewhere; an id that never has a weight could not be read.
+        num_broken = len(np.setdiff1d(ids[ids != ""], kept_ids))
         probabilities = rows.arrays["probabilities"][kept]
         bad = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
         if len(bad):

@@ -31,11 +31,13 @@ class Source:
         manifests: Manifests with their shares; one for evaluation.
         classes: Class names, in the order of the model's outputs.
         aliases: Other names of classes.
+        files: Manifests and the file of aliases: what is read from.
     """
 
     manifests: tuple[tuple[Manifest, float], ...]
     classes: tuple[str, ...]
     aliases: dict[str, str]
+    files: tuple[Path, ...] = ()
 
     @property
     def num_clips(self) -> int:
@@ -57,7 +59,9 @@ def training_source(recipe: Recipe) -> Source:
     main = Manifest.open(data.manifest)
     parts = [(main, data.weight), *((Manifest.open(mix.manifest), mix.weight) for mix in data.mix)]
     chosen = tuple((_usable(manifest.split(data.train), recipe), weight) for manifest, weight in parts)
-    return Source(chosen, main.classes, read_aliases(data.aliases))
+    aliases = (Path(data.aliases),) if data.aliases else ()
+    files = (*(manifest.path for manifest, _ in chosen), *aliases)
+    return Source(chosen, main.classes, read_aliases(data.aliases), files)
 
 
 def evaluation_source(
@@ -137,7 +141,9 @@ def measured_frontend(recipe: Recipe, source: Source) -> Frontend:
     if start:
         # A trained tower expects what it was trained on, normalised as there.
         saved = read_description(model_folder(Path(start)), "model.audio.init_from").get("frontend") or {}
-        return msgspec.structs.replace(frontend, mean=saved.get("mean"), std=saved.get("std"))
+        given = {"mean": frontend.mean, "std": frontend.std}
+        found = {name: saved.get(name) if value is None else value for name, value in given.items()}
+        return msgspec.structs.replace(frontend, **found)
     step = 2 * recipe.sampling.repeat
     count = -(-MEASURED_CLIPS // step) * step
     with make_loader(recipe, source, lambda clip, error: None) as loader:

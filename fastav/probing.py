@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,6 +12,7 @@ from typing import Any
 
 from fastav.decode.probe import MediaInfo, probe, probe_image, probe_mel
 from fastav.errors import MediaError
+from fastav.meter import num_cores
 
 Job = tuple[Path, tuple[str, ...]]
 """A file, and what is wanted of it: "video", "audio" or both, or "image", or "mel"."""
@@ -34,11 +34,6 @@ def probe_all(jobs: Sequence[Job], workers: int = 0) -> Iterator[Found]:
         # Nobody knows which of the files in work killed its process: each of them gets a process of its own.
         for job in suspects:
             yield job[0], _alone(job)
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _together(rest: Iterator[Job], workers: int) -> Generator[Found, None, list[Job]]:

@@ -10,11 +10,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs
-from torch import Tensor
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from torch import nn
 
 from fastav.errors import UserError
 from fastav.recipe import Training
@@ -174,9 +176,22 @@ class Ranks:
         summed = self.accelerator.reduce(torch.tensor(values, dtype=dtype, device=self.device), reduction="sum")
         return [float(v) for v in summed.tolist()]
 
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Concatenates equally shaped tensors of all ranks along the first axis, in rank order."""
-        return self.accelerator.gather(tensor) if self.world > 1 else tensor
+    def gather(self, item: Any) -> list[Any]:
+        """Collects one object of every rank, in rank order; every rank must call it."""
+        return gather_object([item]) if self.world > 1 else [item]
+
+    def share_buffers(self, module: nn.Module) -> None:
+        """Gives every rank rank 0's buffers (BatchNorm's), as training does at each forward pass."""
+        if self.world > 1:
+            for buffer in module.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def end(self) -> None:
+        """Ends the trackers; the processes stay together for the next recipe, which may ask for other settings."""
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
 
     def seed(self, seed: int, step: int) -> None:
         """Seeds torch's generators from (seed, step, rank), so that no generator state needs saving."""
@@ -193,6 +208,13 @@ class Ranks:
         plural = "es" if self.world > 1 else ""
         precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
         return f"{device}, {self.world} process{plural}, {precision}"
+
+
+def leave() -> None:
+    """Takes leave of the other processes, once, at the end of the command."""
+    if PartialState._shared_state:
+        PartialState().destroy_process_group()
+        PartialState._reset_state()
 
 
 class StopSignals:

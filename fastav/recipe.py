@@ -25,7 +25,7 @@ from fastav.errors import UserError, did_you_mean
 from fastav.frontend import PRESETS, Frontend
 from fastav.loader import Loading
 from fastav.model import Model
-from fastav.optim import Optim
+from fastav.optim import Optim, Plateau
 from fastav.plan import Sampling
 from fastav.task import SingleLabel, Task
 
@@ -160,7 +160,7 @@ class Recipe(Config, frozen=True):
 CHANGEABLE = (
     "out",
     "data.manifest",  # may move; its digest is compared instead
-    "data.mix",
+    "data.aliases",  # likewise
     "train.micro_batch",
     "train.eval_every",
     "train.num_processes",
@@ -274,12 +274,17 @@ def show(recipe: Recipe) -> str:
 
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ and that are not `CHANGEABLE`: key -> (old, new)."""
+    """Dotted keys whose values differ and that are not `CHANGEABLE`: key -> (old, new).
+
+    A plateau schedule goes by the evaluations, so with one their times and metric may not change either.
+    """
     before, after = dict(_leaves(to_table(old))), dict(_leaves(to_table(new)))
+    fixed = ("train.eval_every", "saving.best") if isinstance(new.optim.schedule, Plateau) else ()
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any(key == may or key.startswith(may + ".") for may in CHANGEABLE)
+        if before.get(key) != after.get(key)
+        and (key in fixed or not any(key == may or key.startswith(may + ".") for may in CHANGEABLE))
     }
 
 

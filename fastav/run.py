@@ -24,6 +24,7 @@ PACKAGES = (
     "fastav", "torch", "torchvision", "torchaudio", "timm", "accelerate", "triton", "av", "numpy", "pyarrow",
     "nvidia-dali-cuda130", "deepspeed",
 )  # fmt: skip
+SKIPPED_COLUMNS = ("id", "path", "stage", "reason", "step")
 
 
 class RunFolder:
@@ -37,6 +38,7 @@ class RunFolder:
     def __init__(self, path: str | Path, *, writer: bool = True) -> None:
         self.path, self.writer = Path(path), writer
         self._skipped: set[str] = set()
+        self._untold: list[dict[str, str]] = []
         if writer:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -122,21 +124,38 @@ class RunFolder:
         if clip_id in self._skipped:
             return
         self._skipped.add(clip_id)
-        if not self.writer:
-            return
-        fresh = not self.skipped.exists()
+        row = {"id": clip_id, "path": error.path, "stage": error.stage, "reason": error.reason, "step": str(step)}
+        if self.writer:
+            self._append_skipped([row])
+        else:
+            self._untold.append(row)
+
+    def take_skipped(self) -> list[dict[str, str]]:
+        """What a rank that does not write has skipped since the last call, for the writer's `add_skipped`."""
+        rows, self._untold = self._untold, []
+        return rows
+
+    def add_skipped(self, rows: list[dict[str, str]]) -> None:
+        """Adds what other ranks have skipped."""
+        fresh = [row for row in rows if row["id"] not in self._skipped]
+        self._skipped |= {row["id"] for row in fresh}
+        if self.writer and fresh:
+            self._append_skipped(fresh)
+
+    def _append_skipped(self, rows: list[dict[str, str]]) -> None:
+        new = not self.skipped.exists()
         with self.skipped.open("a", encoding="utf-8", newline="") as file:
-            rows = csv.writer(file)
-            if fresh:
-                rows.writerow(["id", "path", "stage", "reason", "step"])
-            rows.writerow([clip_id, error.path, error.stage, error.reason, step])
+            out = csv.DictWriter(file, SKIPPED_COLUMNS)
+            if new:
+                out.writeheader()
+            out.writerows(rows)
 
     def read_skipped(self) -> list[dict[str, str]]:
-        """The rows of `skipped.csv`."""
+        """The rows of `skipped.csv`; one cut short by a kill is left out."""
         if not self.skipped.exists():
             return []
         with self.skipped.open(encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
+            return [row for row in csv.DictReader(file) if row["step"] and row["step"].isdigit()]
 
     def cut_back_skipped(self, step: int) -> None:
         """Drops the rows of `skipped.csv` that were added after `step`."""
@@ -146,7 +165,7 @@ class RunFolder:
                 written_beside(self.skipped) as beside,
                 beside.open("w", encoding="utf-8", newline="") as file,
             ):
-                out = csv.DictWriter(file, ["id", "path", "stage", "reason", "step"])
+                out = csv.DictWriter(file, SKIPPED_COLUMNS)
                 out.writeheader()
                 out.writerows(rows)
             self._skipped = {row["id"] for row in rows}

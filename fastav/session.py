@@ -11,12 +11,14 @@ import torch
 from fastav import recipe as recipes
 from fastav.checkpoint import Checkpoint, Checkpoints, check_resumable, recipe_state, write_best
 from fastav.clip import Clip
-from fastav.errors import MediaError, UserError
+from fastav.errors import MediaError, UserError, did_you_mean
+from fastav.evaluate import unmapped
 from fastav.files import sha256, write_text
 from fastav.meter import Console, Meter, peak_flops
+from fastav.metrics import RANKING
 from fastav.model import AVModel
 from fastav.optim import Ema, NonFiniteGuard, optimizer_tensors, restore_optimizer
-from fastav.pipeline import describe_decoder, measured_frontend, modalities, training_source
+from fastav.pipeline import describe_decoder, evaluation_source, measured_frontend, modalities, training_source
 from fastav.ranks import Ranks
 from fastav.recipe import Recipe
 from fastav.run import RunFolder
@@ -42,16 +44,22 @@ class Session:
     """
 
     def __init__(self, recipe: Recipe) -> None:
+        best, known = recipe.saving.best, RANKING[recipe.task.name]
+        if best and best not in known:
+            raise UserError(f'saving.best = "{best}" is no metric of the task to rank by{did_you_mean(best, known)}')
         self.ranks = Ranks(recipe.train, recipe.log.trackers if recipe.train.epochs else (), recipe.out)
         self.console = Console(quiet=not self.ranks.main)
         self.run = RunFolder(recipe.out, writer=self.ranks.main)
         self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep)
         self.source = training_source(recipe)
+        if recipe.data.test:
+            evaluation_source(recipe)  # a missing split is told now, not after the training
         self.step, self.broken, self.seen = 0, 0, 0
         self.best: dict[str, Any] = {}
         found = self.checkpoints.newest()
         self.recipe = self._settle(recipe, found)
         self._build()
+        self._check_agreement(found)
         if found:
             self._restore(found)
         elif self.ranks.main:
@@ -73,10 +81,25 @@ class Session:
             )
         return recipe
 
+    def _check_agreement(self, found: Checkpoint | None) -> None:
+        """Refuses ranks that see different run folders, recipes or data: they would train apart or hang."""
+        own = {
+            "newest checkpoint": found.step if found else None,
+            "recipe": recipes.to_toml(msgspec.structs.replace(self.recipe, out="")),
+            "manifests": self.data_digest,
+        }
+        for rank, other in enumerate(self.ranks.gather(own)):
+            for what, value in own.items():
+                if other[what] != value:
+                    raise UserError(
+                        f"{self.run.path}: processes {self.ranks.rank} and {rank} differ in their {what}; "
+                        "the run folder and the data must be on storage that all nodes share"
+                    )
+
     @functools.cached_property
     def data_digest(self) -> list[str]:
-        """Digests of the manifests: a run goes on only over the rows that it began with."""
-        return [sha256(manifest.path) for manifest, _ in self.source.manifests]
+        """Digests of manifests and aliases: a run goes on only over the rows that it began with."""
+        return [sha256(path) for path in self.source.files]
 
     def _build(self) -> None:
         recipe, training, device = self.recipe, self.recipe.train, self.ranks.device
@@ -95,9 +118,15 @@ class Session:
         if self.total_steps:
             compiled = torch.compile(self.model) if training.compile else self.model
             self.network = self.ranks.accelerator.prepare(compiled)
-        peak = peak_flops(device)
-        # A backward pass costs twice the forward pass.
-        self.meter = Meter(self.total_steps, 3 * self.model.flops(), peak * self.ranks.world if peak else None)
+        self.meter = Meter(self.total_steps, 3 * self.model.flops(), self._peak_flops())
+
+    def _peak_flops(self) -> float | None:
+        """What MFU is measured against: bf16's peak, where the step is forward and a whole backward (twice it)."""
+        frozen = not all(parameter.requires_grad for parameter in self.model.parameters())
+        if self.ranks.device.type != "cuda" or self.recipe.train.precision != "bf16" or frozen:
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.ranks.device))
+        return peak * self.ranks.world if peak else None
 
     def _announce(self, found: Checkpoint | None) -> None:
         recipe, log = self.recipe, self.console.log
@@ -109,6 +138,9 @@ class Session:
             f"{self.source.num_clips} clips, {len(self.source.classes)} classes, {'+'.join(modalities(recipe))}, "
             f"model {kind}, {self.total_steps} steps of {recipe.train.batch}{at}"
         )
+        unknown = unmapped(self.source)
+        if unknown:
+            log(unknown)
         self.run.write_environment(device=self.ranks.describe(), attention=self.model.attention, world=self.ranks.world)
         self.run.write_status("running", step=self.step, total_steps=self.total_steps)
         if self.ranks.accelerator.log_with:
@@ -137,7 +169,13 @@ class Session:
             self.checkpoints.save(self.step, tensors, state, best=self.best.get("step"))
             if self.best:
                 write_best(self.run.checkpoints, **self.best)
+        self.collect_skipped()
         self.ranks.accelerator.wait_for_everyone()
+
+    def collect_skipped(self) -> None:
+        """Brings what other ranks could not read into the run's list; every rank must call it."""
+        for rows in self.ranks.gather(self.run.take_skipped()):
+            self.run.add_skipped(rows)
 
     def _restore(self, found: Checkpoint) -> None:
         self.model.load_state_dict(found.tensors["model"])

@@ -37,7 +37,7 @@ from fastav.errors import FastavError, UserError
 from fastav.files import write_text
 from fastav.index import build_manifest
 from fastav.manifest import Manifest, Problem
-from fastav.probing import num_cores
+from fastav.meter import num_cores
 from fastav.synth_render import (
     CALLS,
     PATTERNS,

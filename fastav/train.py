@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,14 +19,15 @@ import torch
 from fastav import recipe as recipes
 from fastav.clip import Batch
 from fastav.commandline import run as run_verb
-from fastav.errors import Stopped, UserError
+from fastav.errors import FastavError, Stopped, UserError
 from fastav.evaluate import evaluate, forward, summary, table
 from fastav.files import write_text
 from fastav.meter import clock_time, tracker_values
 from fastav.metrics import Evaluation
 from fastav.pipeline import choose_pin_memory, evaluation_source, make_loader
-from fastav.ranks import StopSignals
+from fastav.ranks import StopSignals, leave
 from fastav.recipe import Recipe
+from fastav.run import RunFolder
 from fastav.session import Session
 from fastav.task import write_predictions
 
@@ -45,33 +47,44 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(
             f"several recipes share the run folder {max(folders, key=folders.count)}; train them one by one"
         )
-    for recipe in read:
-        train(recipe)
+    try:
+        with StopSignals() as signals:
+            for recipe in read:
+                train(recipe, signals)
+    finally:
+        leave()
     return 0
 
 
-def train(recipe: Recipe) -> Evaluation | None:
+def train(recipe: Recipe, signals: StopSignals | None = None) -> Evaluation | None:
     """Trains one recipe to its end.
+
+    Args:
+        recipe: The resolved recipe.
+        signals: Watches for a signal to stop; None watches for none.
 
     Returns:
         The evaluation on the test split; None without one.
 
     Raises:
         UserError: The recipe, the data and the run folder do not fit together (exit 2).
-        TooManyBroken: More than `log.max_broken` of the clips cannot be read (exit 3).
+        TooManyBroken: More than `loading.max_broken` of the clips cannot be read (exit 3).
         Stopped: A signal came; a checkpoint of the last step is on disk (exit 75).
         FastavError: The disk is full, or the loss stayed non-finite (exit 1).
     """
-    with StopSignals() as signals:
-        trainer = Trainer(recipe, signals)
-        try:
-            trainer.fit()
-            return trainer.finish()
-        except BaseException as error:
-            trainer.note_failure(error)
-            raise
-        finally:
-            trainer.session.ranks.accelerator.end_training()
+    try:
+        trainer = Trainer(recipe, signals or StopSignals())
+    except FastavError as error:
+        note_failed_start(recipe, error)
+        raise
+    try:
+        trainer.fit()
+        return trainer.finish()
+    except BaseException as error:
+        trainer.note_failure(error)
+        raise
+    finally:
+        trainer.session.ranks.end()
 
 
 class Trainer:
@@ -85,6 +98,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, signals: StopSignals) -> None:
         self.signals, self.started = signals, time.perf_counter()
         self.session = Session(recipe)
+        if self.session.ranks.total([float(bool(signals.name))])[0]:
+            raise Stopped(f"{recipe.out}: stopped by a signal before the first step; the same command starts it")
         self._save_every = recipe.saving.every or self.session.steps_per_epoch
         self._evaluate_every = round(recipe.train.eval_every * self.session.steps_per_epoch)
 
@@ -176,15 +191,14 @@ class Trainer:
     def _evaluate_between(self) -> bool:
         """Evaluates during training; returns whether the model is the best so far."""
         session = self.session
-        evaluation = self._evaluate()
-        session.model.train()
-        session.meter.restart()
-        if evaluation is None:
+        try:
+            evaluation = self._evaluate()
+        except Stopped:  # the next step sees the signal too, and saves
             return False
-        metric = session.recipe.saving.best or evaluation.main
-        if metric not in evaluation.metrics:
-            known = ", ".join(evaluation.metrics)
-            raise UserError(f'saving.best = "{metric}" is no metric of this evaluation; known: {known}')
+        session.meter.restart()
+        metric = session.recipe.saving.best or session.recipe.task.main
+        if evaluation is None or metric not in evaluation.metrics:
+            return False
         value = evaluation.metrics[metric]
         session.schedule.note_metric(value)
         if session.best and value <= session.best["value"]:
@@ -209,6 +223,7 @@ class Trainer:
                 session.console,
                 split=split,
                 on_broken=session.skip,
+                stopping=lambda: bool(self.signals.name),
             )
         session.console.log(f"step {session.step}/{session.total_steps}: {summary(evaluation)}")
         self._log({"eval": evaluation.metrics})
@@ -225,6 +240,7 @@ class Trainer:
             with averaged:
                 session.model.save(session.run.model)
         evaluation = self._evaluate(final=True)
+        session.collect_skipped()
         found = {} if evaluation is None else {evaluation.main: evaluation.value}
         session.run.write_status("done", step=session.step, total_steps=session.total_steps, **found)
         if session.broken:
@@ -247,6 +263,14 @@ class Trainer:
                 total_steps=session.total_steps,
                 reason=str(error),
             )
+
+
+def note_failed_start(recipe: Recipe, error: FastavError) -> None:
+    """Leaves the reason in `status.json`, unless a finished run was only asked for again."""
+    with contextlib.suppress(OSError, UserError):
+        run = RunFolder(recipe.out, writer=os.environ.get("RANK", "0") == "0")
+        if run.read_status().get("state") != "done":
+            run.write_status("failed", reason=str(error))
 
 
 if __name__ == "__main__":

@@ -47,6 +47,19 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert checkpoints.steps() == [10, 20, 25]
 
 
+def test_damaged_newer_ones_do_not_push_out_whole_ones(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (80, 100, 120):
+        checkpoints.save(step, tensors(step), {})
+    for step in (100, 120):
+        (checkpoints.path(step) / "state.json").write_text("")
+    checkpoints.save(90, tensors(90), {})
+    with pytest.warns(UserWarning, match="falling back"):
+        read = checkpoints.newest()
+    assert read is not None
+    assert read.step == 90
+
+
 def test_none_before_the_first(tmp_path):
     assert Checkpoints(tmp_path / "missing").newest() is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import subprocess
 import sys
 import types
@@ -47,6 +48,14 @@ def test_each_error_is_one_line_with_its_exit_code(verb, capsys, error, code):
     assert verb(main) == code
     printed = capsys.readouterr().err
     assert printed == f"fastav: {error}\n"
+
+
+def test_a_full_disk_anywhere_is_one_line(verb, capsys):
+    def main(args):
+        raise OSError(errno.ENOSPC, "No space left on device", "run/metrics.jsonl")
+
+    assert verb(main) == 1
+    assert capsys.readouterr().err == "fastav: run/metrics.jsonl: cannot write: No space left on device\n"
 
 
 def test_debug_shows_the_traceback_too(verb, capsys):

@@ -227,6 +227,12 @@ def test_every_third_piece() -> None:
     assert {c.group for c in made} == {""}, "no leak is reported for what was asked for"
 
 
+def test_a_rule_that_holds_nothing_out_is_refused() -> None:
+    pieces = [p for c in files(owl=3) for p in cut_of(c, 4.0)]
+    with pytest.raises(UserError, match="the longest file has 2 pieces"):
+        hold_out(pieces, rule=HoldOut.parse("every:3"))
+
+
 def cut_of(clip: Clip, seconds: float) -> list[Clip]:
     return cut(Clip(clip.id, video=clip.video, labels=clip.labels, group=clip.group, duration_s=seconds), piece_s=2.0)
 

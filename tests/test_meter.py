@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 
 import pytest
-import torch
 
-from fastav.meter import Console, Meter, clock_time, peak_flops, tracker_values
+from fastav.meter import Console, Meter, clock_time, num_cores, peak_flops, tracker_values
 
 
 class Clock:
@@ -93,7 +92,11 @@ def test_quiet_ranks_print_nothing():
 def test_small_things():
     assert clock_time(59.6) == "1:00"
     assert clock_time(3723) == "1:02:03"
-    assert peak_flops(torch.device("cpu")) is None
+    assert peak_flops("NVIDIA H200") == 989e12
+    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    assert peak_flops("NVIDIA L40") is None
+    assert peak_flops("NVIDIA L4") == 121e12
+    assert num_cores() >= 1
     assert tracker_values({"step": 3, "eval": {"top1": 0.5, "name": "x", "flag": True}, "mfu": None}) == {
         "step": 3.0,
         "eval/top1": 0.5,

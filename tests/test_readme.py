@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from fastav.manifest import Manifest
+from tests.make_media import write_media
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,13 +35,13 @@ def test_the_readme_has_commands():
     assert any(line.startswith("torchrun") for line in commands())
 
 
-def test_every_command_of_the_readme_runs(made, tmp_path):
-    manifest = Manifest.open(made)
-    for clip in manifest.clips(range(len(manifest))):
-        folder = tmp_path / "my" / "clips" / clip.labels[0]
-        folder.mkdir(parents=True, exist_ok=True)
-        if clip.video and len(list(folder.iterdir())) < 3:
-            shutil.copy(clip.video, folder / clip.video.name)
+def test_every_command_of_the_readme_runs(tmp_path):
+    for name in ("owl", "wren"):
+        for number in range(2):
+            wave_CS = np.random.default_rng(number).normal(0, 0.1, (2, 7 * 16_000)).astype(np.float32)
+            file = tmp_path / "my" / "clips" / name / f"{number}.mp4"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_media(file, frames=175, wave=wave_CS, rate=16_000)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     scripts = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}

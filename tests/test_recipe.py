@@ -148,6 +148,9 @@ def test_differences_ignore_what_may_change():
         load(None, ["--loading.workers", "3", "--optim.lr", "1", "--out", "x", "--decode.kind", "pyav"]),
     )
     assert list(differences(old, new)) == ["optim.lr"]
+    plateau = ["--optim.schedule.kind", "plateau"]
+    other = [*plateau, "--train.eval_every", "2"]
+    assert list(differences(load(None, plateau), load(None, other))) == ["train.eval_every"]
     for key in CHANGEABLE:
         table = to_table(old)
         for name in key.split("."):

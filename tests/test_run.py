@@ -65,3 +65,18 @@ def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the run folder"):
         RunFolder(tmp_path / "file" / "run")
+
+
+def test_what_other_ranks_skip_reaches_the_writers_list_once(tmp_path):
+    main, other = RunFolder(tmp_path), RunFolder(tmp_path, writer=False)
+    main.skip("a", MediaError("a.mp4", "gone"), 1)
+    other.skip("a", MediaError("a.mp4", "gone"), 1)
+    other.skip("b", MediaError("b.mp4", "cut"), 2)
+    main.add_skipped(other.take_skipped())
+    assert other.take_skipped() == []
+    assert [row["id"] for row in main.read_skipped()] == ["a", "b"]
+    with main.skipped.open("a") as file:
+        file.write("c,c.mp4,vid")
+    assert [row["id"] for row in main.read_skipped()] == ["a", "b"]
+    main.cut_back_skipped(1)
+    assert [row["id"] for row in main.read_skipped()] == ["a"]

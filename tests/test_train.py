@@ -202,8 +202,10 @@ def test_accumulation_gives_the_same_losses(tiny, tmp_path):
 
 
 def test_a_sigterm_saves_exits_75_and_the_same_command_resumes(whole, tmp_path):
-    out, words = whole
-    stopped = tmp_path / "run"
+    # Long enough that the signal comes before the end, however slowly this process gets to send it.
+    words = [*whole[1], "--train.epochs", "12", "--train.threads", "1"]
+    out, stopped = tmp_path / "whole", tmp_path / "run"
+    run([*words, "--out", str(out)])
     command = [sys.executable, "-m", "fastav", "train", *_as_recipe(words, tmp_path), "--out", str(stopped)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
@@ -297,6 +299,7 @@ def test_a_loss_that_stays_non_finite_stops_the_run(tiny, tmp_path):
     [
         (["--data.manifest", ""], "data.manifest is not set"),
         (["--data.manifest", "no.parquet"], "no.parquet"),
+        (["--data.test", "tset"], 'no split "tset"; it has: train, test'),
         (["--data.train", "trian"], 'no split "trian"; it has: train, test'),
         (["--train.micro_batch", "3"], "does not divide"),
         (["--sampling.mixup", "0.2", "--train.micro_batch", "1"], "must be a multiple of 2"),
@@ -304,6 +307,7 @@ def test_a_loss_that_stays_non_finite_stops_the_run(tiny, tmp_path):
         (["--train.strategy", "ddp"], '"single" is in force'),
         (["--log.trackers", "tensorbord"], "log.trackers"),
         (["--data.aliases", "no.csv"], "no.csv"),
+        (["--saving.best", "top1_micro"], 'did you mean "top1_micro_pct"'),
     ],
 )
 def test_what_does_not_fit_together_is_one_line(tiny, tmp_path, words, message):

@@ -263,7 +263,7 @@ def hold_out(clips: Sequence[Clip], *, rule: HoldOut) -> list[Clip]:
     and at most n - 1; those whose names have the smallest hashes.
 
     Raises:
-        UserError: With `fraction`, no class has two groups.
+        UserError: With `fraction`, no class has two groups; with `every`, no file has N pieces.
     """
     if rule.kind == "every":
         count: Counter[str] = Counter()
@@ -273,6 +273,11 @@ def hold_out(clips: Sequence[Clip], *, rule: HoldOut) -> list[Clip]:
             count[file] += 1
             split = "test" if count[file] % int(rule.number) == 0 else clip.split
             moved.append(replace(clip, split=split, group=""))
+        if all(clip.split != "test" for clip in moved):
+            raise UserError(
+                f"--hold-out every:{rule.number:.0f}: holds nothing out, the longest file has {max(count.values())} "
+                "pieces; expected a shorter --piece-s, or fraction:F of whole files"
+            )
         return moved
     groups: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for clip in clips:

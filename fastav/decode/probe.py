@@ -199,7 +199,7 @@ def probe_mel(path: Path) -> MediaInfo:
 
 
 def open_mel(path: Path) -> NDArray[np.float32]:
-    """Maps a stored spectrogram [C, M, L] into memory, unread.
+    """Maps a stored spectrogram [1, M, L] into memory, unread.
 
     Raises:
         MediaError: As `probe_mel`.
@@ -209,9 +209,10 @@ def open_mel(path: Path) -> NDArray[np.float32]:
     except (OSError, ValueError, EOFError) as error:
         reason = explain(error, path) if isinstance(error, OSError) else f"not a whole .npy array ({error})"
         raise MediaError(path, reason, "mel") from error
-    if not isinstance(mel_CML, np.ndarray) or mel_CML.dtype != np.float32 or mel_CML.ndim != 3 or not mel_CML.size:
+    fits = isinstance(mel_CML, np.ndarray) and mel_CML.ndim == 3 and mel_CML.shape[0] == 1 and mel_CML.size
+    if not fits or mel_CML.dtype != np.float32:
         kind = f"{mel_CML.dtype} {list(mel_CML.shape)}" if isinstance(mel_CML, np.ndarray) else "an archive"
-        raise MediaError(path, f"holds {kind}, expected a .npy of float32 [channels, bands, frames]", "mel")
+        raise MediaError(path, f"holds {kind}, expected a .npy of float32 [1, bands, frames]", "mel")
     return mel_CML
 
 

@@ -41,6 +41,7 @@ from fastav.config import Config, Fraction, NonNegativeInt, PositiveFloat, Posit
 from fastav.errors import MediaError, TooManyBroken
 from fastav.loader.assemble import Assembler, Reader, Request
 from fastav.loader.stream import StageStats, Stream
+from fastav.meter import num_cores
 
 if TYPE_CHECKING:
     from fastav.plan import Plan
@@ -70,8 +71,7 @@ class Loading(Config, frozen=True):
         """Returns the number of decoding threads in force."""
         if self.workers:
             return self.workers
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 class Loader:

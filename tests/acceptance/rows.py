@@ -30,6 +30,7 @@ TINY = [
     "--model.audio.args.embed_dim", "32", "--sampling.eval_windows", "[0]",
     "--sampling.mixup", "0.3", "--optim.ema", "0.9",
 ]  # fmt: skip
+RUNS = ("video", "audio", "score", "late", "bottleneck")
 
 
 class Failed(Exception):
@@ -78,16 +79,43 @@ def quickstart(work: Path) -> Result:
         fastav("synth", str(data), "--seed", str(seed))
         started = time.time()
         found = {}
-        for name in ("video", "audio", "score", "late", "bottleneck"):
+        for name in RUNS:
             fastav(
                 "train", f"launch/recipes/quickstart_{name}.toml", "--out", str(runs / name), "--train.seed", str(seed),
                 "--data.manifest", str(data / "manifest.parquet"),
             )  # fmt: skip
             found[name] = round(top1(runs / name), 2)
-        good &= all(40 <= found[name] <= 50 for name in ("video", "audio"))
-        good &= all(found[name] >= 90 for name in ("score", "late", "bottleneck"))
+        good &= fusion_wins(found)
         figures[f"seed_{seed}"] = {**found, "train_s": round(time.time() - started)}
     return figures, good
+
+
+def newcomer(work: Path) -> Result:
+    """`make quickstart` and `.ci/run` in a fresh clone with a fresh environment; the table is there and fusion wins."""
+    fresh(work)
+    clone = work / "clone"
+    call("git", "clone", "-q", ".", str(clone))
+    clean = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    started = time.time()
+    subprocess.run(["make", "install"], cwd=clone, env=clean, check=True, capture_output=True)
+    installed = time.time()
+    subprocess.run(["make", "quickstart"], cwd=clone, env=clean, check=True, capture_output=True)
+    learned = time.time()
+    results = json.loads((clone / "runs" / "quickstart" / "results.json").read_text())
+    found = {name: round(top1(clone / "runs" / "quickstart" / name), 2) for name in RUNS}
+    tested = subprocess.run(["bash", ".ci/run"], cwd=clone, env=clean, capture_output=True, text=True)
+    (work / "ci.log").write_text(tested.stdout + tested.stderr)
+    figures = {
+        **found, "install_s": round(installed - started), "quickstart_s": round(learned - installed),
+        "ci_exit": tested.returncode, "ci_s": round(time.time() - learned),
+    }  # fmt: skip
+    return figures, fusion_wins(found) and bool(results) and tested.returncode == 0
+
+
+def fusion_wins(found: dict[str, float]) -> bool:
+    """The quickstart's promise."""
+    single = all(40 <= found[name] <= 50 for name in ("video", "audio"))
+    return single and all(found[name] >= 90 for name in ("score", "late", "bottleneck"))
 
 
 def real_clips(work: Path) -> Result:
@@ -164,7 +192,8 @@ def kills(work: Path) -> Result:
     killed = work / "killed"
     rng = random.Random(int(time.time()))
     resumed, at, inside = [], [], 0
-    for attempt in range(5):
+    attempt = 0
+    while attempt < 5 and len(at) < 20:
         before = last_step(killed)
         process = subprocess.Popen(
             [sys.executable, "-m", "fastav", "train", *common, "--out", str(killed)],
@@ -172,16 +201,19 @@ def kills(work: Path) -> Result:
             text=True,
         )
         in_save = attempt == 2
-        inside += wait_for_moment(process, killed, before + rng.randint(every + 1, 16), in_save)
+        wait_for_moment(process, killed, before + rng.randint(every + 1, 10), in_save)
         process.send_signal(signal.SIGKILL)
         process.wait()
         log = process.stderr.read() if process.stderr else ""
-        if attempt:
+        if at:
             found = [line for line in log.splitlines() if "resumed after step" in line]
             if not found:
                 raise Failed(f"attempt {attempt} did not resume: {log[-800:]}")
             resumed.append(int(found[0].split("resumed after step ")[1].split()[0]))
         at.append(last_step(killed))
+        half_written = bool(list((killed / "checkpoints").glob(".step_*.tmp")))  # still there: the kill came first
+        inside += in_save and half_written
+        attempt += not in_save or half_written
     done = fastav("train", *common, "--out", str(killed))
     resumed.append(int(done.stderr.split("resumed after step ")[1].split()[0]))
     same = weights(work / "whole")
@@ -197,8 +229,8 @@ def kills(work: Path) -> Result:
     }, good
 
 
-def wait_for_moment(process: subprocess.Popen[str], run: Path, step: int, in_save: bool) -> int:
-    """Waits until a step has been logged, then, if asked, for a half-written checkpoint; returns if there was one."""
+def wait_for_moment(process: subprocess.Popen[str], run: Path, step: int, in_save: bool) -> None:
+    """Waits until a step has been logged, then, if asked, for a half-written checkpoint."""
     deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
         if last_step(run) >= step:
@@ -206,10 +238,9 @@ def wait_for_moment(process: subprocess.Popen[str], run: Path, step: int, in_sav
         time.sleep(0.005)
     while in_save and time.time() < deadline and process.poll() is None:
         if list((run / "checkpoints").glob(".step_*.tmp")):
-            return 1
+            return
     if process.poll() is not None or time.time() >= deadline:
         raise Failed(f"the run ended before step {step}: {process.stderr.read()[-800:] if process.stderr else ''}")
-    return 0
 
 
 def last_step(run: Path) -> int:
@@ -292,4 +323,5 @@ ROWS: dict[str, Callable[[Path], Result]] = {
     "full_disk": full_disk,
     "real_clips": real_clips,
     "quickstart": quickstart,
+    "newcomer": newcomer,
 }
