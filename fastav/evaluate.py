@@ -101,8 +101,7 @@ def evaluate(
         Stopped: A rank was asked to stop.
         TooManyBroken: More than `loading.max_broken` of the clips cannot be read.
     """
-    shares = evaluation_shares(recipe, ranks)
-    requests = shares.evaluation(source.num_clips)
+    requests = evaluation_shares(recipe, ranks).evaluation(source.num_clips)
     metrics = Metrics(source.classes)
     was_training = model.training
     model.eval()

@@ -321,15 +321,7 @@ def single_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
     Macro log-loss is that of the DCASE audiovisual scene task (2021, 1B): the mean over classes of the mean
     -ln(p of the true class) of the class's clips, p clipped to the resolution of float32.
     """
-    several = np.flatnonzero(predictions.targets_NK.sum(axis=1) > 1)
-    if len(several):
-        row = several[0]
-        named = np.flatnonzero(predictions.targets_NK[row])
-        raise UserError(
-            f'clip "{predictions.ids[row]}" has {len(named)} labels '
-            f"({', '.join(predictions.classes[k] for k in named[:5])}); "
-            'a single-label task takes one, use task.kind = "multi_label"'
-        )
+    _refuse_several(predictions)
     # Here and not at the top: it takes seconds to import, and only an evaluation needs it.
     from torchmetrics.functional import classification as scores
 
@@ -378,6 +370,19 @@ def single_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
         for k, name in enumerate(names)
     ]
     return figures, per_class, confusion_KK[:num_classes, :num_classes].tolist()
+
+
+def _refuse_several(predictions: Predictions) -> None:
+    """A single-label task takes one label a clip."""
+    several = np.flatnonzero(predictions.targets_NK.sum(axis=1) > 1)
+    if len(several):
+        row = several[0]
+        named = np.flatnonzero(predictions.targets_NK[row])
+        raise UserError(
+            f'clip "{predictions.ids[row]}" has {len(named)} labels '
+            f"({', '.join(predictions.classes[k] for k in named[:5])}); "
+            'a single-label task takes one, use task.kind = "multi_label"'
+        )
 
 
 def multi_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
