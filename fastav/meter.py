@@ -140,8 +140,8 @@ class Console:
         if self._quiet:
             return
         if self._terminal:
-            print(f"\r\x1b[2K{text}", end="", file=self._stream, flush=True)
-            self._open = True
+            print(f"\r\x1b[2K{text}", end="\n" if last else "", file=self._stream, flush=True)
+            self._open = not last
         elif last or time.monotonic() - self._last >= self._plain_every_s:
             self._last = time.monotonic()
             print(text, file=self._stream, flush=True)

@@ -181,7 +181,7 @@ def read_aliases(path: str | Path) -> dict[str, str]:
 def describe_decoder(recipe: Recipe) -> str:
     """The decoder in force and why, for the first log line."""
     kind = to_table(recipe.decode)["kind"]
-    return f"{kind} on {recipe.loading.num_workers()} threads (the one for media files as they are)"
+    return f"{kind} ({recipe.loading.num_workers()} threads; reads media files as they are)"
 
 
 def choose_pin_memory(device: torch.device) -> bool:

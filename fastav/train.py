@@ -20,7 +20,7 @@ from fastav import recipe as recipes
 from fastav.clip import Batch
 from fastav.commandline import run as run_verb
 from fastav.errors import FastavError, Stopped, UserError
-from fastav.evaluate import evaluate, forward, summary, table
+from fastav.evaluate import evaluate, forward, summary
 from fastav.files import write_text
 from fastav.meter import clock_time, tracker_values
 from fastav.metrics import Evaluation
@@ -247,8 +247,6 @@ class Trainer:
             session.console.log(
                 f"{session.broken} of {session.seen} reads failed; {session.run.skipped} names the clips"
             )
-        if evaluation is not None:
-            session.console.show(table(evaluation))
         session.console.log(f"{session.run.path}: done in {clock_time(time.perf_counter() - self.started)}")
         session.ranks.accelerator.wait_for_everyone()
         return evaluation

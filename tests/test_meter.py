@@ -78,7 +78,10 @@ def test_a_terminal_gets_one_line_rewritten_and_logs_below_it():
     console.progress("step 1")
     console.progress("step 2")
     console.log("saved")
-    assert stream.getvalue() == "\r\x1b[2Kstep 1\r\x1b[2Kstep 2\nsaved\n"
+    console.progress("step 3", last=True)
+    console.log("done")
+    lines = "\r\x1b[2Kstep 1\r\x1b[2Kstep 2\nsaved\n\r\x1b[2Kstep 3\ndone\n"
+    assert stream.getvalue() == lines
 
 
 def test_quiet_ranks_print_nothing():
