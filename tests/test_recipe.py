@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastav.__main__ import main
 from fastav.errors import UserError
 from fastav.fusion import Bottleneck, Late, Score
 from fastav.model import Model
@@ -159,3 +160,13 @@ def test_differences_ignore_what_may_change():
 
 def test_the_defaults_are_a_model():
     assert isinstance(Recipe().model, Model)
+
+
+def test_the_verb_prints_the_resolved_recipe(write, capsys):
+    path = write("[train]\nbatch = 8\n")
+    assert main(["recipe", "show", str(path), "--train.seed", "3"]) == 0
+    shown = capsys.readouterr().out
+    assert "batch = 8  # default: 64" in shown
+    assert "seed = 3  # default: 0" in shown
+    assert main(["recipe", "shwo", str(path)]) == 2
+    assert 'did you mean "show"?' in capsys.readouterr().err
