@@ -234,26 +234,29 @@ def _as_recipe(words: list[str], folder: Path) -> list[str]:
 
 
 def test_two_processes_train_as_one(tiny, tmp_path):
-    words = tiny("bottleneck", tmp_path / "one", "--train.epochs", "1", "--train.threads", "1", "--data.test", "")
-    run(words)
-    recipe = _as_recipe(words, tmp_path)
+    """Two recipes by one command: the processes part and meet again in between, with another model."""
+    quick = ["--train.epochs", "1", "--train.threads", "1", "--data.test", ""]
+    paths = []
+    for kind in ("bottleneck", "video"):
+        run(tiny(kind, tmp_path / "one" / kind, *quick))
+        words = tiny(kind, tmp_path / "two" / kind, *quick, "--train.num_processes", "2")
+        paths.append(tmp_path / f"{kind}.toml")
+        paths[-1].write_text(recipes.to_toml(recipes.load(None, words)))
     torchrun = Path(sys.executable).parent / "torchrun"
-    command = [
-        str(torchrun), "--standalone", "--nproc-per-node", "2", "-m", "fastav.train", *recipe,
-        "--out", str(tmp_path / "two"),
-        "--train.num_processes", "2",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    command = [str(torchrun), "--standalone", "--nproc-per-node", "2", "-m", "fastav.train", *map(str, paths)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0, done.stderr
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert len(one) == len(two) == 6
-    assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-6
-    a, b = weights(tmp_path / "one"), weights(tmp_path / "two")
-    norm = sum(float(t.double().square().sum()) for t in a.values()) ** 0.5
-    gap = sum(float((a[k].double() - b[k].double()).square().sum()) for k in a) ** 0.5
-    assert gap <= 1e-5 * norm
+    for kind in ("bottleneck", "video"):
+        one, two = losses(tmp_path / "one" / kind), losses(tmp_path / "two" / kind)
+        assert len(one) == len(two) == 6
+        assert max(abs(a - b) for a, b in zip(one, two, strict=True)) <= 1e-6
+        a, b = weights(tmp_path / "one" / kind), weights(tmp_path / "two" / kind)
+        norm = sum(float(t.double().square().sum()) for t in a.values()) ** 0.5
+        gap = sum(float((a[k].double() - b[k].double()).square().sum()) for k in a) ** 0.5
+        assert gap <= 1e-5 * norm
+    skipped = [(tmp_path / n / "bottleneck" / "skipped.csv").read_text().splitlines() for n in ("one", "two")]
+    assert {line.split(",")[0] for line in skipped[0]} == {line.split(",")[0] for line in skipped[1]}
 
 
 def test_too_many_broken_clips_end_the_run_with_exit_3(tiny, tmp_path, made, capsys):
