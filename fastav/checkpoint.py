@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fastav.errors import FastavError, UserError
 from fastav.files import flush, sha256, write_text
-from fastav.recipe import Recipe, Table, differences, parse, to_table
+from fastav.recipe import Recipe, Table, differences, parse
 
 FORMAT = 1
 
@@ -184,11 +184,6 @@ def check_resumable(saved: Table, recipe: Recipe, path: Path) -> None:
     if found:
         told = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in found.items())
         raise UserError(f"{path}: cannot resume, the recipe differs in {told}; put it back or choose another --out")
-
-
-def recipe_state(recipe: Recipe) -> Table:
-    """The recipe as the JSON state keeps it."""
-    return to_table(recipe)
 
 
 def write_best(folder: Path, step: int, metric: str, value: float) -> None:

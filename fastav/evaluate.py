@@ -183,11 +183,5 @@ def table(evaluation: Evaluation) -> Table:
 
 
 def _tell(console: Console) -> Callable[[Clip, MediaError], None]:
-    told: set[str] = set()
-
-    def on_broken(clip: Clip, error: MediaError) -> None:
-        if clip.id not in told:
-            told.add(clip.id)
-            console.log(f"cannot read clip {json.dumps(clip.id)}: {error}")
-
-    return on_broken
+    """Names a clip that cannot be read; the loader calls it once for each."""
+    return lambda clip, error: console.log(f"cannot read clip {json.dumps(clip.id)}: {error}")

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from fastav import recipe as recipes
-from fastav.checkpoint import Checkpoint, Checkpoints, check_resumable, recipe_state, write_best
+from fastav.checkpoint import Checkpoint, Checkpoints, check_resumable, write_best
 from fastav.clip import Clip
 from fastav.errors import MediaError, UserError, did_you_mean
 from fastav.evaluate import unmapped
@@ -162,7 +162,7 @@ class Session:
             if self.ema:
                 tensors["ema"] = self.ema.state_dict()
             state = {
-                "recipe": recipe_state(self.recipe), "data": self.data_digest, "optimizer": meta,
+                "recipe": recipes.to_table(self.recipe), "data": self.data_digest, "optimizer": meta,
                 "schedule": self.schedule.state_dict(), "guard": self.guard.state_dict(), "best": self.best,
                 "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
             }  # fmt: skip
