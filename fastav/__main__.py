@@ -15,6 +15,7 @@ VERBS = {
         "fastav.index",
         "turn a folder of media into a manifest, and name what is wrong with which file",
     ),
+    "pack": ("fastav.pack", "transcode a manifest's clips once into shards that decode many times faster"),
     "train": ("fastav.train", "train the model of one or more recipes; goes on where it was stopped"),
     "evaluate": ("fastav.evaluate", "evaluate a run on its test split, or on another manifest"),
     "report": ("fastav.report", "write report.html for a run or a folder of runs"),

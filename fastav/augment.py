@@ -53,11 +53,18 @@ def resize_crop(frames_THWC: Tensor | NDArray[np.uint8], crop: Sequence[float], 
     """
     if not isinstance(frames_THWC, Tensor):
         frames_THWC = torch.from_numpy(np.ascontiguousarray(frames_THWC))
+    out_TCHW = torch.empty(len(frames_THWC), 3, size, size, dtype=torch.uint8)
+    resize_crop_into(out_TCHW, frames_THWC, crop, flip)
+    return out_TCHW
+
+
+def resize_crop_into(out_TCHW: Tensor, frames_THWC: Tensor, crop: Sequence[float], flip: bool) -> None:
+    """Does what `resize_crop` does, to the size of `out_TCHW` and straight into it."""
     _, height, width, _ = frames_THWC.shape
     left, top, right, bottom = crop_box(crop, height, width)
     view_TCHW = frames_THWC[:, top:bottom, left:right].permute(0, 3, 1, 2)
-    out_TCHW = functional.interpolate(view_TCHW, size=(size, size), mode="bilinear", antialias=True)
-    return (out_TCHW.flip(-1) if flip else out_TCHW).contiguous()
+    made_TCHW = functional.interpolate(view_TCHW, size=out_TCHW.shape[2:], mode="bilinear", antialias=True)
+    out_TCHW.copy_(made_TCHW.flip(-1) if flip else made_TCHW)
 
 
 def normalise_frames(frames: Tensor, mean_C: Tensor, std_C: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

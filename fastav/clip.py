@@ -31,6 +31,9 @@ class Clip:
         audio: File with the audio stream (the same container as `video` for most clips); None where there is none.
         image: A still picture, treated as a video of one frame; exclusive with `video`.
         mel: A stored spectrogram, `.npy` float32 [C, M, L]; exclusive with `audio`.
+        shard: Absolute path or URL of the tar that holds a packed clip, which has no other path; else empty.
+        shard_at: Byte offset in the shard of the header of the clip's first member.
+        shard_size: Bytes of all its members, headers and padding included.
         start_s: Start of the span in the file, seconds from the file's first presented frame (audio only: first
             sample).
         duration_s: Length of the span, seconds.
@@ -62,6 +65,9 @@ class Clip:
     audio: Path | None = None
     image: Path | None = None
     mel: Path | None = None
+    shard: str = ""
+    shard_at: int = 0
+    shard_size: int = 0
     start_s: float = 0.0
     duration_s: float = 0.0
     start_frame: int = 0
@@ -94,6 +100,11 @@ class Clip:
     def has_audio(self) -> bool:
         """Whether there is anything to hear: an audio stream or a stored spectrogram."""
         return self.num_samples > 0 or self.num_mel_frames > 0
+
+    @property
+    def source(self) -> str:
+        """The file that a message about the clip names."""
+        return str(self.video or self.image or self.audio or self.mel or self.shard or self.id)
 
 
 @dataclass(frozen=True, slots=True)

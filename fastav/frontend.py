@@ -74,6 +74,25 @@ class Frontend(Config, frozen=True):
     mean: float | None = None
     std: PositiveFloat | None = None
 
+    def needed_samples(self, starts_W: NDArray[np.int32], length: int, num_samples: int) -> tuple[int, int]:
+        """Returns first sample and the one after the last that windows of a clip's spectrogram look at.
+
+        Args:
+            starts_W: First mel frame of each window, -1 for none.
+            length: Mel frames of a window.
+            num_samples: Samples of the clip at `sample_rate`; its edges are reflected, so they need their neighbours.
+        """
+        starts = [int(start) for start in starts_W if start >= 0]
+        total = int(self.num_frames(num_samples))
+        if not starts or min(starts) >= total:
+            return 0, 0
+        half = self.n_fft // 2
+        first = min(starts) * self.hop_length - half
+        last = (min(max(starts) + length, total) - 1) * self.hop_length + half + 1
+        if last > num_samples:
+            first = min(first, num_samples - half - 2)
+        return max(first, 0), min(last, num_samples)
+
     def num_frames(self, num_samples: ArrayLike) -> NDArray[np.int64]:
         """Returns how many mel frames clips of so many samples have: 1 + S // hop_length; 0 of 0."""
         samples = np.asarray(num_samples).astype(np.int64)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +14,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastav.clip import Clip
@@ -26,6 +23,7 @@ from fastav.errors import MediaError, UserError
 from fastav.files import write_text
 from fastav.manifest import Extent, Manifest, Problem, check, write_manifest
 from fastav.probing import Job, probe_all
+from fastav.progress import progress
 
 DATASETS: dict[str, ModuleType] = {"folder": folder}
 """Word on the command line -> module of `fastav.datasets`."""
@@ -42,7 +40,6 @@ _UNPROBED: dict[str, Any] = {
         "start_sample", "num_samples", "sample_rate", "channels", "audio_codec", "audio_offset_s",
     )
 }  # fmt: skip
-_PLAIN_EVERY_S = 5.0
 _SHOWN = 3
 
 
@@ -81,7 +78,7 @@ def build_manifest(
     if out.suffix != ".parquet":
         raise UserError(f'--out {out}: expected a name that ends in ".parquet"')
     work = _Work(clips, cut)
-    with _progress(console or Console(), len(work.jobs)) as advance:
+    with progress(console or Console(), "probing", len(work.jobs), "files") as advance:
         for path, found in probe_all(work.jobs, workers):
             work.add(path, found)
             advance()
@@ -259,32 +256,6 @@ def _write_problems(out: Path, problems: Sequence[Problem]) -> None:
     writer.writerow(("kind", "path", "clip", "message"))
     writer.writerows((p.kind, p.path, p.clip_id, p.message) for p in problems)
     write_text(problems_path(out), text.getvalue())
-
-
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each file: a bar on a terminal, a plain line every few seconds elsewhere."""
-    if console.is_terminal:
-        columns = (TextColumn("probing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as progress:
-            task = progress.add_task("probing", total=total)
-            yield lambda: progress.advance(task)
-        return
-    first = said = time.monotonic()
-    done = 0
-
-    def advance() -> None:
-        nonlocal done, first, said
-        done += 1
-        now = time.monotonic()
-        if done == 1:
-            first = now  # the start of the processes is in the time of the first file, and would spoil the guess
-        elif now - said >= _PLAIN_EVERY_S or done == total:
-            left_s = (now - first) / (done - 1) * (total - done)
-            console.print(f"probed {done}/{total} files, {left_s:.0f} s left", highlight=False)
-            said = now
-
-    yield advance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -56,8 +56,9 @@ def training_source(recipe: Recipe) -> Source:
         raise UserError(
             "data.manifest is not set; expected the path of a .parquet manifest (see `fastav index --help`)"
         )
-    main = Manifest.open(data.manifest)
-    parts = [(main, data.weight), *((Manifest.open(mix.manifest), mix.weight) for mix in data.mix)]
+    main = Manifest.open(data.manifest).with_shards(data.shards)
+    others = ((Manifest.open(mix.manifest).with_shards(mix.shards), mix.weight) for mix in data.mix)
+    parts = [(main, data.weight), *others]
     chosen = tuple((_usable(manifest.split(data.train), recipe), weight) for manifest, weight in parts)
     aliases = (Path(data.aliases),) if data.aliases else ()
     files = (*(manifest.path for manifest, _ in chosen), *aliases)
@@ -82,6 +83,8 @@ def evaluation_source(
         UserError: As for `training_source`.
     """
     opened = Manifest.open(manifest or recipe.data.manifest)
+    if manifest is None:
+        opened = opened.with_shards(recipe.data.shards)
     chosen = _usable(opened.split(split or recipe.data.test), recipe)
     return Source(((chosen, 1.0),), classes or opened.classes, read_aliases(recipe.data.aliases))
 
@@ -113,6 +116,7 @@ def make_loader(
         image_size=recipe.sampling.image_size,
         frontend=recipe.frontend,
         window=recipe.sampling.window,
+        reading=recipe.loading.shards,
     )
     return Loader(
         make_plan(recipe, source),

@@ -24,6 +24,7 @@ from fastav.clip import PlanBatch
 from fastav.config import Config, Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from fastav.draw import permute, philox4x32, split_words, uniform
 from fastav.errors import UserError
+from fastav.order import blocked
 
 if TYPE_CHECKING:
     from fastav.manifest import Manifest
@@ -64,6 +65,10 @@ class Sampling(Config, frozen=True):
         repeat: Augmentations (crop, flip, masks, mixup) drawn of one decode.
         balance: `class` weighs each clip by the inverse frequency of its classes.
         mix_block: Samples within which several manifests keep their exact shares.
+        order: `global` shuffles all clips of an epoch; `blocked` keeps neighbours near each other, for shards that are
+            far away (`fastav.order.blocked`).
+        block: Neighbouring clips that stay together, with `blocked`.
+        block_window: Blocks whose clips are shuffled with each other, with `blocked`.
     """
 
     frames: PositiveInt = 8
@@ -79,6 +84,9 @@ class Sampling(Config, frozen=True):
     repeat: Annotated[int, Meta(ge=1, le=1 << 15)] = 1
     balance: Literal["none", "class"] = "none"
     mix_block: PositiveInt = 1024
+    order: Literal["global", "blocked"] = "global"
+    block: PositiveInt = 64
+    block_window: PositiveInt = 16
 
     def check(self, mel_bands: int, num_sources: int = 1) -> None:
         """Refuses settings that contradict one another, the spectrogram's bands or the number of manifests.
@@ -145,10 +153,11 @@ class Plan:
     """The infinite stream of training samples and the list of evaluation samples, addressed by position.
 
     Training with one source of n clips: sample s is replica s % repeat of draw d = s // repeat, which is in
-    epoch d // n, and its clip is `permute(d % n, n, key(epoch))`. With several sources, each block of
-    `mix_block` samples holds the same exact number of each (largest remainder of the weights), arranged by a
-    keyed shuffle of the block, and each source walks its own epochs: draw k of a source in block b is draw
-    `b * draws_per_block + k` of its own stream, so every clip of a source comes as often as any other, to one.
+    epoch d // n, and its clip is `permute(d % n, n, key(epoch))`, or `blocked(...)` of the same. With several
+    sources, each block of `mix_block` samples holds the same exact number of each (largest remainder of the
+    weights), arranged by a keyed shuffle of the block, and each source walks its own epochs: draw k of a source in
+    block b is draw `b * draws_per_block + k` of its own stream, so every clip of a source comes as often as any
+    other, to one.
 
     Args:
         sources: Manifests and their relative weights.
@@ -313,6 +322,9 @@ class Plan:
         size_B = self._sizes_S[source_B]
         epoch_B, position_B = np.divmod(nth_B, size_B)
         key_B = self._shuffle_key(Purpose.ORDER, source_B, epoch_B)
+        if self.sampling.order == "blocked":
+            block, window = self.sampling.block, self.sampling.block_window
+            return source_B, epoch_B, blocked(position_B, size_B, key_B, block=block, window=window)
         return source_B, epoch_B, permute(position_B, size_B, key_B)
 
     def _shuffle_key(self, purpose: Purpose, source_B: Ints, number_B: Ints) -> NDArray[np.uint64]:

@@ -38,10 +38,12 @@ class MixedManifest(Config, frozen=True):
     Attributes:
         manifest: Path of its `.parquet` file.
         weight: Share of the training samples, relative to the other weights.
+        shards: As in `Data`.
     """
 
     manifest: str
     weight: PositiveFloat = 1.0
+    shards: str = ""
 
 
 class Data(Config, frozen=True):
@@ -54,6 +56,7 @@ class Data(Config, frozen=True):
         train: Split to train on.
         test: Split to evaluate on; empty for none.
         aliases: CSV file of `name,class` lines that map other data sets' class names onto this one's.
+        shards: Folder or URL (`s3://bucket/pack`) that holds a pack's `shards/`; empty for the manifest's own folder.
     """
 
     manifest: str = ""
@@ -62,6 +65,7 @@ class Data(Config, frozen=True):
     train: str = "train"
     test: str = "test"
     aliases: str = ""
+    shards: str = ""
 
 
 class Training(Config, frozen=True):
@@ -161,6 +165,7 @@ CHANGEABLE = (
     "out",
     "data.manifest",  # may move; its digest is compared instead
     "data.aliases",  # likewise
+    "data.shards",
     "train.micro_batch",
     "train.eval_every",
     "train.num_processes",

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import fastav.decode.frames as frames_module
-import fastav.decode.pyav as pyav_module
+import fastav.decode.media as media_module
 from fastav.augment import resize_crop
 from fastav.clip import Clip
 from fastav.decode import DecoderConfig, PyAV, Read
@@ -30,7 +30,7 @@ def no_counting(monkeypatch):
     def refuse(*args):
         raise AssertionError("the file was decoded from its start")
 
-    monkeypatch.setattr(pyav_module, "count_frames", refuse)
+    monkeypatch.setattr(media_module, "count_frames", refuse)
 
 
 # Frames: real files -------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def no_counting(monkeypatch):
 def test_planned_frames_are_those_of_a_straight_decode(realdata, name, monkeypatch):
     path = realdata / "video" / name
     if name != "sample.avi":
-        monkeypatch.setattr(pyav_module, "count_frames", None)
+        monkeypatch.setattr(media_module, "count_frames", None)
     rng = np.random.default_rng(0)
     info = probed(path)
     side = min(info.width, info.height, 256)
@@ -110,7 +110,7 @@ def test_frame_numbers_in_every_layout(made, name, monkeypatch):
     path, info = made(name)
     if name != "mpeg4.avi":
         # By their packets, that is: not by counting, which is always right.
-        monkeypatch.setattr(pyav_module, "count_frames", None)
+        monkeypatch.setattr(media_module, "count_frames", None)
     rng = np.random.default_rng(1)
     for start_s, duration_s in [(0.0, None), (0.0, 2.0), (2.0, 2.0), (2.52, 1.0), (3.96, 0.5), (4.0, 1.0)]:
         clip = clip_of(path, start_s, duration_s, info=info)
@@ -186,7 +186,7 @@ def test_edit_lists(made, tmp_path, monkeypatch):
     clip = clip_of(path)
     frames = [0, 1, 30, len(truth) - 1]
     with monkeypatch.context() as patch:
-        patch.setattr(pyav_module, "count_frames", None)
+        patch.setattr(media_module, "count_frames", None)
         assert numbers(clip, frames) == [truth[n] for n in frames]
     piece = clip_of(path, 2.1, 1.0)
     assert numbers(piece, [0, 5]) == [truth[piece.start_frame], truth[piece.start_frame + 5]]
@@ -200,8 +200,8 @@ def test_where_packets_prove_nothing_frames_are_counted(made, tmp_path, monkeypa
     truth = [number_of(frame.to_ndarray(format="rgb24")) for frame in straight(path)]
     assert len(truth) < 124
     counted = []
-    real = pyav_module.count_frames
-    monkeypatch.setattr(pyav_module, "count_frames", lambda *args: counted.append(1) or real(*args))
+    real = media_module.count_frames
+    monkeypatch.setattr(media_module, "count_frames", lambda *args: counted.append(1) or real(*args))
     clip = clip_of(path)
     assert numbers(clip, [0, 20, 60]) == [truth[n] for n in (0, 20, 60)]
     assert counted
@@ -322,8 +322,8 @@ def opened(monkeypatch):
             states.append([(s.type, s.discard.name == "all", s.codec_context.is_open) for s in streams])
             self.container.close()
 
-    real = pyav_module.open_media
-    monkeypatch.setattr(pyav_module, "open_media", lambda path: Watched(real(path)))
+    real = media_module.open_media
+    monkeypatch.setattr(media_module, "open_media", lambda path: Watched(real(path)))
     return states
 
 

@@ -22,6 +22,7 @@ from fastav.decode.probe import MediaInfo
 from fastav.errors import MediaError, UserError
 from fastav.index import build_manifest, fill, problems_path
 from fastav.manifest import Manifest
+from fastav.progress import progress
 
 RATE = 16000
 
@@ -139,7 +140,7 @@ def test_a_folder(media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "an empty file" in found[2]["message"]
     shown = capsys.readouterr().out
     for text in ("7 (0.00 h)", "train 7", "h264 3", "pcm_s16le 1", "2 x unreadable", "left out, not media: 1 x .txt",
-                 "probed 9/9 files", str(problems_path(out))):  # fmt: skip
+                 "probing: 9/9 files", str(problems_path(out))):  # fmt: skip
         assert text in shown, text
 
 
@@ -385,12 +386,12 @@ def test_a_bar_on_a_terminal(media: Path, tmp_path: Path) -> None:
 
 
 def test_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "_PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("fastav.progress._PLAIN_EVERY_S", 0.0)
     text = io.StringIO()
-    with index._progress(Console(file=text), 3) as advance:
+    with progress(Console(file=text), "probing", 3, "files") as advance:
         for _ in range(3):
             advance()
-    assert text.getvalue().splitlines() == ["probed 2/3 files, 0 s left", "probed 3/3 files, 0 s left"]
+    assert text.getvalue().splitlines() == ["probing: 2/3 files, 0 s left", "probing: 3/3 files, 0 s left"]
 
 
 def test_real_media(realdata: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import fastav.decode.pyav as pyav_module
+import fastav.decode.media as media_module
 from fastav.decode.probe import probe
 from fastav.decode.sound import mix_down, resample
 from fastav.errors import MediaError
@@ -160,5 +160,5 @@ def test_a_late_landing_is_read_from_the_start(tmp_path, monkeypatch):
     path = write_media(tmp_path / "x.mp3", wave=clicks(6, [4.5]), audio_codec="libmp3lame")
     clip = clip_of(path, 4.0, 1.0)
     expected = heard(clip)
-    monkeypatch.setattr(pyav_module, "PREROLL_S", -0.7)
+    monkeypatch.setattr(media_module, "PREROLL_S", -0.7)
     assert torch.allclose(heard(clip), expected, atol=1e-4)

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+import numpy as np
+
 from fastav.clip import Clip, ClipPlan, Sample
 from fastav.frontend import Frontend
+from fastav.shards import Reading
 
 Modality = Literal["video", "audio"]
 
@@ -21,12 +24,25 @@ class Read:
         image_size: Height and width of the frames handed out, pixels.
         frontend: Settings of the spectrogram.
         window: Length of a mel window, mel frames.
+        reading: How shards of packed clips are read.
     """
 
     modalities: tuple[Modality, ...] = ("video", "audio")
     image_size: int = 224
     frontend: Frontend = field(default_factory=Frontend)
     window: int = 400
+    reading: Reading = field(default_factory=Reading)
+
+
+def needed_samples(clip: Clip, plans: Sequence[ClipPlan], read: Read) -> tuple[int, int]:
+    """Returns first sample and the one after the last that some plans of a packed clip look at, at its packed rate.
+
+    Where it is resampled first, every sample counts: the filter's length is not this function's to know.
+    """
+    if clip.sample_rate != read.frontend.sample_rate:
+        return 0, clip.num_samples
+    starts_W = np.concatenate([plan.windows_W for plan in plans])
+    return read.frontend.needed_samples(starts_W, read.window, clip.num_samples)
 
 
 class Unproven(Exception):

@@ -131,6 +131,7 @@ class Reel:
                     if frame.is_corrupt:
                         raise Unproven("a planned frame came out damaged")
                     run.discard(frame.pts)
+                    frame.time_base = self.stream.time_base  # a bare decoder does not know it
                     yield wanted[frame.pts], frame
                     if not run:
                         break

@@ -209,6 +209,11 @@ def open_mel(path: Path) -> NDArray[np.float32]:
     except (OSError, ValueError, EOFError) as error:
         reason = explain(error, path) if isinstance(error, OSError) else f"not a whole .npy array ({error})"
         raise MediaError(path, reason, "mel") from error
+    return whole_mel(mel_CML, path)
+
+
+def whole_mel(mel_CML: Any, path: Path | str) -> NDArray[np.float32]:
+    """Returns what was loaded if it is a spectrogram, float32 [1, M, L]; `MediaError` otherwise."""
     fits = isinstance(mel_CML, np.ndarray) and mel_CML.ndim == 3 and mel_CML.shape[0] == 1 and mel_CML.size
     if not fits or mel_CML.dtype != np.float32:
         kind = f"{mel_CML.dtype} {list(mel_CML.shape)}" if isinstance(mel_CML, np.ndarray) else "an archive"

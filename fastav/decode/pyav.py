@@ -1,10 +1,13 @@
-"""The decoder for the CPU: PyAV, which brings FFmpeg with it. Reads raw media files, pictures and stored spectrograms.
+"""The decoder for the CPU: PyAV, which brings FFmpeg with it. Reads packed clips, media files, pictures and mels.
 
 Colour: frames become RGB by the matrix that the stream names (BT.601, BT.709, BT.2020, ...) and BT.601
 where it names none, whatever the picture's size, which is FFmpeg's and PyAV's own rule; limited and full
 range both fill 0 to 255; more than 8 bits are rounded to 8. Transfer functions are left alone (HDR stays
 flat). Chroma is upsampled bilinearly. Interlaced frames are taken as they are, and so are pixels that are
 not square.
+
+Of a packed clip, only the groups of pictures and the stretch of sound that the plan asks for are read, and
+decoded without a container by decoders that are kept (`fastav.decode.packed`).
 
 A container is opened once per clip and read once for both modalities, except for pieces of long files,
 where each stream is sought for itself. Where a planned frame cannot be told from the packets for certain,
@@ -13,14 +16,11 @@ the file is opened again and its frames are counted from the start (`fastav.deco
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import av
-import av.error
-import av.stream
 import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
@@ -29,17 +29,15 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from fastav.augment import resize_crop
+from fastav.augment import resize_crop_into
 from fastav.clip import Clip, ClipPlan, Sample
 from fastav.config import Kind, PositiveInt
-from fastav.decode.base import Modality, Read, Unproven
-from fastav.decode.frames import Reel, count_frames, seek_reel
-from fastav.decode.probe import explain, first_stream, open_media, open_mel
-from fastav.decode.sound import EXACT_SEEK, PREROLL_S, Sound
+from fastav.decode.base import Read, needed_samples
+from fastav.decode.media import blame, read_media
+from fastav.decode.packed import KeptDecoders, decode_mel, wave_of
+from fastav.decode.probe import explain, open_mel
 from fastav.errors import MediaError
-
-_SEEK_FROM_S = 2.0
-"""Spans that start later than this are sought: about where decoding up to them costs more than the seek."""
+from fastav.shards import Shards
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -64,7 +62,7 @@ class PyAV(Kind, frozen=True, tag="pyav"):
 
 
 class PyAVDecoder:
-    """Decodes clips; holds no state between calls, so any number of threads may call it at once.
+    """Decodes clips; keeps no more than open decoders, one set a thread, so any number of threads may call it.
 
     Args:
         config: Its settings.
@@ -76,31 +74,53 @@ class PyAVDecoder:
     def __init__(self, config: PyAV, read: Read) -> None:
         self.config, self.read = config, read
         self._log_mel = read.frontend.build()
+        self._shards = Shards(read.reading)
+        self._decoders = KeptDecoders()
 
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
         """See `Decoder.decode`: frames uint8 [T, 3, size, size], mel float32 [W, C, M, window] in dB."""
-        seen, heard = self._asked(clip)
+        if clip.shard:
+            return self._packed(clip, plans)
+        seen = "video" in self.read.modalities and clip.has_video
         crops = _Crops(clip, plans, self.read.image_size) if seen else None
-        wave_CS = None
         if crops is not None and clip.image is not None:
             crops.add(0, read_image(clip.image))
-        elif crops is not None and heard and clip.video == clip.audio and not _is_late(clip):
-            wave_CS = self._media(clip, crops, ("video", "audio"))
-        elif crops is not None:
-            self._media(clip, crops, ("video",))
-        if heard and wave_CS is None:
-            wave_CS = self._media(clip, None, ("audio",))
-        mels = self._mels(clip, plans, wave_CS)
-        frames = [None] * len(plans) if crops is None else crops.finished()
-        return [Sample(frames_TCHW=f, mel_WCML=m) for f, m in zip(frames, mels, strict=True)]
+        looks = crops is not None and clip.image is None
+        heard = "audio" in self.read.modalities and clip.num_samples > 0 and clip.mel is None
+        sound = None
+        if looks or heard:
+            sound = read_media(clip, crops if looks else None, heard, threads=self.config.threads_per_clip)
+        wave_CS = stored = None
+        if sound is not None:
+            with blame(clip.source, "audio"):
+                wave_CS = sound.wave(self.read.frontend.sample_rate)
+        elif "audio" in self.read.modalities and clip.mel is not None:
+            stored = self._banded(open_mel(clip.mel), clip)
+        return self._samples(plans, crops, wave_CS, stored)
 
-    def _mels(self, clip: Clip, plans: Sequence[ClipPlan], wave_CS: Tensor | None) -> list[Tensor | None]:
-        """The windows of each plan; replicas with the same ones share a tensor."""
-        stored = None
-        if "audio" in self.read.modalities and clip.mel is not None:
-            stored = self._stored(clip.mel)
-        if wave_CS is None and stored is None:
-            return [None] * len(plans)
+    def _packed(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
+        """Reads and decodes what the plans name of a packed clip."""
+        seen, heard = ("video" in self.read.modalities and clip.has_video), "audio" in self.read.modalities
+        crops = _Crops(clip, plans, self.read.image_size) if seen else None
+        samples = needed_samples(clip, plans, self.read) if heard and clip.has_audio else None
+        packed = self._shards.fetch(clip, None if crops is None else crops.numbers, samples)
+        with blame(clip.source, "video"):
+            if crops is not None and packed.picture is not None:
+                crops.add(0, decode_jpeg(packed.picture))
+            elif crops is not None and packed.frames is not None:
+                self._decoders.watch(packed.frames, crops, clip)
+        wave_CS = stored = None
+        with blame(clip.source, "audio"):
+            if packed.sound is not None:
+                wave_CS = wave_of(packed.sound, clip, self.read.frontend.sample_rate)
+            elif packed.mel is not None:
+                stored = self._banded(decode_mel(packed.mel, clip), clip)
+        return self._samples(plans, crops, wave_CS, stored)
+
+    def _samples(
+        self, plans: Sequence[ClipPlan], crops: _Crops | None, wave_CS: Tensor | None, stored: NDArray[Any] | None
+    ) -> list[Sample]:
+        """Frames and windows of each plan; replicas with the same windows share a tensor."""
         made: dict[bytes, Tensor] = {}
         for plan in plans:
             key = plan.windows_W.tobytes()
@@ -108,13 +128,15 @@ class PyAVDecoder:
                 made[key] = self._log_mel.windows(wave_CS, plan.windows_W, self.read.window)
             elif key not in made and stored is not None:
                 made[key] = self._cut(stored, plan.windows_W)
-        return [made[plan.windows_W.tobytes()] for plan in plans]
+        frames = [None] * len(plans) if crops is None else crops.finished()
+        mels = [made.get(plan.windows_W.tobytes()) for plan in plans]
+        return [Sample(frames_TCHW=f, mel_WCML=m) for f, m in zip(frames, mels, strict=True)]
 
-    def _stored(self, path: Path) -> NDArray[np.float32]:
-        mel_CML = open_mel(path)
+    def _banded(self, mel_CML: NDArray[np.float32], clip: Clip) -> NDArray[np.float32]:
+        """A stored spectrogram that has the frontend's bands."""
         if mel_CML.shape[1] != self.read.frontend.num_mels:
             bands = f"has {mel_CML.shape[1]} bands, frontend.num_mels is {self.read.frontend.num_mels}"
-            raise MediaError(path, bands, "mel")
+            raise MediaError(clip.source, bands, "mel")
         return mel_CML
 
     def _cut(self, mel_CML: NDArray[np.float32], starts_W: NDArray[np.int32]) -> Tensor:
@@ -127,74 +149,6 @@ class PyAVDecoder:
                 real_CML = mel_CML[..., start : start + self.read.window]
                 window_CML[..., : real_CML.shape[-1]] = real_CML
         return torch.from_numpy(mel_WCML)
-
-    def _asked(self, clip: Clip) -> tuple[bool, bool]:
-        """Whether frames are to be decoded, and whether a waveform is."""
-        seen = "video" in self.read.modalities and clip.has_video
-        return seen, "audio" in self.read.modalities and clip.num_samples > 0 and clip.mel is None
-
-    def _media(self, clip: Clip, crops: _Crops | None, modalities: tuple[Modality, ...]) -> Tensor | None:
-        """Decodes the planned frames into `crops` and returns the sound, from one container."""
-        path = clip.video if crops is not None else clip.audio
-        if path is None:
-            raise MediaError("", f'the row of clip "{clip.id}" promises {modalities[0]} and names no file', "open")
-        with open_media(path) as container:
-            streams = {kind: self._stream(container, kind, path) for kind in modalities}
-            _leave_out(container, streams.values())
-            reel = sound = None
-            if "video" in streams:
-                with _blame(path, "video"):
-                    late = _is_late(clip) and clip.start_frame > 0
-                    reel = (seek_reel if late else Reel)(container, streams["video"], clip)
-            if "audio" in streams:
-                with _blame(path, "audio"):
-                    sound = _prick_ears(container, streams["audio"], clip)
-            _pour(container, reel, sound, path)
-            if crops is not None:
-                self._look(reel, crops, path)
-            return None if sound is None else self._listen(sound, clip, path)
-
-    def _listen(self, sound: Sound, clip: Clip, path: Path) -> Tensor:
-        """The clip's samples, from where it was sought or, in doubt, by reading from the start."""
-        rate = self.read.frontend.sample_rate
-        with _blame(path, "audio"):
-            try:
-                return sound.wave(rate)
-            except Unproven:
-                pass
-            with open_media(path) as container:
-                stream = self._stream(container, "audio", path)
-                _leave_out(container, (stream,))
-                sound = Sound(stream, clip)
-                _pour(container, None, sound, path)
-                return sound.wave(rate)
-
-    def _stream(self, container: Any, kind: Modality, path: Path) -> Any:
-        stream = first_stream(container, kind, path)
-        if stream is None:
-            raise MediaError(path, f"has no {kind} stream, its row promises one", kind)
-        stream.codec_context.thread_count = threads = self.config.threads_per_clip if kind == "video" else 1
-        stream.codec_context.thread_type = "AUTO" if threads > 1 else "NONE"
-        return stream
-
-    def _look(self, reel: Reel | None, crops: _Crops, path: Path) -> None:
-        """Decodes and crops the planned frames, by their packets or, in doubt, by counting."""
-        with _blame(path, "video"):
-            if reel is not None:
-                try:
-                    for number, frame in reel.pick(crops.numbers):
-                        crops.see(number, frame)
-                    return
-                except (Unproven, av.error.FFmpegError):
-                    pass  # a packet wrongly marked as a keyframe cannot be decoded either
-            first = crops.clip.start_frame
-            with open_media(path) as container:
-                stream = self._stream(container, "video", path)
-                _leave_out(container, (stream,))
-                for number, frame in count_frames(container, stream, [first + n for n in crops.numbers]):
-                    if frame.is_corrupt:
-                        raise MediaError(path, f"frame {number} is damaged", "video")
-                    crops.see(number - first, frame)
 
 
 class _Crops:
@@ -221,7 +175,7 @@ class _Crops:
         width, height = (clip.height, clip.width) if clip.rotation % 180 else (clip.width, clip.height)
         if (frame.width, frame.height) != (width, height):
             size = f"frame {number} is {frame.width}x{frame.height}, its row says {width}x{height}"
-            raise MediaError(clip.video or "", size, "video")
+            raise MediaError(clip.source, size, "video")
         # One thread: starting more costs three times a small frame's conversion.
         rgb_HWC = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         self.add(number, np.rot90(rgb_HWC, -clip.rotation // 90) if clip.rotation else rgb_HWC)
@@ -233,7 +187,7 @@ class _Crops:
         for out_TCHW, plan in zip(self._out, self.plans, strict=True):
             places = np.flatnonzero(plan.frames_T == number).tolist()
             if places:
-                out_TCHW[places[0]] = resize_crop(rgb_THWC, plan.crop, plan.flip, self.size)[0]
+                resize_crop_into(out_TCHW[places[0] : places[0] + 1], rgb_THWC, plan.crop, plan.flip)
             for place in places[1:]:
                 out_TCHW[place] = out_TCHW[places[0]]
 
@@ -245,7 +199,7 @@ class _Crops:
         """
         if self._missing:
             reason = f"its frames end before number {min(self._missing)} of {self.clip.num_frames}"
-            raise MediaError(self.clip.video or self.clip.image or "", reason, "video")
+            raise MediaError(self.clip.source, reason, "video")
         return self._out
 
 
@@ -258,11 +212,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     try:
         data = path.read_bytes()
         if data.startswith(_MAGIC):
-            image = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            rgb_CHW = decode_image(image, ImageReadMode.RGB, apply_exif_orientation=True)
-            if rgb_CHW.dtype == torch.uint16:
-                rgb_CHW = (rgb_CHW.to(torch.int32) >> 8).to(torch.uint8)
-            return rgb_CHW.permute(1, 2, 0).numpy()
+            return decode_jpeg(data)
         with Image.open(path) as picture:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, ValueError, RuntimeError, SyntaxError) as error:
@@ -270,63 +220,10 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise MediaError(path, reason, "image") from error
 
 
-@contextmanager
-def _blame(path: Path, stage: str) -> Iterator[None]:
-    """Turns what FFmpeg and the system raise into an error that names file and stage."""
-    try:
-        yield
-    except MediaError:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, explain(error, path), stage) from error
-
-
-def _leave_out(container: Any, wanted: Iterable[Any]) -> None:
-    """Tells the demuxer to skip every other stream, so that a single modality reads only its own bytes."""
-    keep = {stream.index for stream in wanted if stream is not None}
-    for stream in container.streams:
-        if stream.index not in keep:
-            stream.discard = av.stream.Discard.all
-
-
-def _is_late(clip: Clip) -> bool:
-    """Whether the span starts so late in its file that seeking pays; each stream is then sought for itself."""
-    return clip.start_s > _SEEK_FROM_S
-
-
-def _pour(container: Any, reel: Reel | None, sound: Sound | None, path: Path) -> None:
-    """Feeds packets from the container's place on until reel and sound have enough."""
-    takers = [taker for taker in (reel, sound) if taker is not None and not taker.full]
-    if not takers:
-        return
-    stage = "video" if takers[0] is reel else "audio"
-    try:
-        for packet in container.demux([taker.stream for taker in takers]):
-            is_sound = sound is not None and packet.stream is sound.stream
-            stage, taker = ("audio", sound) if is_sound else ("video", reel)
-            assert taker is not None, "only their packets are asked for"
-            if not taker.full:
-                taker.feed(packet)
-                if taker.full and all(other.full for other in takers):
-                    return
-    except MediaError:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, explain(error, path), stage) from error
-
-
-def _prick_ears(container: Any, stream: Any, clip: Clip) -> Sound:
-    """Listens from the file's start, or from some packets before the span where that is exact."""
-    if not _is_late(clip) or container.format.name not in EXACT_SEEK:
-        return Sound(stream, clip)
-    start_pts = None
-    for packet in container.demux(stream):
-        frames = packet.decode()
-        if frames:
-            start_pts = frames[0].pts
-            break
-    if start_pts is None:
-        raise ValueError("no timestamp at the start of its sound")
-    first_s = max(clip.start_sample / clip.sample_rate - PREROLL_S, 0.0)
-    container.seek(start_pts + int(first_s / stream.time_base), stream=stream)
-    return Sound(stream, clip, start_pts)
+def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
+    """Returns a JPEG or PNG upright (EXIF), uint8 RGB [H, W, 3]; `RuntimeError` where it is damaged."""
+    image = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    rgb_CHW = decode_image(image, ImageReadMode.RGB, apply_exif_orientation=True)
+    if rgb_CHW.dtype == torch.uint16:
+        rgb_CHW = (rgb_CHW.to(torch.int32) >> 8).to(torch.uint8)
+    return rgb_CHW.permute(1, 2, 0).numpy()

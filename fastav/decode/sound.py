@@ -50,13 +50,19 @@ class Sound:
         stream: The audio stream.
         clip: The span.
         start_pts: Timestamp of the stream's first sample after a seek; None when reading from the start.
+        mixed: Whether channels are mixed to one.
+
+    Attributes:
+        full: Whether it needs no more packets.
+        wave_CS: float32 in -1 to 1 at the clip's rate, one channel where mixed; complete after `finish`.
+        bits: 16, or 24 where the stream has more than 16 bits a sample.
     """
 
-    def __init__(self, stream: Any, clip: Clip, start_pts: int | None = None) -> None:
+    def __init__(self, stream: Any, clip: Clip, start_pts: int | None = None, *, mixed: bool = True) -> None:
         self.stream, self.clip = stream, clip
-        self.full = False
-        self._begin, self._end = clip.start_sample, clip.start_sample + clip.num_samples
-        self._wave_S = np.zeros(clip.num_samples, dtype=np.float32)
+        self.full, self.bits = False, 16
+        self._begin, self._end, self._mixed = clip.start_sample, clip.start_sample + clip.num_samples, mixed
+        self.wave_CS = np.zeros((1 if mixed else clip.channels, clip.num_samples), dtype=np.float32)
         self._clock: SampleClock | None = None
         self._seek_pts = start_pts
         self._fifo = av.AudioFifo()
@@ -81,6 +87,8 @@ class Sound:
             seeked = self._seek_pts is not None
             start_pts, position = (self._seek_pts, None) if seeked else (frame.pts, 0)
             self._clock = SampleClock(frame.sample_rate, self.stream.time_base, start_pts, position)
+            wide = frame.format.name.removesuffix("p") in ("s32", "s64", "dbl")
+            self.bits = 24 if wide or self.stream.codec_context.name.startswith("pcm_f") else 16
         if frame.sample_rate != self.clip.sample_rate:
             raise self._broken(f"sounds at {frame.sample_rate} Hz, its row says {self.clip.sample_rate}")
         start = self._clock.place(frame)
@@ -98,17 +106,19 @@ class Sound:
             self._empty()
 
     def _empty(self) -> None:
-        """Moves what is queued to its place in the span, as one channel."""
+        """Moves what is queued to its place in the span."""
         queued = self._fifo.read()
         if queued is None or self._next is None:
             return
-        mono_S = mix_down(queued)
-        at = self._next - len(mono_S) - self._begin
-        piece_S = mono_S[max(-at, 0) : self.clip.num_samples - at]
-        self._wave_S[max(at, 0) : max(at, 0) + len(piece_S)] = piece_S
+        new_CS = mix_down(queued)[None] if self._mixed else channels(queued)
+        if len(new_CS) != len(self.wave_CS):
+            raise self._broken(f"sounds in {len(new_CS)} channels, its row says {len(self.wave_CS)}")
+        at = self._next - new_CS.shape[1] - self._begin
+        piece_CS = new_CS[:, max(-at, 0) : self.clip.num_samples - at]
+        self.wave_CS[:, max(at, 0) : max(at, 0) + piece_CS.shape[1]] = piece_CS
 
-    def wave(self, rate: int) -> Tensor:
-        """Returns the span, float32 [1, S], S = round(num_samples * rate / sample_rate).
+    def finish(self) -> None:
+        """Completes `wave_CS`.
 
         Raises:
             MediaError: The stream ended before the span did.
@@ -121,7 +131,11 @@ class Sound:
         if missing > _SHORT_BY:
             found = max(self._reached - self._begin, 0)
             raise self._broken(f"its sound ends after {found} of {self.clip.num_samples} samples")
-        return torch.from_numpy(resample(self._wave_S, self.clip.sample_rate, rate))[None]
+
+    def wave(self, rate: int) -> Tensor:
+        """Returns the finished span, float32 [C, S], S = round(num_samples * rate / sample_rate)."""
+        made = [resample(wave_S, self.clip.sample_rate, rate) for wave_S in self.wave_CS]
+        return torch.from_numpy(np.stack(made))
 
     def _broken(self, reason: str) -> MediaError:
         return MediaError(self.clip.audio or "", reason, "audio")
@@ -137,13 +151,22 @@ def mix_down(frame: av.AudioFrame) -> NDArray[np.float32]:
         weight_C /= weight_C.sum()
     mono_S = np.zeros(frame.samples, dtype=np.float32)
     for weight, wave_S in zip(weight_C.tolist(), _channels(frame), strict=True):
-        if wave_S.dtype == np.uint8:
-            mono_S += (wave_S.astype(np.float32) - 128) * np.float32(weight / 128)
-        elif np.issubdtype(wave_S.dtype, np.integer):
-            mono_S += wave_S * np.float32(weight / -float(np.iinfo(wave_S.dtype).min))
-        else:
-            mono_S += wave_S.astype(np.float32, copy=False) * np.float32(weight)
+        mono_S += _scaled(wave_S, weight)
     return mono_S
+
+
+def channels(frame: av.AudioFrame) -> NDArray[np.float32]:
+    """Returns the samples of a frame in -1 to 1, float32 [C, S]."""
+    return np.stack([_scaled(wave_S, 1.0) for wave_S in _channels(frame)])
+
+
+def _scaled(wave_S: NDArray[Any], weight: float) -> NDArray[np.float32]:
+    """Samples in -1 to 1 times a weight."""
+    if wave_S.dtype == np.uint8:
+        return (wave_S.astype(np.float32) - 128) * np.float32(weight / 128)
+    if np.issubdtype(wave_S.dtype, np.integer):
+        return (wave_S * np.float32(weight / -float(np.iinfo(wave_S.dtype).min))).astype(np.float32, copy=False)
+    return wave_S.astype(np.float32, copy=False) * np.float32(weight)
 
 
 def _channels(frame: av.AudioFrame) -> list[NDArray[Any]]:

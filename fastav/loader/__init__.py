@@ -42,6 +42,7 @@ from fastav.errors import MediaError, TooManyBroken
 from fastav.loader.assemble import Assembler, Reader, Request
 from fastav.loader.stream import StageStats, Stream
 from fastav.meter import num_cores
+from fastav.shards import Reading
 
 if TYPE_CHECKING:
     from fastav.plan import Plan
@@ -60,12 +61,14 @@ class Loading(Config, frozen=True):
         prefetch: Batches that may be on their way.
         watchdog_s: Seconds without a batch after which a warning names what is being waited for; it repeats.
         max_broken: Share of broken samples above which `Loader.check_broken` raises.
+        shards: How shards of packed clips are read.
     """
 
     workers: NonNegativeInt = 0
     prefetch: PositiveInt = 2
     watchdog_s: PositiveFloat = 60.0
     max_broken: Fraction = 0.05
+    shards: Reading = Reading()
 
     def num_workers(self) -> int:
         """Returns the number of decoding threads in force."""

@@ -65,7 +65,7 @@ class Job:
         has_video = _put(self.frames_BTCHW, row, sample.frames_TCHW, 0, clip, "video")
         has_audio = _put(self.mel_BWCML, row, sample.mel_WCML, floor, clip, "audio")
         if not has_video and not has_audio:
-            raise MediaError(media(clip), "holds nothing of what the run looks at")
+            raise MediaError(clip.source, "holds nothing of what the run looks at")
         self.has_video_B[row], self.has_audio_B[row], self.good_B[row] = has_video, has_audio, True
 
 
@@ -267,11 +267,6 @@ class Assembler:
             (donor or Donor.blank(job, self._floor)).fill(job, row)
 
 
-def media(clip: Clip) -> str:
-    """Returns the file that a message about a clip names."""
-    return str(clip.video or clip.image or clip.audio or clip.mel or clip.id)
-
-
 def _put(room: Tensor | None, row: int, part: Tensor | None, fill: float, clip: Clip, stage: str) -> bool:
     """Copies one modality of a sample into its row, or fills the row; returns whether there was something."""
     if room is None:
@@ -281,6 +276,6 @@ def _put(room: Tensor | None, row: int, part: Tensor | None, fill: float, clip: 
         return False
     if part.shape != room.shape[1:]:
         got, expected = tuple(part.shape), tuple(room.shape[1:])
-        raise MediaError(media(clip), f"decoded to {got}, {expected} expected", stage)
+        raise MediaError(clip.source, f"decoded to {got}, {expected} expected", stage)
     room[row].copy_(part)
     return True

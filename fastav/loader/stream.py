@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fastav.clip import Batch, Clip
-from fastav.loader.assemble import Assembler, Job, Request, Task, media
+from fastav.loader.assemble import Assembler, Job, Request, Task
 
 _JOIN_S = 5.0
 
@@ -176,7 +176,7 @@ class Stream:
         """Returns files and for how long, the longest first (with the lock held)."""
         now = time.perf_counter()
         longest_first = sorted(self._decoding.values(), key=lambda entry: entry[1])
-        return ", ".join(f"{media(clip)} ({now - since:.1f} s)" for clip, since in longest_first)
+        return ", ".join(f"{clip.source} ({now - since:.1f} s)" for clip, since in longest_first)
 
     def _guarded(self, target: Callable[[], None]) -> None:
         """Runs a thread; what it raises is raised again in the consumer, with the thread's traceback."""

@@ -13,6 +13,7 @@ from fastav.manifest.store import SCHEMA_VERSION as SCHEMA_VERSION
 from fastav.manifest.window import Manifest as Manifest
 from fastav.manifest.window import Modality as Modality
 from fastav.manifest.write import Extent as Extent
+from fastav.manifest.write import clips_table as clips_table
 from fastav.manifest.write import merge as merge
 from fastav.manifest.write import write_manifest as write_manifest
 from fastav.manifest.write import write_table as write_table

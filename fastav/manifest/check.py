@@ -120,7 +120,8 @@ def _ids(rows: _Rows) -> Iterator[Problem]:
 
 def _spans(rows: _Rows) -> Iterator[Problem]:
     c = {name: rows.column(name) for name in _SPAN_COLUMNS}
-    named: NDArray[np.bool_] = np.any(rows.codes >= 0, axis=0)
+    packed = np.array(pc.not_equal(rows.manifest.strings("shard"), "").to_pylist(), np.bool_)
+    named: NDArray[np.bool_] = np.any(rows.codes >= 0, axis=0) | packed
     timed = np.any(rows.codes[:2] >= 0, axis=0)
     empty = (c["num_frames"] <= 0) & (c["num_samples"] <= 0) & (c["num_mel_frames"] <= 0)
     frames_end, samples_end = c["start_frame"] + c["num_frames"], c["start_sample"] + c["num_samples"]

@@ -27,17 +27,17 @@ from fastav.clip import Clip
 from fastav.errors import FastavError, UserError, did_you_mean
 from fastav.files import sha256, written_beside
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Version of the Parquet columns and metadata; a manifest with a larger one is refused."""
 
-_COPY_VERSION = 1
+_COPY_VERSION = 2
 _COPY_ROWS = 1 << 18  # rows of a record batch of the copy
 _PAGED_BYTES = 1 << 25  # copies larger than this are read with pread, row by row
 _DENSE = 8  # rows at random from a run at most this many times as long are read as one run
 PATHS = ("video", "audio", "image", "mel")
-TEXTS = ("id", *PATHS, "video_codec", "audio_codec", "group")
+TEXTS = ("id", *PATHS, "shard", "video_codec", "audio_codec", "group")
 _FLOATS = ("start_s", "duration_s", "fps", "audio_offset_s", "weight", "lat", "lon")
-_LONGS = ("start_sample", "num_samples", "media_samples")
+_LONGS = ("start_sample", "num_samples", "media_samples", "shard_at", "shard_size")
 _INTS = (
     "start_frame", "num_frames", "width", "height", "rotation",
     "sample_rate", "channels", "num_mel_frames", "media_frames",

@@ -29,12 +29,20 @@ class Manifest:
     Attributes:
         path: The Parquet file.
         root: The folder that relative media paths start from, without symbolic links.
+        shards: Folder or URL that relative shard names start from instead of `root`; empty for `root`.
         classes: Class names; labels are numbered in this order.
         metadata: What the writer noted, such as where the data come from.
     """
 
-    def __init__(self, store: Store, start: int = 0, stop: int = -1, index: NDArray[np.integer] | None = None) -> None:
-        self.path, self.root = store.path, store.path.parent.resolve()
+    def __init__(
+        self,
+        store: Store,
+        start: int = 0,
+        stop: int = -1,
+        index: NDArray[np.integer] | None = None,
+        shards: str = "",
+    ) -> None:
+        self.path, self.root, self.shards = store.path, store.path.parent.resolve(), shards
         self.classes, self.metadata = store.classes, store.metadata
         self._store, self._start, self._stop = store, start, store.num_rows if stop < 0 else stop
         self._index = index
@@ -57,7 +65,7 @@ class Manifest:
         return self._stop - self._start if self._index is None else len(self._index)
 
     def __reduce__(self) -> tuple[Callable[..., Manifest], tuple[Any, ...]]:
-        return _reopen, (self.path, self._start, self._stop, self._index, self._store.source)
+        return _reopen, (self.path, self._start, self._stop, self._index, self.shards, self._store.source)
 
     def __repr__(self) -> str:
         return f"Manifest({str(self.path)!r}, {len(self)} clips, {len(self.classes)} classes, {self.splits})"
@@ -83,8 +91,13 @@ class Manifest:
             raise UserError(f'{self.path}: no split "{name}"; it has: {known}')
         start, stop = self._store.splits[name]
         if self._index is not None:
-            return Manifest(self._store, index=self._index[slice(*np.searchsorted(self._index, [start, stop]))])
-        return Manifest(self._store, max(start, self._start), min(stop, self._stop))
+            inside = self._index[slice(*np.searchsorted(self._index, [start, stop]))]
+            return Manifest(self._store, index=inside, shards=self.shards)
+        return Manifest(self._store, max(start, self._start), min(stop, self._stop), shards=self.shards)
+
+    def with_shards(self, base: str) -> Manifest:
+        """Returns the same rows with their shards below another folder or URL, such as `s3://bucket/pack`."""
+        return Manifest(self._store, self._start, self._stop, self._index, base)
 
     def select(self, modalities: Sequence[Modality], require: Literal["any", "all"] = "any") -> Manifest:
         """Returns the rows that have any (or all) of the modalities; itself where all rows have.
@@ -103,7 +116,7 @@ class Manifest:
         rows = np.flatnonzero(keep)
         kept = rows + self._start if self._index is None else self._index[rows]
         narrow = np.int32 if self._store.num_rows < 1 << 31 else np.int64
-        return Manifest(self._store, index=kept.astype(narrow))
+        return Manifest(self._store, index=kept.astype(narrow), shards=self.shards)
 
     def columns(self, rows: NDArray[np.integer], names: Sequence[str]) -> dict[str, NDArray[Any]]:
         """Returns numeric columns of the given rows; costs as much as there are rows asked for.
@@ -137,6 +150,7 @@ class Manifest:
             values = texts[i] | {name: column[i] for name, column in zip(_CLIP_NUMBERS, numbers, strict=True)}
             for name in PATHS:
                 values[name] = self._full(values[name])
+            values["shard"] = self._place(values["shard"])
             names = tuple(self.classes[k] for k in labels[i])
             made.append(Clip(row=int(rows[i]), labels=names, split=self._store.split_of(at), **values))
         return made
@@ -145,6 +159,12 @@ class Manifest:
         if not text:
             return None
         return Path(os.path.normpath(self.root / text)) if ".." in text else self.root / text
+
+    def _place(self, text: str) -> str:
+        """The path or URL of a shard."""
+        if not text or "://" in text or Path(text).is_absolute():
+            return text
+        return f"{self.shards.rstrip('/')}/{text}" if self.shards else str(self._full(text))
 
     def class_map(self, classes: Sequence[str], aliases: Mapping[str, str] | None = None) -> NDArray[np.int64]:
         """Returns for each own class its number in `classes`, by name; -1 where there is no such class.
@@ -207,9 +227,11 @@ class Manifest:
         return wanted + self._start if self._index is None else self._index[wanted].astype(np.int64)
 
 
-def _reopen(path: Path, start: int, stop: int, index: NDArray[np.integer] | None, source: dict[str, Any]) -> Manifest:
+def _reopen(
+    path: Path, start: int, stop: int, index: NDArray[np.integer] | None, shards: str, source: dict[str, Any]
+) -> Manifest:
     """Opens the same window again in another process; refuses a file that has changed in between."""
     store = open_store(path)
     if store.source["size"] != source["size"] or store.num_rows < stop:
         raise UserError(f"{path}: the manifest was rewritten while it was in use; start again")
-    return Manifest(store, start, stop, index)
+    return Manifest(store, start, stop, index, shards)

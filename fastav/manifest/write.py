@@ -49,8 +49,16 @@ def write_manifest(
         FastavError: The files cannot be written.
     """
     path = Path(path).absolute()
+    table = clips_table(clips, path.parent, extents)
+    if not table.num_rows:
+        raise UserError(f"{path}: no clips to write a manifest of")
+    return write_table(path, table, classes, metadata)
+
+
+def clips_table(clips: Iterable[Clip], folder: Path, extents: Mapping[Path, Extent] | None = None) -> pa.Table:
+    """Returns rows as the columns of `SCHEMA`, their paths relative to `folder`; see `write_manifest`."""
     rest = iter(clips)
-    stored, known = _Stored(path.parent), {str(Path(k).absolute()): v for k, v in (extents or {}).items()}
+    stored, known = _Stored(folder), {str(Path(k).absolute()): v for k, v in (extents or {}).items()}
     batches = []
     while chunk := list(itertools.islice(rest, 1 << 16)):
         columns: dict[str, list[Any]] = {
@@ -61,10 +69,9 @@ def write_manifest(
             measure = ("media_frames", "media_samples")[number]
             columns[measure] = [known.get(file, (0, 0))[number] if file else 0 for file in files]
         columns |= {name: [stored(file) for file in columns[name]] for name in PATHS}
+        columns["shard"] = [stored.shard(name) for name in columns["shard"]]
         batches.append(pa.record_batch([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA))
-    if not batches:
-        raise UserError(f"{path}: no clips to write a manifest of")
-    return write_table(path, pa.Table.from_batches(batches), classes, metadata)
+    return pa.Table.from_batches(batches, SCHEMA)
 
 
 def write_table(
@@ -126,6 +133,10 @@ class _Stored:
             self._known[path] = self._text(Path(os.path.normpath(path.absolute())))
         return self._known[path]
 
+    def shard(self, name: str) -> str:
+        """Shards may also be at a URL, which is kept as it is."""
+        return name if not name or "://" in name else self(Path(name)) or ""
+
     def _text(self, file: Path) -> str:
         if file.is_relative_to(self._folder):
             return file.relative_to(self._folder).as_posix()
@@ -133,6 +144,11 @@ class _Stored:
         real = file.parent.resolve() / file.name
         shared = Path(os.path.commonpath([real, self._real]))
         return str(file) if shared == shared.parent else Path(os.path.relpath(real, self._real)).as_posix()
+
+
+def _moved(text: str, root: Path, stored: _Stored) -> str | None:
+    """A path of another manifest, as this one would store it; URLs and no path stay what they are."""
+    return text if not text or "://" in text else stored(Path(os.path.normpath(root / text)))
 
 
 def merge(paths: Sequence[str | Path], out: str | Path) -> Manifest:
@@ -147,10 +163,10 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Manifest:
         part = Manifest.open(path)
         table = pq.read_table(part.path)
         stored = _Stored(out.parent)
-        for name in PATHS:
+        for name in (*PATHS, "shard"):
             if name in table.column_names:
                 old = pc.unique(table.column(name).drop_null())
-                new = [stored(Path(os.path.normpath(part.root / text))) for text in old.to_pylist()]
+                new = [_moved(text, part.root, stored) for text in old.to_pylist()]
                 moved = pa.array(new, pa.string()).take(pc.index_in(table.column(name), value_set=old))
                 table = table.set_column(table.column_names.index(name), name, moved)
         tables.append(table.select([n for n in SCHEMA.names if n in table.column_names]))

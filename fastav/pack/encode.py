@@ -1,0 +1,138 @@
+"""Encoders of what a pack holds: video as access units, sound as FLAC frames, stills as JPEG.
+
+All of them run in one thread and give the same bytes for the same input; many clips are packed side by side instead.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastav.pack.settings import PRESETS, PackSettings
+from fastav.shards.layout import FLAC_BLOCK, UnitKind
+
+Unit = tuple[bytes, UnitKind]
+
+_JPEG_QUALITY = 92
+_MJPEG_SCALE = "3"  # FFmpeg's quantiser scale
+_FLAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
+_CHUNK = 1 << 16
+
+
+class VideoEncoder:
+    """Encodes upright frames of one size, BT.601 in limited range (JPEG: in full range), into access units.
+
+    H.264 as facts and a standard decoder like it best: 8-bit 4:2:0, no B-frames, one reference, closed groups of
+    fixed length, no CABAC and no deblocking (`fastdecode`), a delimiter before every picture and the parameter sets
+    before every keyframe.
+
+    Args:
+        settings: Codec and preset.
+        width: Pixels, a multiple of 16.
+        height: Pixels, a multiple of 16.
+        fps: Constant frame rate, Hz.
+    """
+
+    def __init__(self, settings: PackSettings, width: int, height: int, fps: float) -> None:
+        preset = PRESETS[settings.preset]
+        self.intra = settings.codec == "mjpeg" or preset.gop == 1
+        context: Any = av.CodecContext.create("libx264" if settings.codec == "h264" else "mjpeg", "w")
+        context.width, context.height = width, height
+        context.framerate = Fraction(fps).limit_denominator(1001)
+        context.time_base = 1 / context.framerate
+        context.thread_count, context.thread_type = 1, "NONE"
+        if settings.codec == "h264":
+            context.pix_fmt = "yuv420p"
+            context.options = {"preset": "veryfast", "tune": "fastdecode", "crf": f"{preset.crf:g}"} | {
+                "x264-params": f"keyint={preset.gop}:min-keyint={preset.gop}:scenecut=0:bframes=0:ref=1:open-gop=0:"
+                "aud=1:repeat-headers=1:annexb=1:colormatrix=smpte170m:colorprim=smpte170m:transfer=smpte170m:"
+                "fullrange=off:threads=1"
+            }
+        else:
+            context.pix_fmt = "yuvj420p"
+            context.options = {"qmin": _MJPEG_SCALE, "qmax": _MJPEG_SCALE}
+        self._context, self._count = context, 0
+
+    @property
+    def pixel_format(self) -> str:
+        """FFmpeg's name of what `add` takes."""
+        return str(self._context.pix_fmt)
+
+    def add(self, frame: av.VideoFrame) -> list[Unit]:
+        """Takes the next frame; returns what is ready."""
+        frame.pts, frame.time_base = self._count, self._context.time_base
+        frame.pict_type = 0  # the source's own would be taken for a wish
+        self._count += 1
+        return self._units(self._context.encode(frame))
+
+    def finish(self) -> list[Unit]:
+        """Returns the rest."""
+        return self._units(self._context.encode(None))
+
+    def _units(self, packets: Any) -> list[Unit]:
+        made = []
+        for packet in packets:
+            key = self.intra or packet.is_keyframe
+            made.append((bytes(packet), UnitKind.KEYFRAME if key else UnitKind.FRAME))
+        return made
+
+
+def encode_flac(wave_CS: NDArray[np.float32], rate: int, bits: int) -> list[Unit]:
+    """Encodes sound losslessly but for its rounding to whole numbers.
+
+    Args:
+        wave_CS: float32 in -1 to 1; beyond is cut off.
+        rate: Hz.
+        bits: 16 or 24 a sample.
+
+    Returns:
+        The stream's header, then one unit a frame of `FLAC_BLOCK` samples.
+    """
+    channels, total = wave_CS.shape
+    scale = 1 << (bits - 1)
+    whole_SC = np.rint(np.clip(wave_CS.T * np.float64(scale), -scale, scale - 1)).astype(np.int32)
+    format_name, dtype, shift = ("s16", np.int16, 0) if bits == 16 else ("s32", np.int32, 8)
+    packed = (whole_SC << shift).astype(dtype)
+    out = io.BytesIO()
+    sizes = []
+    with av.open(out, "w", format="flac", options={"metadata_header_padding": "0", "fflags": "+bitexact"}) as container:
+        stream: Any = container.add_stream("flac", rate=rate, options={"frame_size": str(FLAC_BLOCK)})
+        stream.layout, stream.format = _FLAC_LAYOUTS[channels], format_name
+        stream.codec_context.thread_count = 1
+        for begin in range(0, total, _CHUNK):
+            piece = np.ascontiguousarray(packed[begin : begin + _CHUNK]).reshape(1, -1)
+            frame = av.AudioFrame.from_ndarray(piece, format_name, _FLAC_LAYOUTS[channels])
+            frame.sample_rate, frame.pts, frame.time_base = rate, begin, Fraction(1, rate)
+            for packet in stream.encode(frame):
+                sizes.append(packet.size)
+                container.mux(packet)
+        for packet in stream.encode(None):
+            if packet.size:
+                sizes.append(packet.size)
+            container.mux(packet)
+    return list(_cut(out.getvalue(), sizes))
+
+
+def _cut(data: bytes, sizes: list[int]) -> Iterator[Unit]:
+    at = len(data) - sum(sizes)
+    yield data[:at], UnitKind.SOUND
+    for size in sizes:
+        yield data[at : at + size], UnitKind.SOUND
+        at += size
+
+
+def encode_jpeg(rgb_HWC: NDArray[np.uint8], size: tuple[int, int]) -> bytes:
+    """Resizes a picture to width and height, where they are others, and encodes it."""
+    picture = Image.fromarray(np.ascontiguousarray(rgb_HWC))
+    if picture.size != size:
+        picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=None)
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=_JPEG_QUALITY)
+    return out.getvalue()

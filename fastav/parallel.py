@@ -1,0 +1,106 @@
+"""Runs a function on many jobs in processes that may die of one: a crash is a result like any other."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import signal
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Done(Generic[Job, Result]):
+    """A job and what became of it.
+
+    Attributes:
+        number: Of the job, counted from 0 in the order given.
+        job: As given.
+        result: What the function returned; None where its process died of it.
+        died: Whether it did.
+    """
+
+    number: int
+    job: Job
+    result: Result | None
+    died: bool = False
+
+
+def each(
+    jobs: Iterable[Job], do: Callable[[Job], Result], workers: int, *, ahead: int | None = None
+) -> Iterator[Done[Job, Result]]:
+    """Yields each job with its result, in the order in which they are done.
+
+    Args:
+        jobs: Read as they are needed; both they and the results are sent between processes.
+        do: A function of a module, or a `functools.partial` of one; what it raises is raised here and ends it all.
+        workers: Processes.
+        ahead: No job is begun that is this many behind the oldest unfinished one, so that results which must wait
+            for their turn do not pile up.
+    """
+    rest = enumerate(jobs)
+    while suspects := (yield from _together(rest, do, workers, ahead)):
+        # Nobody knows which of the jobs in work killed its process: each of them gets a process of its own.
+        for number, job in suspects:
+            yield _alone(number, job, do)
+
+
+def _together(
+    rest: Iterator[tuple[int, Job]], do: Callable[[Job], Result], workers: int, ahead: int | None
+) -> Generator[Done[Job, Result], None, list[tuple[int, Job]]]:
+    """Works until there are no more jobs, or until a process dies: then returns the jobs that were in work."""
+    running: dict[Future[Result], tuple[int, Job]] = {}
+    waiting: list[tuple[int, Job]] = []
+    with _pool(workers, do) as pool:
+        try:
+            while True:
+                while len(running) < 2 * workers:
+                    oldest = min((number for number, _ in running.values()), default=None)
+                    newest = max((number for number, _ in running.values()), default=0)
+                    if ahead is not None and oldest is not None and newest - oldest >= ahead:
+                        break
+                    job = next(rest, None)
+                    if job is None:
+                        break
+                    waiting = [job]
+                    running[pool.submit(do, job[1])] = job
+                    waiting = []
+                if not running:
+                    return []
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    result = future.result()
+                    number, what = running.pop(future)
+                    yield Done(number, what, result)
+        except BrokenProcessPool:
+            return [*running.values(), *waiting]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _alone(number: int, job: Job, do: Callable[[Job], Result]) -> Done[Job, Result]:
+    with _pool(1, do) as pool:
+        try:
+            return Done(number, job, pool.submit(do, job).result())
+        except BrokenProcessPool:
+            return Done(number, job, None, died=True)
+
+
+def _pool(workers: int, do: Callable[..., Any]) -> ProcessPoolExecutor:
+    # Not forked from here: a fork of a process with threads (torch's, Arrow's) may hang. Forked from a server that has
+    # imported the function's module once and has none; or spawned, where there is no such thing.
+    server = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if server else "spawn")
+    function = do.func if isinstance(do, functools.partial) else do
+    context.set_forkserver_preload(["__main__", function.__module__])
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+
+
+def _ignore_interrupts() -> None:
+    """Leaves Ctrl-C to the parent, which then stops giving out jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

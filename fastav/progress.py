@@ -1,0 +1,45 @@
+"""How far a long piece of work has come, and how long it still takes: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_PLAIN_EVERY_S = 5.0
+
+
+@contextmanager
+def progress(console: Console, doing: str, total: int, things: str) -> Iterator[Callable[[], None]]:
+    """Yields what to call after each thing is done.
+
+    Args:
+        console: Where to show it.
+        doing: What is being done, such as `probing`; plain lines begin with it.
+        total: How many things there are.
+        things: What they are, such as `files`.
+    """
+    if console.is_terminal:
+        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(things), TimeRemainingColumn())
+        with Progress(*columns, console=console) as bar:
+            task = bar.add_task(doing, total=total)
+            yield lambda: bar.advance(task)
+        return
+    first = said = time.monotonic()
+    done = 0
+
+    def advance() -> None:
+        nonlocal done, first, said
+        done += 1
+        now = time.monotonic()
+        if done == 1:
+            first = now  # the start of the processes is in the time of the first one, and would spoil the guess
+        elif now - said >= _PLAIN_EVERY_S or done == total:
+            left_s = (now - first) / (done - 1) * (total - done)
+            console.print(f"{doing}: {done}/{total} {things}, {left_s:.0f} s left", highlight=False)
+            said = now
+
+    yield advance
