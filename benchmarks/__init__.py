@@ -1,1 +1,1 @@
-"""Measurements that are not installed with the package: `python -m benchmarks.NAME`."""
+"""Measurements that are not installed with the package: `python -m benchmarks SUITE`."""

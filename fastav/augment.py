@@ -17,7 +17,9 @@ from torch.nn import functional
 
 
 def crop_box(crop: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """Rounds a planned crop to whole pixels inside the frame, at least one pixel wide and high.
+    """Rounds a planned crop to whole chroma samples of 4:2:0 inside the frame: to pairs of pixels.
+
+    So that planes can be cropped as they were decoded; every decoder cuts the same box, whatever its picture's format.
 
     Args:
         crop: x, y, width, height in upright pixels.
@@ -28,11 +30,16 @@ def crop_box(crop: Sequence[float], height: int, width: int) -> tuple[int, int, 
         left, top, right, bottom; right and bottom exclusive.
     """
     x, y, w, h = crop
-    left = min(max(round(x), 0), width - 1)
-    top = min(max(round(y), 0), height - 1)
-    right = min(max(round(x + w), left + 1), width)
-    bottom = min(max(round(y + h), top + 1), height)
+    left, right = _pairs(x, x + w, width)
+    top, bottom = _pairs(y, y + h, height)
     return left, top, right, bottom
+
+
+def _pairs(begin: float, end: float, size: int) -> tuple[int, int]:
+    """The span in whole pairs of pixels; it may end with a single one where the picture does."""
+    first = min(max(2 * round(begin / 2), 0), max((size - 1) // 2 * 2, 0))
+    last = size if end > size - 1 else 2 * round(end / 2)
+    return first, min(max(last, first + 2), size)
 
 
 def resize_crop(frames_THWC: Tensor | NDArray[np.uint8], crop: Sequence[float], flip: bool, size: int) -> Tensor:

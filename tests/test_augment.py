@@ -72,7 +72,10 @@ def test_crop_box_is_inside(x: float, y: float, w: float, h: float, height: int,
 
 
 def test_crop_box_rounds_edges_not_sizes() -> None:
-    assert crop_box((0.6, 0.4, 10.0, 10.0), 100, 100) == (1, 0, 11, 10)
+    assert crop_box((1.2, 0.4, 9.0, 10.0), 100, 100) == (2, 0, 10, 10)
+    assert crop_box((0.0, 0.0, 97.0, 53.0), 53, 97) == (0, 0, 97, 53)
+    assert crop_box((96.4, 52.0, 0.1, 0.1), 53, 97) == (96, 52, 97, 53)
+    assert crop_box((3.0, 3.0, 0.5, 0.5), 64, 64) == (4, 4, 6, 6)
     assert crop_box((0.0, 0.0, 640.0, 360.0), 360, 640) == (0, 0, 640, 360)
 
 

@@ -23,16 +23,15 @@ from typing import Any
 import av
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
-from fastav.augment import resize_crop_into
 from fastav.clip import Clip, ClipPlan, Sample
 from fastav.config import Kind, PositiveInt
 from fastav.decode.base import Read, needed_samples
+from fastav.decode.crop import Cropper
 from fastav.decode.media import blame, read_media
 from fastav.decode.packed import KeptDecoders, decode_mel, wave_of
 from fastav.decode.probe import explain, open_mel
@@ -167,27 +166,28 @@ class _Crops:
             raise ValueError(f"frames {self.numbers} planned of {clip.num_frames} of clip {clip.id}")
         self._missing = set(self.numbers)
         self._out = [torch.empty(len(p.frames_T), 3, size, size, dtype=torch.uint8) for p in plans]
-        self._reformatter = VideoReformatter()
+        self._cropper = Cropper(size)
 
     def see(self, number: int, frame: av.VideoFrame) -> None:
-        """Converts a decoded frame to upright RGB and crops it."""
+        """Takes a decoded frame of the row's size."""
         clip = self.clip
         width, height = (clip.height, clip.width) if clip.rotation % 180 else (clip.width, clip.height)
         if (frame.width, frame.height) != (width, height):
             size = f"frame {number} is {frame.width}x{frame.height}, its row says {width}x{height}"
             raise MediaError(clip.source, size, "video")
-        # One thread: starting more costs three times a small frame's conversion.
-        rgb_HWC = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
-        self.add(number, np.rot90(rgb_HWC, -clip.rotation // 90) if clip.rotation else rgb_HWC)
+        self._cut(number, self._cropper.cuttable(frame), clip.rotation)
 
     def add(self, number: int, rgb_HWC: NDArray[Any]) -> None:
-        """Crops an upright picture for every plan that names it."""
+        """Takes an upright picture."""
+        self._cut(number, av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_HWC), "rgb24"), 0)
+
+    def _cut(self, number: int, frame: av.VideoFrame, rotation: int) -> None:
+        """Crops a picture for every plan that names it."""
         self._missing.discard(number)
-        rgb_THWC = torch.from_numpy(np.ascontiguousarray(rgb_HWC))[None]
         for out_TCHW, plan in zip(self._out, self.plans, strict=True):
             places = np.flatnonzero(plan.frames_T == number).tolist()
             if places:
-                resize_crop_into(out_TCHW[places[0] : places[0] + 1], rgb_THWC, plan.crop, plan.flip)
+                self._cropper.cut(out_TCHW[places[0]].numpy(), frame, plan.crop, plan.flip, rotation)
             for place in places[1:]:
                 out_TCHW[place] = out_TCHW[places[0]]
 

@@ -40,8 +40,8 @@ class Preset(Config, frozen=True):
 
 
 PRESETS = {
-    "small": Preset(gop=8, crf=23.0),
-    "balanced": Preset(gop=4, crf=23.0),
+    "small": Preset(gop=8, crf=24.0),
+    "balanced": Preset(gop=4, crf=24.0),
     "fast": Preset(gop=1, crf=23.0),
 }
 """By name: smaller files with longer groups, or faster decoding with shorter ones."""

@@ -1,0 +1,235 @@
+"""Decoding and loading: `python -m benchmarks data [--footage FILE]`.
+
+Measures, interleaved in one process: the raw web clip through torchcodec; the same clip packed, through ours and
+through what people would use on the same access units; ten JPEGs a clip, as people dump them today; then the loader on
+raw and packed clips with both modalities, `repeat`, and (with --sweep) workers and resolutions. Prints medians with
+95 % intervals, writes JSON and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import result as results
+from benchmarks.data.clips import PACKS, Media, make
+from benchmarks.data.loading import loading_turns, sweep_turns
+from benchmarks.data.peers import SIZE, Dump, Ours, Peer, peers_of
+from benchmarks.data.plot import plot
+from benchmarks.timing import Interval, Turn, interleave, median, per_cpu_second, per_second, ratio, verdict
+from fastav.clip import Clip, ClipPlan
+from fastav.commandline import Parser
+from fastav.meter import num_cores
+from fastav.plan import random_crops, segment_frames
+
+FRAMES = 8
+_RAW = "raw through torchcodec exact"
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the suite."""
+    args = _arguments(words)
+    torch.set_num_threads(1)
+    console = Console()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        media = make(folder, args.footage, frames=args.frames, size=args.size)
+        if args.profile:
+            return _profile(media)
+        found = results.new("data", list(words), {"decoder": [], "pack": list(PACKS), "workers": [1, args.workers]})
+        _describe(found, media)
+        turns = interleave(_decoding(media, args.clips), args.rounds, told=lambda text: console.log(text))
+        _report(found, console, "one thread, video only", turns, per_cpu_second, "clips_per_cpu_s")
+        _verdicts(found, console, turns, per_cpu_second, "clips_per_cpu_s")
+        with ThreadPoolExecutor(args.workers) as pool:
+            parallel = interleave(_parallel(media, args.clips * args.workers, pool), args.rounds)
+        name = f"{args.workers} threads, video only"
+        _report(found, console, name, parallel, per_second, f"clips_per_s_{args.workers}_threads")
+        _verdicts(found, console, parallel, per_second, f"clips_per_s_{args.workers}_threads")
+        loading_turns(found, console, media, folder, args.workers, args.rounds, args.clips)
+        if args.sweep:
+            sweep_turns(found, console, media, folder, args.rounds)
+        if args.out or not args.quick:
+            path = results.write(found, args.out)
+            console.print(f"{path} and {plot(found, path.with_suffix('.png'))}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _arguments(words: Sequence[str]) -> argparse.Namespace:
+    parser = Parser(prog="benchmarks data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--footage", type=Path, metavar="FILE", help="a real video of 10 s; default: a drawn scene")
+    parser.add_argument("--folder", type=Path, help="keep the media here and use them again")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--clips", type=int, default=6, help="clips a turn")
+    parser.add_argument("--workers", type=int, default=num_cores(), help="threads of the parallel comparison")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/")
+    parser.add_argument("--sweep", action="store_true", help="workers and resolutions, too")
+    parser.add_argument("--profile", action="store_true", help="show where ours spends its time, and nothing else")
+    parser.add_argument("--quick", action="store_true", help="small clips, two rounds: whether it runs, not how fast")
+    args = parser.parse_args(words)
+    args.frames, args.size = 250, (640, 360)
+    if args.quick:
+        args.frames, args.size, args.rounds, args.clips = 50, (320, 192), 2, 1
+    return args
+
+
+def planner(clip: Clip, seed: int = 0) -> Callable[[], ClipPlan]:
+    """Returns a function that draws training plans of a clip: one frame a segment, torchvision's random crop."""
+    rng = np.random.default_rng(seed)
+    lock = threading.Lock()
+
+    def draw() -> ClipPlan:
+        with lock:
+            u_F, u_C = rng.random((1, FRAMES)), rng.random((1, 22))
+        frames_T = segment_frames(np.array([clip.num_frames]), u_F)[0]
+        crop = random_crops(np.array([clip.width]), np.array([clip.height]), u_C, (0.08, 1.0), (3 / 4, 4 / 3))[0]
+        x, y, w, h = map(float, crop)
+        return ClipPlan(0, 0, 0, 0, frames_T, (x, y, w, h), False, np.zeros(1, np.int32), (0, 0), 1.0, 0, 1.0)
+
+    return draw
+
+
+def _readers(media: Media) -> dict[str, tuple[Clip, Peer]]:
+    """Every reader on everything it is compared on."""
+    readers: dict[str, tuple[Clip, Peer]] = {}
+    assert media.raw.video is not None, "it is raw"
+    for name, build in peers_of(media.raw.video, media.raw).items():
+        if name != "PyAV by hand":  # one keyframe: seeking to each frame would decode the file eight times
+            readers[f"raw through {name}"] = (media.raw, build())
+    readers["raw through ours"] = (media.raw, Ours(media.raw))
+    for pack, clip in media.packed.items():
+        readers[f"{pack} through ours"] = (clip, Ours(clip))
+        for name, build in peers_of(media.remuxed[pack], clip).items():
+            if name != "PyAV linear":
+                readers[f"{pack} through {name}"] = (clip, build())
+    readers["ten JPEGs"] = (media.packed["balanced"], Dump(media.dump, media.raw.num_frames))
+    return readers
+
+
+def _decoding(media: Media, clips: int) -> dict[str, Callable[[], int]]:
+    def turn(clip: Clip, peer: Peer) -> Callable[[], int]:
+        draw = planner(clip)
+
+        def run() -> int:
+            for _ in range(clips):
+                peer.frames(draw())
+            return clips
+
+        return run
+
+    return {name: turn(clip, peer) for name, (clip, peer) in _readers(media).items()}
+
+
+def _parallel(media: Media, clips: int, pool: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:
+    """The packed files again, by as many threads as there are workers."""
+
+    def turn(clip: Clip, peer: Peer) -> Callable[[], int]:
+        draw = planner(clip)
+
+        def run() -> int:
+            list(pool.map(lambda _: peer.frames(draw()), range(clips)))
+            return clips
+
+        return run
+
+    chosen = {n: r for n, r in _readers(media).items() if n.split()[0] in ("balanced", "fast")}
+    return {name: turn(clip, peer) for name, (clip, peer) in chosen.items()}
+
+
+def _describe(found: dict[str, Any], media: Media) -> None:
+    """Notes sizes, quality, and how much of a packed clip is read and decoded."""
+    assert media.raw.video is not None, "it is raw"
+    raw_kb = media.raw.video.stat().st_size / 1e3
+    found["notes"].append(f"pictures: {media.footage}; raw {media.raw.width}x{media.raw.height} {raw_kb:.0f} kB")
+    for pack, clip in media.packed.items():
+        draw, ours = planner(clip), Ours(clip)
+        fetched = [ours.shards.fetch(clip, sorted(set(draw().frames_T.tolist())), None) for _ in range(50)]
+        decoded = [len(one.frames.units) for one in fetched if one.frames is not None]
+        video_kb = int((ours.shards.units(clip).size_U[: clip.num_frames]).sum()) / 1e3
+        found["runs"].append(
+            {
+                "variant": pack, "repeat": 0, "video_kb": round(video_kb, 1), "raw_kb": round(raw_kb, 1),
+                "psnr_y_db": media.quality[pack],
+                "frames_decoded_per_used": round(float(np.mean(decoded)) / FRAMES, 2),
+                "kb_read_per_clip": round(float(np.mean([one.num_bytes for one in fetched])) / 1e3, 1),
+            }
+        )  # fmt: skip
+    dump_kb = sum(p.stat().st_size for p in media.dump.glob("*.jpg")) / 1e3
+    found["notes"].append(
+        f"ten JPEGs: {dump_kb:.0f} kB a clip; the same ten frames in every epoch, no other frame count or rate later"
+    )
+
+
+def _report(
+    found: dict[str, Any], console: Console, title: str, turns: dict[str, list[Turn]],
+    measure: Callable[[Sequence[Turn]], Any], metric: str,
+) -> None:  # fmt: skip
+    table = Table(title=title)
+    for column in ("", metric.replace("_", " "), "ms a clip", "against raw"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, rounds in turns.items():
+        interval = median(measure(rounds))
+        against = str(ratio(measure(rounds), measure(turns[_RAW]))) if _RAW in turns else ""
+        table.add_row(name, str(interval), f"{1e3 / interval.median:.2f}", against)
+        _, low, high = interval.rounded()
+        found["summary"].append(
+            {"variant": name, "metric": metric, "median": interval.rounded()[0], "ci95": [low, high]}
+        )
+        for number, turn in enumerate(rounds):
+            found["runs"].append(
+                {"variant": name, "repeat": number, "clips": turn.clips, "cpu_s": round(turn.cpu_s, 5),
+                 "wall_s": round(turn.wall_s, 5), "metric": metric}
+            )  # fmt: skip
+    console.print(table)
+
+
+def _verdicts(
+    found: dict[str, Any], console: Console, turns: dict[str, list[Turn]],
+    measure: Callable[[Sequence[Turn]], Any], metric: str,
+) -> None:  # fmt: skip
+    """Ours against the fastest peer on the same files, and against the raw clip."""
+    for pack in PACKS:
+        ours = f"{pack} through ours"
+        if ours not in turns:
+            continue
+        others = [n for n in turns if n.startswith(f"{pack} through ") and n != ours]
+        best = max(others, key=lambda n: float(np.median(measure(turns[n]))), default=None)
+        for other in [name for name in (best, _RAW, "ten JPEGs") if name in turns and name is not None]:
+            _verdict(found, console, (ours, other), ratio(measure(turns[ours]), measure(turns[other])), metric)
+
+
+def _verdict(found: dict[str, Any], console: Console, names: tuple[str, str], interval: Interval, metric: str) -> None:
+    middle, low, high = interval.rounded()
+    word = verdict(interval)
+    found["verdicts"].append(
+        {"a": names[0], "b": names[1], "metric": metric, "ratio": middle, "ci95": [low, high], "verdict": word}
+    )
+    console.print(f"{names[0]} / {names[1]}: {interval} ({word})", highlight=False)
+
+
+def _profile(media: Media) -> int:
+    """Where the time of one clip goes."""
+    for pack in ("balanced", "fast"):
+        draw, ours = planner(media.packed[pack]), Ours(media.packed[pack])
+        for _ in range(20):
+            ours.frames(draw())
+        profile = cProfile.Profile()
+        profile.enable()
+        for _ in range(200):
+            ours.frames(draw())
+        profile.disable()
+        print(f"{pack}, 200 clips of {FRAMES} frames at {SIZE}:")
+        pstats.Stats(profile).sort_stats("tottime").print_stats(12)
+    return 0

@@ -1,0 +1,118 @@
+"""The loader itself: raw against packed with both modalities, `repeat`, sweeps; busy time and waits of each stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.data.clips import Media, repeated
+from benchmarks.timing import interleave, median, per_cpu_second, per_second, ratio, verdict
+from fastav.decode.base import Read
+from fastav.decode.pyav import PyAV
+from fastav.frontend import Frontend
+from fastav.loader import Loader, Loading
+from fastav.plan import Plan, Sampling
+
+BATCH = 8
+_COPIES = 64
+
+
+class Feed:
+    """A loader that is kept open, and hands out batches when it is its turn."""
+
+    def __init__(self, manifest: Any, workers: int, *, repeat: int = 1, size: int = 224, audio: bool = True) -> None:
+        frontend, sampling = Frontend(), Sampling(image_size=size, repeat=repeat)
+        modalities: Any = ("video", "audio") if audio else ("video",)
+        plan = Plan([(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
+        read = Read(modalities, size, frontend, sampling.window)
+        self.loader = Loader(
+            plan, PyAV().build(read), Loading(workers=workers, prefetch=1), modalities=modalities, classes=("a",),
+            on_broken=_refuse,
+        )  # fmt: skip
+        self._at = 0
+
+    def turn(self, batches: int) -> Callable[[], int]:
+        """Returns a function that makes so many batches, from request to batch, and returns the clips."""
+
+        def run() -> int:
+            requests = [("train", self._at + i * BATCH, BATCH) for i in range(batches)]
+            self._at += batches * BATCH
+            return sum(len(batch) for batch in self.loader.batches(requests))
+
+        return run
+
+
+def _refuse(clip: Any, error: Exception) -> None:
+    raise error
+
+
+def loading_turns(
+    found: dict[str, Any], console: Console, media: Media, folder: Path, workers: int, rounds: int, clips: int
+) -> None:
+    """Measures and reports the loader's variants."""
+    manifests = {"raw": repeated(media.raw, _COPIES, folder / "raws.parquet")}
+    for pack, clip in media.packed.items():
+        manifests[pack] = repeated(clip, _COPIES, folder / f"{pack}s.parquet")
+    feeds = {name: Feed(manifest, workers) for name, manifest in manifests.items()}
+    feeds["balanced, repeat 2"] = Feed(manifests["balanced"], workers, repeat=2)
+    feeds["raw, repeat 2"] = Feed(manifests["raw"], workers, repeat=2)
+    batches = max(1, clips // 3)
+    turns = interleave({name: feed.turn(batches) for name, feed in feeds.items()}, rounds)
+    table = Table(title=f"loader, video and audio, {workers} threads")
+    for column in ("", "clips/s", "clips per CPU-s", "decode busy %", "decode waits for work %"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, made in turns.items():
+        stats = feeds[name].loader.stats()
+        decode = stats["decode"]
+        total = max(decode.busy_s + decode.put_wait_s + decode.get_wait_s, 1e-9)
+        speed, cpu = median(per_second(made)), median(per_cpu_second(made))
+        busy, waits = 100 * decode.busy_s / total, 100 * decode.get_wait_s / total
+        table.add_row(name, str(speed), str(cpu), f"{busy:.0f}", f"{waits:.0f}")
+        for metric, interval in (("loader_clips_per_s", speed), ("loader_clips_per_cpu_s", cpu)):
+            middle, low, high = interval.rounded()
+            found["summary"].append({"variant": name, "metric": metric, "median": middle, "ci95": [low, high]})
+        stages = {stage: {k: round(v, 3) for k, v in asdict(s).items()} for stage, s in stats.items()}
+        found["runs"].append({"variant": f"loader {name}", "repeat": 0, "stages": stages, "decode_busy_pct": busy})
+    console.print(table)
+    for one, other in (("balanced", "raw"), ("balanced, repeat 2", "balanced"), ("raw, repeat 2", "raw")):
+        interval = ratio(per_second(turns[one]), per_second(turns[other]))
+        middle, low, high = interval.rounded()
+        found["verdicts"].append(
+            {"a": one, "b": other, "metric": "loader_clips_per_s", "ratio": middle, "ci95": [low, high],
+             "verdict": verdict(interval)}
+        )  # fmt: skip
+        console.print(f"loader: {one} / {other}: {interval} ({verdict(interval)})", highlight=False)
+    for feed in feeds.values():
+        feed.loader.close()
+
+
+def sweep_turns(found: dict[str, Any], console: Console, media: Media, folder: Path, rounds: int) -> None:
+    """Measures the loader over workers and resolutions, on raw and packed clips."""
+    manifests = {
+        "raw": repeated(media.raw, _COPIES, folder / "raws.parquet"),
+        "balanced": repeated(media.packed["balanced"], _COPIES, folder / "balanceds.parquet"),
+        "fast": repeated(media.packed["fast"], _COPIES, folder / "fasts.parquet"),
+    }
+    feeds = {
+        f"{name}, {workers} workers, {size} px": Feed(manifest, workers, size=size)
+        for name, manifest in manifests.items()
+        for workers, size in ((1, 224), (2, 224), (4, 224), (2, 112), (2, 336))
+    }
+    found["varied"] |= {"loader_workers": [1, 2, 4], "image_size": [112, 224, 336]}
+    turns = interleave({name: feed.turn(1) for name, feed in feeds.items()}, rounds)
+    table = Table(title="loader, sweep")
+    for column in ("", "clips/s", "clips per CPU-s"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, made in turns.items():
+        speed, cpu = median(per_second(made)), median(per_cpu_second(made))
+        table.add_row(name, str(speed), str(cpu))
+        for metric, interval in (("loader_clips_per_s", speed), ("loader_clips_per_cpu_s", cpu)):
+            middle, low, high = interval.rounded()
+            found["summary"].append({"variant": name, "metric": metric, "median": middle, "ci95": [low, high]})
+        feeds[name].loader.close()
+    console.print(table)

@@ -1,0 +1,177 @@
+"""What people would use instead, each in its best honest form: one decoding thread, the frames that the plan names.
+
+Every reader takes the same plan and returns uint8 [T, 3, size, size]. torchcodec, decord and PyAV hand over RGB frames,
+which are cropped and resized by the function that ours uses; SPDL crops and scales in FFmpeg's filter graph, as its
+users do, and so does `PyAVScaled`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
+
+from fastav.augment import crop_box, resize_crop
+from fastav.clip import Clip, ClipPlan
+from fastav.decode.base import Read
+from fastav.decode.pyav import PyAV
+from fastav.shards import Reading, Shards
+
+SIZE = 224
+
+
+class Peer(Protocol):
+    """Reads the planned frames of one clip."""
+
+    def frames(self, plan: ClipPlan) -> Tensor:
+        """Returns uint8 [T, 3, SIZE, SIZE]."""
+        ...
+
+
+class Ours:
+    """fastav's CPU decoder on a packed or a raw row."""
+
+    def __init__(self, clip: Clip) -> None:
+        self._clip, self._decoder = clip, PyAV().build(Read(("video",), image_size=SIZE))
+        self.shards = Shards(Reading())
+
+    def frames(self, plan: ClipPlan) -> Tensor:
+        """See `Peer`."""
+        made = self._decoder.decode(self._clip, [plan])[0].frames_TCHW
+        assert made is not None, "the clip has video"
+        return made
+
+
+class TorchCodec:
+    """torchcodec's CPU decoder."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        self._path, self._mode = str(path), mode
+
+    def frames(self, plan: ClipPlan) -> Tensor:
+        """See `Peer`."""
+        from torchcodec.decoders import VideoDecoder
+
+        decoder = VideoDecoder(self._path, seek_mode=self._mode, dimension_order="NHWC", num_ffmpeg_threads=1)
+        found = decoder.get_frames_at(plan.frames_T.tolist()).data
+        return resize_crop(found, plan.crop, plan.flip, SIZE)
+
+
+class PyAVSeek:
+    """PyAV by hand: seeks to each keyframe that is needed, decodes to the wanted frames."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self._path, self._fps = str(path), fps
+
+    def frames(self, plan: ClipPlan) -> Tensor:
+        """See `Peer`."""
+        found: dict[int, Any] = {}
+        wanted = sorted(set(plan.frames_T.tolist()))
+        with av.open(self._path) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            tick = 1 / self._fps / stream.time_base
+            at = -1
+            for number in wanted:
+                if number <= at:
+                    continue
+                container.seek(round(number * tick), stream=stream)
+                for frame in container.decode(stream):
+                    at = round(frame.pts / tick)
+                    if at in wanted:
+                        found[at] = frame.to_ndarray(format="rgb24")
+                    if at >= number:
+                        break
+        return resize_crop(np.stack([found[n] for n in plan.frames_T.tolist()]), plan.crop, plan.flip, SIZE)
+
+
+class PyAVLinear:
+    """PyAV from the start of the file to the last wanted frame."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def frames(self, plan: ClipPlan) -> Tensor:
+        """See `Peer`."""
+        found: dict[int, Any] = {}
+        wanted = set(plan.frames_T.tolist())
+        with av.open(self._path) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            for number, frame in enumerate(container.decode(stream)):
+                if number in wanted:
+                    found[number] = frame.to_ndarray(format="rgb24")
+                    if len(found) == len(wanted):
+                        break
+        return resize_crop(np.stack([found[n] for n in plan.frames_T.tolist()]), plan.crop, plan.flip, SIZE)
+
+
+class Decord:
+    """decord's CPU reader."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = str(path)
+
+    def frames(self, plan: ClipPlan) -> Tensor:
+        """See `Peer`."""
+        import decord
+
+        reader = decord.VideoReader(self._path, ctx=decord.cpu(0), num_threads=1)
+        return resize_crop(reader.get_batch(plan.frames_T.tolist()).asnumpy(), plan.crop, plan.flip, SIZE)
+
+
+class Spdl:
+    """SPDL: demux, decode the wanted frames, crop and scale in a filter graph."""
+
+    def __init__(self, path: Path, width: int, height: int) -> None:
+        self._path, self._width, self._height = str(path), width, height
+
+    def frames(self, plan: ClipPlan) -> Tensor:
+        """See `Peer`."""
+        import spdl.io
+
+        left, top, right, bottom = crop_box(plan.crop, self._height, self._width)
+        crop = f"crop={right - left}:{bottom - top}:{left}:{top}:exact=1,"
+        flip = "hflip," if plan.flip else ""
+        chain = f"{crop}scale={SIZE}:{SIZE}:flags=bilinear,{flip}format=pix_fmts=rgb24"
+        wanted = sorted(set(plan.frames_T.tolist()))
+        packets = spdl.io.demux_video(self._path)
+        config = spdl.io.decode_config(decoder_options={"threads": "1"})
+        decoded = spdl.io.sample_decode_video(packets, wanted, decode_config=config, filter_desc=chain)
+        found_NHWC = torch.from_numpy(spdl.io.to_numpy(spdl.io.convert_frames(decoded)))
+        places = [wanted.index(n) for n in plan.frames_T.tolist()]
+        return found_NHWC[places].permute(0, 3, 1, 2).contiguous()
+
+
+class Dump:
+    """Ten JPEGs that were cut out once: the nearest of them stands for each planned frame."""
+
+    def __init__(self, folder: Path, num_frames: int) -> None:
+        self._files, self._num_frames = sorted(folder.glob("*.jpg"), key=lambda p: int(p.stem)), num_frames
+
+    def frames(self, plan: ClipPlan) -> Tensor:
+        """See `Peer`."""
+        count = len(self._files)
+        places = (plan.frames_T * count // self._num_frames).clip(0, count - 1).tolist()
+        pictures = [decode_jpeg(read_file(str(self._files[p])), ImageReadMode.RGB) for p in places]
+        return resize_crop(torch.stack(pictures).permute(0, 2, 3, 1).contiguous(), plan.crop, plan.flip, SIZE)
+
+
+def peers_of(path: Path, clip: Clip) -> dict[str, Callable[[], Peer]]:
+    """The readers of a file, by name; those whose package is absent are left out."""
+    readers: dict[str, tuple[str, Callable[[], Peer]]] = {
+        "torchcodec exact": ("torchcodec", lambda: TorchCodec(path, "exact")),
+        "torchcodec approximate": ("torchcodec", lambda: TorchCodec(path, "approximate")),
+        "PyAV by hand": ("av", lambda: PyAVSeek(path, clip.fps)),
+        "SPDL": ("spdl", lambda: Spdl(path, clip.width, clip.height)),
+        "decord": ("decord", lambda: Decord(path)),
+        "PyAV linear": ("av", lambda: PyAVLinear(path)),
+    }
+    return {name: make for name, (package, make) in readers.items() if find_spec(package) is not None}

@@ -1,0 +1,128 @@
+"""The result of a suite as one JSON file: what was measured, on what, with which versions; one schema for all."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastav.errors import UserError
+from fastav.files import write_text
+from fastav.meter import num_cores
+
+SCHEMA = 1
+FOLDER = Path(__file__).parent / "results"
+_PACKAGES = (
+    "fastav", "torch", "torchvision", "torchaudio", "av", "numpy", "timm", "accelerate", "triton",
+    "nvidia-dali-cuda130", "torchcodec", "spdl", "decord",
+)  # fmt: skip
+_REQUIRED: dict[str, type | tuple[type, ...]] = {
+    "schema": int, "suite": str, "created": str, "command": str, "git": dict, "machine": dict, "versions": dict,
+    "varied": dict, "runs": list, "summary": list, "verdicts": list, "notes": list,
+}  # fmt: skip
+_KEYS = {
+    "runs": {"variant", "repeat"},
+    "summary": {"variant", "metric", "median", "ci95"},
+    "verdicts": {"a", "b", "metric", "ratio", "ci95", "verdict"},
+}
+
+
+def new(suite: str, command: list[str], varied: dict[str, list[Any]]) -> dict[str, Any]:
+    """Returns a result without figures; `varied` names the keys that a suite sweeps and their values."""
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": "python -m benchmarks " + " ".join([suite, *command]),
+        "git": _git(),
+        "machine": machine(),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "varied": varied,
+        "runs": [],
+        "summary": [],
+        "verdicts": [],
+        "notes": [],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Returns what the machine is: processor, cores, memory, GPU and driver (None without one)."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"model name\s*: (.*)", info.read_text())
+        cpu = found[1] if found else cpu
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else None
+    return {
+        "cpu": cpu, "cores": num_cores(), "ram_gib": round(ram, 1) if ram else None, "gpu": gpu,
+        "gpus": torch.cuda.device_count(), "cuda": torch.version.cuda, "driver": _driver(),
+    }  # fmt: skip
+
+
+def write(result: dict[str, Any], path: Path | None) -> Path:
+    """Checks a result and writes it; without a path, into `benchmarks/results/` under the hardware's name and the date.
+
+    Raises:
+        UserError: It does not follow the schema.
+    """
+    check(result)
+    hardware = str(result["machine"]["gpu"] or f"{result['machine']['cores']}-cores").lower().replace(" ", "-")
+    path = path or FOLDER / f"{result['suite']}_{hardware}_{result['created'][:10]}.json"
+    write_text(path, json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def check(result: dict[str, Any]) -> None:
+    """Holds a result against the schema.
+
+    Raises:
+        UserError: naming the first key that is missing or of another type.
+    """
+    for key, kind in _REQUIRED.items():
+        if not isinstance(result.get(key), kind):
+            raise UserError(f'result: "{key}" is {result.get(key)!r}, expected a {getattr(kind, "__name__", kind)}')
+    if result["schema"] > SCHEMA:
+        raise UserError(f"result: schema {result['schema']}, this version reads up to {SCHEMA}")
+    for key, wanted in _KEYS.items():
+        for entry in result[key]:
+            if missing := wanted - set(entry):
+                raise UserError(f'result: an entry of "{key}" lacks {", ".join(sorted(missing))}')
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _git() -> dict[str, Any]:
+    def ask(*words: str) -> str | None:
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+
+
+def _driver() -> str | None:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # no driver, or one that cannot be asked
+        return None

@@ -1,0 +1,104 @@
+"""Interleaved measurement: medians over rounds, with bootstrap intervals.
+
+All variants take turns in one process, so that whatever else the machine does falls on all alike. Intervals are
+percentiles of the bootstrap (Efron and Tibshirani 1993, section 13.3).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+RESAMPLES = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a variant.
+
+    Attributes:
+        clips: Clips it made.
+        cpu_s: CPU seconds of this process, all threads.
+        wall_s: Seconds.
+    """
+
+    clips: int
+    cpu_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A median and where it lies with 95 %."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        digits = 0 if self.median >= 100 else 1 if self.median >= 10 else 2
+        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+
+    def rounded(self) -> list[float]:
+        """Median, low and high to five significant digits, for a file."""
+        return [float(f"{value:.5g}") for value in (self.median, self.low, self.high)]
+
+
+def interleave(
+    variants: Mapping[str, Callable[[], int]], rounds: int, *, told: Callable[[str], None] = lambda text: None
+) -> dict[str, list[Turn]]:
+    """Lets every variant make its clips once a round, in turning order, after one round that is thrown away.
+
+    Args:
+        variants: Name -> a function that makes some clips and returns how many.
+        rounds: How many count.
+        told: Is told of each round.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name in variants}
+    names = list(variants)
+    for number in range(-1, rounds):
+        for name in names if number % 2 else names[::-1]:
+            cpu, wall = time.process_time(), time.perf_counter()
+            clips = variants[name]()
+            turn = Turn(clips, time.process_time() - cpu, time.perf_counter() - wall)
+            if number >= 0:
+                turns[name].append(turn)
+        told(f"round {number + 1} of {rounds}")
+    return turns
+
+
+def per_cpu_second(turns: Sequence[Turn]) -> NDArray[np.float64]:
+    """Returns clips per CPU-second of each turn."""
+    return np.array([turn.clips / max(turn.cpu_s, 1e-9) for turn in turns])
+
+
+def per_second(turns: Sequence[Turn]) -> NDArray[np.float64]:
+    """Returns clips per second of each turn."""
+    return np.array([turn.clips / max(turn.wall_s, 1e-9) for turn in turns])
+
+
+def median(values: NDArray[np.float64]) -> Interval:
+    """Returns the median of some turns and its interval."""
+    drawn = _resampled(len(values))
+    medians = np.median(values[drawn], axis=1)
+    return Interval(float(np.median(values)), *map(float, np.percentile(medians, [2.5, 97.5])))
+
+
+def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
+    """Returns the ratio of two medians and its interval; round n of one is paired with round n of the other."""
+    drawn = _resampled(min(len(one), len(other)))
+    ratios = np.median(one[drawn], axis=1) / np.median(other[drawn], axis=1)
+    return Interval(float(np.median(one) / np.median(other)), *map(float, np.percentile(ratios, [2.5, 97.5])))
+
+
+def verdict(found: Interval) -> str:
+    """Returns `faster`, `slower` or `no difference`, from the interval of a ratio alone."""
+    return "faster" if found.low > 1 else "slower" if found.high < 1 else "no difference"
+
+
+def _resampled(count: int) -> NDArray[np.int64]:
+    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))

@@ -1,0 +1,643 @@
+"""The DALI decoder on a CPU, against PyAV: same frames, same spectrograms, and what a clip it cannot decode costs."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.util
+import subprocess
+import sys
+import threading
+from collections import Counter
+from dataclasses import replace
+
+import av
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from fastav.augment import crop_box, resize_crop
+from fastav.decode import PyAV, Read, dali, mp4
+from fastav.decode.dali import Dali, missing
+from fastav.decode.dali_graph import Engine, Film, FilmGraph, Place
+from fastav.decode.dali_sound import SoundCut, shortened, wav_of
+from fastav.errors import FastavError, MediaError, UserError
+from fastav.frontend import PRESETS, Frontend
+from fastav.pack.settings import PackSettings
+from fastav.pack.transcode import Order, pack_clip
+from fastav.shards import FLAC_BLOCK, Reading, Shards, SplicedFrames
+from fastav.shards.layout import ShardWriter
+from tests.make_media import number_of, numbered, write_media
+from tests.planned import clip_of, plan_of
+from tests.test_mp4 import coded
+
+needs_dali = pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
+
+RATE = 16_000
+SIZE = 64
+LEVELS = 2.0  # mean difference of frames
+DB = 2e-3
+
+
+def smooth(number, width, height):
+    """A coloured picture without sharp edges, another for each number."""
+    y, x = np.mgrid[:height, :width]
+    waves = (np.sin(x / 17 + number), np.sin(y / 23 + number / 2), np.cos((x + y) / 29 + number / 3))
+    return np.stack([128 + 100 * wave for wave in waves], axis=-1).astype(np.uint8)
+
+
+def noise(seconds, rate=RATE, channels=1):
+    return (np.random.default_rng(3).standard_normal((channels, round(seconds * rate))) * 0.1).astype(np.float32)
+
+
+def pack(clip, path, settings=None):
+    """One clip packed behind another one."""
+    settings = settings or PackSettings(codec="mjpeg")
+    packed = pack_clip(Order(clip, settings, path.parent, False))
+    assert not isinstance(packed, tuple), packed
+    with path.open("wb") as file:
+        writer = ShardWriter(file)
+        writer.add("0", packed.members)
+        at, size = writer.add("1", packed.members)
+        writer.close()
+    return replace(packed.clip, id=path.stem, shard=str(path), shard_at=at, shard_size=size)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("dali")
+
+
+@pytest.fixture(scope="module")
+def wide(folder):
+    """MJPEG and FLAC, 3 s."""
+    path = folder / "wide.mp4"
+    write_media(path, frames=75, size=(160, 96), picture=smooth, wave=noise(3, 44_100), rate=44_100, layout="mono")
+    return pack(clip_of(path), folder / "wide.tar")
+
+
+@pytest.fixture(scope="module")
+def tall(folder):
+    """MJPEG without sound, in another size, whose frames tell their numbers."""
+    path = folder / "tall.mp4"
+    write_media(path, frames=40, size=(96, 128), picture=numbered)
+    return pack(clip_of(path), folder / "tall.tar")
+
+
+@pytest.fixture(scope="module")
+def spoken(folder):
+    """FLAC alone, 6 s."""
+    path = folder / "spoken.wav"
+    write_media(path, wave=noise(6), rate=RATE, layout="mono", audio_codec="pcm_s16le")
+    return pack(clip_of(path), folder / "spoken.tar")
+
+
+@pytest.fixture(scope="module")
+def webm(folder):
+    path = folder / "raw.webm"
+    options = {"deadline": "realtime", "cpu-used": "8", "g": "16"}
+    write_media(path, frames=60, size=(160, 96), codec="libvpx-vp9", options=options, picture=smooth)
+    return clip_of(path)
+
+
+def reading(modalities=("video", "audio"), size=SIZE, window=100, **settings):
+    return Read(modalities, image_size=size, window=window, frontend=msgspec.structs.replace(Frontend(), **settings))
+
+
+def cpu(read, **settings):
+    return Dali(device="cpu", threads=2, **{"pipelines": 1} | settings).build(read)
+
+
+def both(read, clips, plans, decoder=None):
+    """A batch of one plan a clip by DALI, and the same clips by PyAV."""
+    decoder = decoder or cpu(read)
+    prepared = [decoder.prepare(clip, [plan]) for clip, plan in zip(clips, plans, strict=True)]
+    shape = {"size": len(clips), "frames": len(plans[0].frames_T), "windows": len(plans[0].windows_W)}
+    made = decoder.decode(prepared, [[i] for i in range(len(clips))], **shape)
+    reference = PyAV().build(read)
+    return prepared, made, [reference.decode(clip, [plan])[0] for clip, plan in zip(clips, plans, strict=True)]
+
+
+def distance(frames, expected):
+    return float((frames.to(torch.int16) - expected.to(torch.int16)).abs().float().mean())
+
+
+# What is there
+
+
+def test_what_is_missing_is_told_in_one_line(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert missing("cpu") == "the package nvidia-dali-cuda130 is not installed (pip install 'fastav[dali]')"
+    with pytest.raises(UserError, match=r'^decode\.kind "dali" with device "cpu": the package nvidia-dali-cuda130 is'):
+        Dali(device="cpu").build(Read())
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
+    assert missing("cpu") == ""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert missing("auto") == ""
+    assert missing("gpu") == "PyTorch finds no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def not_there(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", not_there)
+    for device in ("gpu", "auto"):
+        assert missing(device) == (
+            "the driver's video decoder libnvcuvid.so.1 is not there "
+            "(a container needs NVIDIA_DRIVER_CAPABILITIES=compute,video,utility)"
+        )
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: name)
+    assert missing("gpu") == ""
+
+
+def test_dali_is_loaded_by_the_first_pipeline_not_by_the_import():
+    code = "import sys, fastav.decode.dali as d; d.missing('auto'); print('nvidia.dali' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
+
+
+def test_threads_are_two_for_each_video_decoder_of_the_gpu(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    names = {"NVIDIA H200": 14, "NVIDIA A100-SXM4-80GB": 10, "NVIDIA L4": 8, "NVIDIA GeForce RTX 3070": 4}
+    for name, threads in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert dali._threads(gpu) == threads
+    assert dali._threads(torch.device("cpu")) >= 1
+
+
+def test_settings_are_a_kind_of_their_own():
+    assert msgspec.convert({"kind": "dali", "device": "gpu", "pipelines": 3}, Dali | PyAV) == Dali("gpu", 0, 3)
+    with pytest.raises(msgspec.ValidationError, match="pipelines"):
+        msgspec.convert({"kind": "dali", "pipelines": 0}, Dali | PyAV)
+
+
+@needs_dali
+def test_settings_of_the_spectrogram_that_contradict_one_another_are_refused():
+    with pytest.raises(UserError, match=r"frontend\.win_length"):
+        cpu(reading(win_length=1024))
+
+
+@needs_dali
+def test_a_dali_that_does_not_work_is_found_when_the_decoder_is_built(monkeypatch):
+    broken = Film(b"no film", *[np.zeros(1, np.int32)] * 2, ((0, 0, 1, 1),), (False,), 3)
+    monkeypatch.setattr(dali, "_made_film", lambda codec: broken)
+    with pytest.raises(FastavError, match=r'^decode\.kind "dali" with device "cpu" does not work here: DALI: \S'):
+        cpu(reading(("video",)))
+    cpu(reading(("audio",)))  # which needs no film
+
+
+# Frames
+
+
+@needs_dali
+def test_packed_video_of_two_sizes_agrees_with_pyav(wide, tall):
+    plans = [
+        plan_of([0, 7, 7, 30, 74], crop=(12.4, 3.6, 100.3, 80.8)),
+        plan_of([1, 2, 3, 38, 39], crop=(0, 0, 96, 128), flip=True),
+        plan_of([5, 5, 5, 5, 5], crop=(100, 60, 20, 17), flip=True),
+        plan_of([9, 20, 21, 22, 23], crop=(0, 0, 160, 96)),
+    ]
+    for size in (32, 224):
+        prepared, made, expected = both(reading(("video",), size), [wide, tall, wide, wide], plans)
+        assert all(clip.film is not None and clip.pictures is None for clip in prepared)
+        assert made.frames_BTCHW.shape == (4, 5, 3, size, size)
+        assert made.frames_BTCHW.is_contiguous()
+        assert made.mel_BWCML is None
+        assert made.has_video_B.all()
+        assert not made.has_audio_B.any()
+        assert made.errors == [None] * 4
+        for frames_TCHW, sample in zip(made.frames_BTCHW, expected, strict=True):
+            assert distance(frames_TCHW, sample.frames_TCHW) <= LEVELS
+    shown = [number_of(frame.flip(2).permute(1, 2, 0).numpy()) for frame in made.frames_BTCHW[1]]
+    assert shown == [1, 2, 3, 38, 39]
+
+
+@needs_dali
+@pytest.mark.parametrize("size", [24, 96, 300])
+@pytest.mark.parametrize("flip", [False, True])
+def test_crop_and_resize_are_those_of_resize_crop(size, flip):
+    """Of the very frames that DALI decodes: what is left is rounding."""
+    units, keys = coded("mjpeg", 3)
+    data = mp4.wrap("mjpeg", units, keys, 128, 96)
+    frames = np.array([0, 2], np.int32)
+    crop = (37, 11, 81, 59)
+
+    def run(side, box, flip):
+        engine = Engine(FilmGraph(Place(None, 1), side))
+        engine.start([Film(data, frames, np.array([0, 1], np.int32), (box,), (flip,), 128 * 96 * 3)])
+        return engine.finish().parts[0][1][0][0]
+
+    # 96 x 96 pixels of the frame as they are, and the rest of it: cropped and resized to their own size.
+    left, right = run(96, (0, 0, 96, 96), False), run(96, (32, 0, 128, 96), False)
+    whole_THWC = torch.cat([left, right[:, :, 64:]], dim=2)
+    expected = resize_crop(whole_THWC, crop, flip, size)
+    found = run(size, crop_box(crop, 96, 128), flip).permute(0, 3, 1, 2)
+    assert distance(found, expected) <= 0.6
+    assert int((found.to(torch.int16) - expected.to(torch.int16)).abs().max()) <= 8
+
+
+@needs_dali
+def test_vp9_in_a_raw_webm_goes_through_dali(webm):
+    plans = [plan_of([0, 3, 20, 59], crop=(10, 5, 120, 80)), plan_of([58, 58, 59, 59], crop=(0, 0, 160, 96), flip=True)]
+    prepared, made, expected = both(reading(("video",)), [webm, webm], plans)
+    assert all(clip.film is not None for clip in prepared)
+    for frames_TCHW, sample in zip(made.frames_BTCHW, expected, strict=True):
+        assert distance(frames_TCHW, sample.frames_TCHW) <= LEVELS
+
+
+@needs_dali
+def test_frames_of_a_raw_file_are_those_that_were_planned(folder):
+    path = folder / "numbered.mkv"
+    options = {"deadline": "realtime", "cpu-used": "4", "g": "10", "b": "2M"}
+    write_media(path, frames=50, size=(128, 128), codec="libvpx-vp9", options=options)
+    numbers = [0, 9, 10, 11, 33, 49]
+    plan = plan_of(numbers, crop=(0, 0, 128, 128))
+    prepared, made, _ = both(reading(("video",), 128), [clip_of(path)], [plan])
+    assert prepared[0].film is not None
+    assert [number_of(frame.permute(1, 2, 0).numpy()) for frame in made.frames_BTCHW[0]] == numbers
+
+
+@needs_dali
+def test_what_dali_cannot_take_here_is_pyavs_to_the_bit(folder, wide):
+    """H.264 and pictures on a CPU; turned, sought and BT.709 video anywhere."""
+    h264 = folder / "h264.mp4"
+    write_media(h264, frames=30, size=(160, 96), picture=smooth)
+    vp9 = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}, "picture": smooth}
+    blue = folder / "bt709.webm"
+    write_media(blue, frames=30, size=(160, 96), colour=(1, 1), **vp9)
+    turned = folder / "turned.mp4"
+    write_media(turned, frames=30, size=(160, 96), rotation=90, **vp9)
+    long = folder / "long.webm"
+    write_media(long, frames=60, size=(160, 96), **vp9)
+    still = folder / "still.jpg"
+    av.VideoFrame.from_ndarray(smooth(1, 160, 96), format="rgb24").to_image().save(still)
+    picture = replace(clip_of(still), video=None, image=still, num_frames=1)
+    clips = [
+        pack(clip_of(h264), folder / "h264.tar", PackSettings()),
+        clip_of(h264),
+        clip_of(blue),
+        clip_of(turned),
+        clip_of(long, 1.0, 1.0),
+        picture,
+        pack(replace(picture, fps=0.0), folder / "still.tar"),
+    ]
+    plans = [plan_of([0, 0] if clip.num_frames == 1 else [2, 19], crop=(4, 6, 70, 77), flip=True) for clip in clips]
+    prepared, made, expected = both(reading(("video",)), [*clips, wide], [*plans, plan_of([0, 1])])
+    assert [clip.film is None for clip in prepared] == [True] * len(clips) + [False]
+    for frames_TCHW, sample in zip(made.frames_BTCHW[: len(clips)], expected[: len(clips)], strict=True):
+        assert torch.equal(frames_TCHW, sample.frames_TCHW)
+    assert made.has_video_B.all()
+
+
+@needs_dali
+def test_a_part_at_the_start_of_a_raw_file_goes_through_dali_and_doubts_do_not(folder, webm):
+    decoder, plan = cpu(reading(("video",))), plan_of([0, 29])
+    part = clip_of(webm.video, 0.0, 1.2)
+    assert part.num_frames == 30
+    assert decoder.prepare(part, [plan]).film is not None
+    assert decoder.prepare(replace(part, duration_s=1.0), [plan]).film is None  # 30 frames do not end there
+    with pytest.raises(MediaError, match=r"frame 0 is 160x96, its row says 96x96"):
+        decoder.prepare(replace(part, width=96), [plan])
+    cut = folder / "cut.webm"
+    cut.write_bytes(webm.video.read_bytes()[: webm.video.stat().st_size // 2])
+    with pytest.raises(MediaError, match=r"cut\.webm"):
+        decoder.prepare(replace(webm, video=cut), [plan_of([0, 59])])
+    with pytest.raises(MediaError, match="no such file"):
+        decoder.prepare(replace(webm, video=folder / "none.webm"), [plan])
+
+
+@needs_dali
+def test_replicas_share_a_decode_and_go_to_their_rows(wide, tall):
+    read = reading(("video", "audio"))
+    decoder, reference = cpu(read), PyAV().build(read)
+    crops = [(0, 0, 90, 90), (30, 5, 60, 60), (60, 0, 96, 96)]
+    plans = [plan_of([3, 50], crop=crop, windows=[7], flip=i == 1) for i, crop in enumerate(crops)]
+    single = [plan_of([4, 5], crop=(0, 30, 90, 90), windows=[0])]
+    prepared = [decoder.prepare(wide, plans), None, decoder.prepare(tall, single)]
+    made = decoder.decode(prepared, [[5, 0, 2], [3], [1]], size=7, frames=2, windows=1)
+    for row, sample in zip([5, 0, 2], reference.decode(wide, plans), strict=True):
+        assert distance(made.frames_BTCHW[row], sample.frames_TCHW) <= LEVELS
+        torch.testing.assert_close(made.mel_BWCML[row], sample.mel_WCML, rtol=0, atol=DB)
+    assert distance(made.frames_BTCHW[1], reference.decode(tall, single)[0].frames_TCHW) <= LEVELS
+    assert np.flatnonzero(made.has_video_B).tolist() == [0, 1, 2, 5]
+    assert np.flatnonzero(made.has_audio_B).tolist() == [0, 2, 5]
+    assert made.errors == [None] * 3
+    assert made.frames_BTCHW[[3, 4, 6]].max() == 0
+    assert made.mel_BWCML[[1, 3, 4, 6]].unique().tolist() == [-100.0]
+
+
+@needs_dali
+def test_a_row_of_another_size_than_the_stream_is_broken(wide):
+    decoder = cpu(reading(("video",)))
+    with pytest.raises(MediaError, match=r'video: clip "wide" is 160x96, its row says 176x96'):
+        decoder.prepare(replace(wide, width=176), [plan_of([0])])
+    units, keys = coded("h264", 4)
+    spliced = SplicedFrames("h264", units, keys, [0])
+    dali._check_size(spliced, replace(wide, width=128, height=96))
+    with pytest.raises(MediaError, match=r"is 128x96, its row says 160x96"):
+        dali._check_size(spliced, wide)
+    with pytest.raises(ValueError, match=r"frames \[75\] planned of 75"):
+        decoder.prepare(wide, [plan_of([75])])
+
+
+# Sound
+
+SETTINGS = PRESETS | {
+    "power 1": Frontend(power=1.0),
+    "power 3": Frontend(power=3.0, mel_scale="slaney", norm="slaney"),
+    "odd sizes": Frontend(n_fft=1000, win_length=601, hop_length=170, num_mels=40, f_min=300.0, f_max=7_000.0),
+    "norm": Frontend(norm="slaney", floor_db=-60.0),
+    "wide steps": Frontend(hop_length=700),
+}
+
+
+@needs_dali
+@pytest.mark.parametrize("name", SETTINGS)
+def test_spectrograms_are_the_frontends_for_any_settings(name, folder, tmp_path):
+    frontend = SETTINGS[name]
+    path = tmp_path / "sound.wav"
+    wave_CS = noise(4, frontend.sample_rate)
+    write_media(path, wave=wave_CS, rate=frontend.sample_rate, layout="mono", audio_codec="pcm_s16le")
+    settings = PackSettings(sample_rate=frontend.sample_rate)
+    clip = pack(clip_of(path), tmp_path / "sound.tar", settings)
+    total = int(frontend.num_frames(clip.num_samples))
+    read = Read(("audio",), frontend=frontend, window=60)
+    decoder, reference = cpu(read), PyAV().build(read)
+    places = [0, 1, 3, total // 2, total - 61, total - 60, total - 59, total - 5, total - 1, total, -1]
+    plans = [plan_of(windows=[start]) for start in places if start < total + 1]
+    prepared = [decoder.prepare(clip, [plan]) for plan in plans]
+    made = decoder.decode(prepared, [[i] for i in range(len(plans))], size=len(plans), frames=1, windows=1)
+    assert made.frames_BTCHW is None
+    assert made.has_audio_B.all()
+    for mel_WCML, plan in zip(made.mel_BWCML, plans, strict=True):
+        expected = reference.decode(clip, [plan])[0].mel_WCML
+        torch.testing.assert_close(mel_WCML, expected, rtol=0, atol=DB)
+        power, wanted = 10 ** (mel_WCML.double() / 10), 10 ** (expected.double() / 10)
+        assert float(((power - wanted).abs() / wanted).median()) <= 1e-5
+    assert made.mel_BWCML[-1].unique().tolist() == [frontend.floor_db]
+    evaluation = plan_of(windows=[0, 40, total - 30, -1])
+    made = decoder.decode([decoder.prepare(clip, [evaluation])], [[0]], size=1, frames=1, windows=4)
+    expected = reference.decode(clip, [evaluation])[0].mel_WCML
+    torch.testing.assert_close(made.mel_BWCML[0], expected, rtol=0, atol=DB)
+
+
+def test_the_cut_of_a_sound_holds_its_windows_frames_exactly():
+    rng = np.random.default_rng(0)
+    for frontend in (Frontend(), PRESETS["inatsounds"], PRESETS["ast"], SETTINGS["odd sizes"], SETTINGS["wide steps"]):
+        log_mel, half = frontend.build(), frontend.n_fft // 2
+        for _ in range(40):
+            count = int(rng.integers(1, 12_000))
+            wave_CS = torch.from_numpy(rng.standard_normal((1, count)).astype(np.float32))
+            total = int(frontend.num_frames(count))
+            starts_W, length = rng.integers(-1, total + 2, 2).astype(np.int32), int(rng.integers(1, 40))
+            cut = SoundCut.of(frontend, starts_W, length, count)
+            if cut is None:
+                assert not any(0 <= start < total for start in starts_W)
+                continue
+            padded_CS = torch.nn.functional.pad(wave_CS, (0, max(half + 1 - count, 0)))
+            whole, part = log_mel.log_mel(padded_CS), log_mel.log_mel(padded_CS[:, cut.begin : cut.end])
+            for start in starts_W:
+                if 0 <= start < total:
+                    stop = min(start + length, total)
+                    here = part[..., start - cut.first : stop - cut.first]
+                    torch.testing.assert_close(here, whole[..., start:stop], rtol=0, atol=1e-3)
+
+
+@needs_dali
+def test_only_the_needed_frames_of_flac_are_read(spoken):
+    decoder = cpu(reading(("audio",)))
+    asked = []
+    fetch = decoder._shards.fetch
+    decoder._shards.fetch = lambda clip, numbers, samples: asked.append(samples) or fetch(clip, numbers, samples)
+    wave = decoder.prepare(spoken, [plan_of(windows=[400])]).wave
+    begin, end = asked[0]
+    assert (begin, end) == (51_200 - 256, (499 * 128) + 257)
+    first = begin // FLAC_BLOCK * FLAC_BLOCK
+    assert (wave.begin, wave.count, wave.first, wave.total) == (begin - first, end - begin, 398, 751)
+    assert len(wave.data) < 0.3 * len(decoder.prepare(spoken, [plan_of(windows=[0, 740])]).wave.data)
+    assert decoder.prepare(spoken, [plan_of(windows=[-1])]).wave is None
+    assert len(asked) == 2
+
+
+@needs_dali
+def test_every_other_sound_is_decoded_on_the_cpu_and_agrees_too(folder, spoken):
+    """Other rates, lossy codecs, more channels, sounds shorter than half an FFT, stored spectrograms."""
+    keep = PackSettings(codec="mjpeg", audio="keep")
+    aac, wav = folder / "aac.mp4", folder / "short.wav"
+    write_media(aac, frames=50, size=(96, 64), wave=noise(2, 44_100, 2), rate=44_100)
+    write_media(wav, wave=noise(0.01), rate=RATE, layout="mono", audio_codec="pcm_s16le")
+    layouts = {1: "mono", 2: "stereo", 6: "5.1"}
+    clips = [
+        clip_of(aac),
+        pack(clip_of(aac), folder / "rate.tar", keep),
+        clip_of(wav),
+        pack(clip_of(wav), folder / "short.tar"),
+    ]
+    for channels, layout in layouts.items():
+        path = folder / f"{channels}.wav"
+        write_media(path, wave=noise(1, RATE, channels), rate=RATE, layout=layout, audio_codec="pcm_s16le")
+        clips.append(pack(clip_of(path), folder / f"{channels}.tar", keep))
+    mel_CML = np.linspace(-90, 0, 128 * 300, dtype=np.float32).reshape(1, 128, 300)
+    np.save(folder / "mel.npy", mel_CML)
+    stored = replace(spoken, shard="", mel=folder / "mel.npy", num_mel_frames=300, num_samples=0)
+    clips += [stored, pack(stored, folder / "mel.tar")]
+    for windows in ([0], [50], [290], [-1], [2, 60, -1]):
+        plans = [plan_of(windows=windows)] * len(clips)
+        _, made, expected = both(reading(("audio",)), clips, plans)
+        for clip, mel_WCML, sample in zip(clips, made.mel_BWCML, expected, strict=True):
+            torch.testing.assert_close(mel_WCML, sample.mel_WCML, rtol=0, atol=DB, msg=f"{clip.id} {windows}")
+        assert made.has_audio_B.all()
+    flac = [
+        clip.wave is not None and clip.wave.data.startswith(b"fLaC")
+        for clip in both(reading(("audio",)), clips, [plan_of()] * len(clips))[0]
+    ]
+    assert flac == [False, False, False, False, True, True, False, False, False]
+
+
+def test_a_header_tells_the_samples_that_follow_it(spoken):
+    sound = Shards(Reading()).fetch(spoken, None, (20_000, 30_000)).sound
+    assert (sound.start, len(sound.frames)) == (16_384, 4)
+    stream = shortened(sound, spoken)
+    assert int.from_bytes(stream[18:26], "big") & (1 << 36) - 1 == 4 * FLAC_BLOCK
+    tail = Shards(Reading()).fetch(spoken, None, (90_000, 96_000)).sound
+    assert int.from_bytes(shortened(tail, spoken)[18:26], "big") & (1 << 36) - 1 == 96_000 - tail.start
+    for wrong in ({"sample_rate": 8_000}, {"channels": 2}):
+        with pytest.raises(MediaError, match=r'audio: clip "spoken" sounds in 1 channels at 16000 Hz, its row says'):
+            shortened(sound, replace(spoken, **wrong))
+
+
+def test_a_wav_holds_the_samples_to_the_bit(tmp_path):
+    wave_S = noise(0.1)[0] * 20
+    path = tmp_path / "x.wav"
+    path.write_bytes(wav_of(wave_S, RATE))
+    with av.open(str(path)) as container:
+        stream = container.streams.audio[0]
+        assert (stream.codec_context.name, stream.rate, stream.codec_context.channels) == ("pcm_f32le", RATE, 1)
+        found_S = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    assert np.array_equal(found_S, wave_S)
+
+
+# Batches
+
+
+@needs_dali
+def test_a_clip_without_one_modality_is_blank_in_it(wide, tall, spoken):
+    plans = [plan_of([0, 1], windows=[3])] * 3
+    _, made, expected = both(reading(), [wide, tall, spoken], plans)
+    assert made.has_video_B.tolist() == [True, True, False]
+    assert made.has_audio_B.tolist() == [True, False, True]
+    assert made.frames_BTCHW[2].max() == 0
+    assert made.mel_BWCML[1].unique().tolist() == [-100.0]
+    for row, sample in enumerate(expected):
+        if sample.mel_WCML is not None:
+            torch.testing.assert_close(made.mel_BWCML[row], sample.mel_WCML, rtol=0, atol=DB)
+
+
+@needs_dali
+def test_a_clip_with_nothing_of_what_the_run_looks_at_is_broken(tall, spoken):
+    for modality, clip in (("audio", tall), ("video", spoken)):
+        with pytest.raises(MediaError, match="holds nothing of what the run looks at"):
+            cpu(reading((modality,))).prepare(clip, [plan_of()])
+
+
+@needs_dali
+def test_a_batch_of_nothing_is_blank():
+    made = cpu(reading()).decode([None], [[1]], size=2, frames=3, windows=4)
+    assert made.frames_BTCHW.shape == (2, 3, 3, SIZE, SIZE)
+    assert made.mel_BWCML.shape == (2, 4, 1, 128, 100)
+    assert made.mel_BWCML.unique().tolist() == [-100.0]
+    assert not made.has_video_B.any()
+    assert made.errors == [None]
+
+
+def poisoned(prepared, part):
+    """The same clip with bytes that DALI cannot decode: damaged in the middle, or no media at all."""
+    if part == "film":
+        data = prepared.film.data
+        middle = len(data) // 2
+        damaged = data[:middle] + bytes(len(data) - middle)
+        return replace(prepared, film=replace(prepared.film, data=damaged))
+    if part == "no film":
+        return replace(prepared, film=replace(prepared.film, data=b"no film" * 99))
+    return replace(prepared, wave=replace(prepared.wave, data=prepared.wave.data[:300]))
+
+
+@needs_dali
+@pytest.mark.parametrize("part", ["film", "no film", "wave"])
+def test_a_poisoned_clip_is_named_and_the_others_come_out_as_without_it(wide, tall, webm, part):
+    read = reading()
+    decoder = cpu(read)
+    plans = [
+        plan_of([0, 1, 40 if clip is wide else 30], windows=[i]) for i, clip in enumerate([wide, tall, wide, webm])
+    ]
+    prepared = [decoder.prepare(clip, [plan]) for clip, plan in zip([wide, tall, wide, webm], plans, strict=True)]
+    rows, shape = [[3], [2], [1], [0]], {"size": 4, "frames": 3, "windows": 1}
+    clean = decoder.decode(prepared, rows, **shape)
+    assert clean.errors == [None] * 4
+    bad = [*prepared[:2], poisoned(prepared[2], part), prepared[3]]
+    for _ in range(2):  # and again, with the pipelines of before
+        made = decoder.decode(bad, rows, **shape)
+        assert [error is not None for error in made.errors] == [False, False, True, False]
+        error = made.errors[2]
+        assert (error.path, error.stage) == (wide.shard, "audio" if part == "wave" else "video")
+        assert error.reason.startswith('clip "wide": DALI: ')
+        assert len(error.reason) > len('clip "wide": DALI: ') + 10
+        assert not any(word in error.reason for word in ("traceback", "/opt", "Current pipeline"))
+        for row in (0, 2, 3):
+            assert torch.equal(made.frames_BTCHW[row], clean.frames_BTCHW[row])
+            assert torch.equal(made.mel_BWCML[row], clean.mel_BWCML[row])
+        assert made.has_video_B.tolist() == [True, False, True, True]
+        assert made.has_audio_B.tolist() == [False, False, False, True]
+        assert made.frames_BTCHW[1].max() == 0
+        assert made.mel_BWCML[1].unique().tolist() == [-100.0]
+        after = decoder.decode(prepared, rows, **shape)
+        assert after.errors == [None] * 4
+        assert torch.equal(after.frames_BTCHW, clean.frames_BTCHW)
+        assert torch.equal(after.mel_BWCML, clean.mel_BWCML)
+
+
+@needs_dali
+def test_where_all_clips_fail_a_made_one_tells_whether_dali_still_works(wide, monkeypatch):
+    decoder = cpu(reading(("video",)))
+    bad = poisoned(decoder.prepare(wide, [plan_of([0])]), "no film")
+    shape = {"size": 2, "frames": 1, "windows": 1}
+    made = decoder.decode([bad, bad], [[0], [1]], **shape)
+    assert all(error is not None for error in made.errors)
+    monkeypatch.setattr(dali._Slot, "trial", lambda self, kind: "out of memory")
+    with pytest.raises(FastavError, match="DALI stopped working: out of memory"):
+        decoder.decode([bad, bad], [[0], [1]], **shape)
+    decoder.close()  # the slot was given back
+
+
+@needs_dali
+def test_threads_share_pipelines_and_larger_batches_follow_smaller_ones(wide, tall, spoken):
+    read = reading()
+    decoder = cpu(read, pipelines=2)
+    clips = [wide, tall, spoken]
+    plans = [plan_of([0, 1], windows=[i]) for i in range(3)]
+    prepared = [decoder.prepare(clip, [plan]) for clip, plan in zip(clips, plans, strict=True)]
+    alone = [decoder.decode([p], [[0]], size=1, frames=2, windows=1) for p in prepared]
+    failures = Counter()
+
+    def drive(number):
+        rng = np.random.default_rng(number)
+        for _ in range(6):
+            chosen = rng.integers(0, 3, rng.integers(1, 7)).tolist()
+            rows = [[i] for i in range(len(chosen))]
+            made = decoder.decode([prepared[i] for i in chosen], rows, size=len(chosen), frames=2, windows=1)
+            for row, i in enumerate(chosen):
+                failures["frames"] += not torch.equal(made.frames_BTCHW[row], alone[i].frames_BTCHW[0])
+                failures["mel"] += not torch.equal(made.mel_BWCML[row], alone[i].mel_BWCML[0])
+            failures["done"] += 1
+
+    threads = [threading.Thread(target=drive, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert dict(failures) == {"frames": 0, "mel": 0, "done": 24}
+    decoder.close()
+    again = decoder.decode(prepared[:1], [[0]], size=1, frames=2, windows=1)
+    assert torch.equal(again.frames_BTCHW, alone[0].frames_BTCHW)
+
+
+@needs_dali
+def test_outputs_of_a_pipeline_outlive_later_runs_and_the_pipeline():
+    units, keys = coded("mjpeg", 4)
+    data = mp4.wrap("mjpeg", units, keys, 128, 96)
+    engine = Engine(FilmGraph(Place(None, 1), 64))
+
+    def run(number):
+        one = np.array([number], np.int32)
+        engine.start([Film(data, one, np.zeros(1, np.int32), ((0, 0, 128, 96),), (False,), 1)] * 2)
+        return engine.finish().parts[0][1][0]
+
+    kept = run(0)
+    copy = kept.clone()
+    later = [run(number) for number in (1, 2, 3, 1)]
+    assert torch.equal(kept, copy)
+    assert not torch.equal(kept, later[0])
+    assert torch.equal(later[0], later[3])
+    engine.close()
+    gc.collect()
+    assert torch.equal(kept, copy)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(bool(missing("gpu")), reason=missing("gpu"))
+def test_packed_h264_and_sound_on_a_gpu_agree_with_pyav(folder):
+    path = folder / "gpu.mp4"
+    write_media(path, frames=75, size=(160, 96), picture=smooth, wave=noise(3, 44_100), rate=44_100, layout="mono")
+    for name in ("small", "balanced", "fast"):
+        clip = pack(clip_of(path), folder / f"{name}.tar", PackSettings(preset=name))
+        read = reading()
+        decoder = Dali(device="gpu").build(read)
+        plans = [plan_of([0, 7, 7, 30, 74], crop=(10, 5, 120, 80), windows=[w], flip=w == 5) for w in (0, 5, 200)]
+        prepared, made, expected = both(read, [clip] * 3, plans, decoder)
+        made.adopt()
+        assert made.frames_BTCHW.is_cuda
+        assert made.mel_BWCML.is_cuda
+        assert all(one.film is not None for one in prepared)
+        for row, sample in enumerate(expected):
+            assert distance(made.frames_BTCHW[row].cpu(), sample.frames_TCHW) <= LEVELS
+            torch.testing.assert_close(made.mel_BWCML[row].cpu(), sample.mel_WCML, rtol=0, atol=DB)
