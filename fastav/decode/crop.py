@@ -68,13 +68,13 @@ class Cropper:
         if part.width == size == part.height:
             # With nothing to scale FFmpeg takes a short cut that is wrong for planar RGB whose width is no multiple
             # of 16, but not for packed.
-            packed = self._scaler.reformat(part, format="rgb24", threads=1).planes[0]
+            packed: Any = self._scaler.reformat(part, format="rgb24", threads=1).planes[0]
             packed_HWC = np.frombuffer(packed, np.uint8).reshape(size, -1)[:, : 3 * size].reshape(size, size, 3)
             yield from packed_HWC.transpose(2, 0, 1)
             return
         planar = self._scaler.reformat(part, size, size, "gbrp", interpolation="BILINEAR", threads=1).planes
         for place in _RGB_OF_GBRP:
-            plane = planar[place]
+            plane: Any = planar[place]
             yield np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:size, :size]
 
 
