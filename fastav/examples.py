@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastav.clip import Clip, ClipPlan
-from fastav.decode.base import Modality, Read
+from fastav.decode import PyAV, Read
+from fastav.decode.base import Modality
 from fastav.errors import FastavError, MediaError
 from fastav.figures import frame_uri, spectrogram_uri
 from fastav.manifest import Manifest
@@ -163,7 +164,7 @@ def _pictures(recipe: Recipe, clip: Clip) -> Pictures:
         weight=1.0,
     )
     try:
-        sample = recipe.decode.build(read).decode(clip, [plan])[0]
+        sample = PyAV().build(read).decode(clip, [plan])[0]
     except (MediaError, OSError) as error:
         return Pictures(note=f"cannot be read: {error}")
     frames = [] if sample.frames_TCHW is None else [frame_uri(frame) for frame in sample.frames_TCHW.numpy()]

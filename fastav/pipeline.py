@@ -11,7 +11,8 @@ import msgspec
 import torch
 
 from fastav.clip import Clip
-from fastav.decode.base import Modality, Read
+from fastav.decode import Census, Choice, Read, choose, sampled
+from fastav.decode.base import Modality
 from fastav.errors import FastavError, MediaError, UserError
 from fastav.frontend import Frontend
 from fastav.loader import Loader
@@ -120,7 +121,7 @@ def make_loader(
     )
     return Loader(
         make_plan(recipe, source),
-        recipe.decode.build(read),
+        chosen_decoder(recipe, source).config.build(read),
         recipe.loading,
         modalities=used,
         classes=source.classes,
@@ -182,10 +183,17 @@ def read_aliases(path: str | Path) -> dict[str, str]:
     return {name.strip(): known.strip() for name, known in rows}
 
 
-def describe_decoder(recipe: Recipe) -> str:
+def chosen_decoder(recipe: Recipe, source: Source) -> Choice:
+    """The decoder that the recipe, this machine and the clips make."""
+    clips = sampled([manifest for manifest, _ in source.manifests])
+    return choose(recipe.decode, Census.of(clips), "video" in modalities(recipe))
+
+
+def describe_decoder(recipe: Recipe, source: Source) -> str:
     """The decoder in force and why, for the first log line."""
-    kind = to_table(recipe.decode)["kind"]
-    return f"{kind} ({recipe.loading.num_workers()} threads; reads media files as they are)"
+    choice, census = chosen_decoder(recipe, source), Census.of(sampled([manifest for manifest, _ in source.manifests]))
+    kind, threads = to_table(choice.config)["kind"], recipe.loading.num_workers()
+    return f"{kind} ({choice.reason}), {threads} threads; clips: {census.told()}"
 
 
 def choose_pin_memory(device: torch.device) -> bool:

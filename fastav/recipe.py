@@ -19,8 +19,7 @@ import tomli_w
 from msgspec import inspect
 
 from fastav.config import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from fastav.decode import DecoderConfig
-from fastav.decode.pyav import PyAV
+from fastav.decode import Auto, DecoderConfig
 from fastav.errors import UserError, did_you_mean
 from fastav.frontend import PRESETS, Frontend
 from fastav.loader import Loading
@@ -154,7 +153,7 @@ class Recipe(Config, frozen=True):
     task: Task = SingleLabel()
     optim: Optim = Optim()
     train: Training = Training()
-    decode: DecoderConfig = PyAV()
+    decode: DecoderConfig = Auto()
     loading: Loading = Loading()
     saving: Saving = Saving()
     log: Logging = Logging()

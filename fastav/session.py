@@ -130,7 +130,7 @@ class Session:
 
     def _announce(self, found: Checkpoint | None) -> None:
         recipe, log = self.recipe, self.console.log
-        decoder, attention = describe_decoder(recipe), self.model.attention
+        decoder, attention = describe_decoder(recipe, self.source), self.model.attention
         log(f"{self.run.path}: {self.ranks.describe()}; decoder {decoder}; attention {attention}")
         at = f", resumed after step {self.step} ({found.path.name})" if found else ""
         kind = recipes.to_table(recipe.model.fusion)["kind"]

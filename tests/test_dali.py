@@ -28,7 +28,7 @@ from fastav.pack.settings import PackSettings
 from fastav.pack.transcode import Order, pack_clip
 from fastav.shards import FLAC_BLOCK, Reading, Shards, SplicedFrames
 from fastav.shards.layout import ShardWriter
-from tests.make_media import number_of, numbered, write_media
+from tests.make_media import number_of, numbered, remux, write_media
 from tests.planned import clip_of, plan_of
 from tests.test_mp4 import coded
 
@@ -265,8 +265,9 @@ def test_what_dali_cannot_take_here_is_pyavs_to_the_bit(folder, wide):
     vp9 = {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}, "picture": smooth}
     blue = folder / "bt709.webm"
     write_media(blue, frames=30, size=(160, 96), colour=(1, 1), **vp9)
-    turned = folder / "turned.mp4"
-    write_media(turned, frames=30, size=(160, 96), rotation=90, **vp9)
+    turned = [folder / f"turned{degrees}.mp4" for degrees in (90, 180)]
+    for path, degrees in zip(turned, (90, 180), strict=True):
+        write_media(path, frames=30, size=(160, 96), rotation=degrees, **vp9)
     long = folder / "long.webm"
     write_media(long, frames=60, size=(160, 96), **vp9)
     still = folder / "still.jpg"
@@ -276,7 +277,7 @@ def test_what_dali_cannot_take_here_is_pyavs_to_the_bit(folder, wide):
         pack(clip_of(h264), folder / "h264.tar", PackSettings()),
         clip_of(h264),
         clip_of(blue),
-        clip_of(turned),
+        *map(clip_of, turned),
         clip_of(long, 1.0, 1.0),
         picture,
         pack(replace(picture, fps=0.0), folder / "still.tar"),
@@ -298,6 +299,8 @@ def test_a_part_at_the_start_of_a_raw_file_goes_through_dali_and_doubts_do_not(f
     assert decoder.prepare(replace(part, duration_s=1.0), [plan]).film is None  # 30 frames do not end there
     with pytest.raises(MediaError, match=r"frame 0 is 160x96, its row says 96x96"):
         decoder.prepare(replace(part, width=96), [plan])
+    edited = remux(webm.video, folder / "edited.mp4", -0.2, options={"avoid_negative_ts": "disabled"})
+    assert decoder.prepare(clip_of(edited), [plan_of([0, 54])]).film is None  # five packets are not shown
     cut = folder / "cut.webm"
     cut.write_bytes(webm.video.read_bytes()[: webm.video.stat().st_size // 2])
     with pytest.raises(MediaError, match=r"cut\.webm"):
@@ -621,6 +624,27 @@ def test_outputs_of_a_pipeline_outlive_later_runs_and_the_pipeline():
     engine.close()
     gc.collect()
     assert torch.equal(kept, copy)
+
+
+@needs_dali
+def test_an_engine_keeps_batches_apart_and_takes_larger_ones():
+    units, keys = coded("mjpeg", 4)
+    data, place = mp4.wrap("mjpeg", units, keys, 128, 96), np.zeros(1, np.int32)
+
+    def film(number):
+        return Film(data, np.array([number], np.int32), place, ((0, 0, 128, 96),), (False,), 1)
+
+    engine = Engine(FilmGraph(Place(None, 1), 64))
+    engine.start([film(3)])
+    engine.start([film(1)])
+    again = engine.finish().parts[0][1][0]
+    engine.start([film(1)])
+    assert torch.equal(again, engine.finish().parts[0][1][0])
+    engine.start([])
+    assert engine.finish().parts == []
+    for count in (2, 5, 3):  # each in one run, though larger than the one before
+        engine.start([film(1)] * count)
+        assert [numbers for numbers, _ in engine.finish().parts] == [list(range(count))]
 
 
 @pytest.mark.gpu

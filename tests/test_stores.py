@@ -1,4 +1,4 @@
-"""Byte ranges of local files, of a real HTTP server, and of the cache between: right, shared, bounded, safe from kills."""
+"""Byte ranges of local files, of a real HTTP server, and of the cache between: right, shared, bounded, kill-proof."""
 
 from __future__ import annotations
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from fastav.clip import Clip, ClipPlan, Sample
 from fastav.frontend import Frontend
 from fastav.shards import Reading
+
+if TYPE_CHECKING:
+    from fastav.decode.dali_batch import Decoded
 
 Modality = Literal["video", "audio"]
 
@@ -64,4 +67,35 @@ class Decoder(Protocol):
         Raises:
             MediaError: The file is not what the row promises; names file and stage.
         """
+        ...
+
+
+@runtime_checkable
+class BatchDecoder(Protocol):
+    """Decodes whole batches, on a device, of what was read clip by clip.
+
+    Attributes:
+        batches_at_once: How many calls of `decode` work at the same time.
+    """
+
+    name: str
+    read: Read
+
+    @property
+    def batches_at_once(self) -> int:
+        """See above."""
+        ...
+
+    def prepare(self, clip: Clip, plans: Sequence[ClipPlan]) -> Any:
+        """Reads what decoding a clip needs; called from many threads at once; `MediaError` as in `Decoder.decode`."""
+        ...
+
+    def decode(
+        self, prepared: Sequence[Any], rows: Sequence[Sequence[int]], *, size: int, frames: int, windows: int
+    ) -> Decoded:
+        """Makes the tensors of a batch; see `fastav.decode.dali.DaliDecoder.decode`."""
+        ...
+
+    def close(self) -> None:
+        """Frees the device's decoders."""
         ...

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING
 
 from fastav.clip import Batch, Clip
 from fastav.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
+from fastav.decode.base import BatchDecoder
 from fastav.errors import MediaError, TooManyBroken
 from fastav.loader.assemble import Assembler, Reader, Request
 from fastav.loader.stream import StageStats, Stream
@@ -97,7 +98,7 @@ class Loader:
     def __init__(
         self,
         plan: Plan,
-        decoder: Reader,
+        decoder: Reader | BatchDecoder,
         config: Loading,
         *,
         modalities: Sequence[str],
@@ -116,7 +117,10 @@ class Loader:
             on_broken=on_broken,
             pin_memory=pin_memory,
         )
-        self._stats = {name: StageStats() for name in ("plan", "decode", "collate", "wait")}
+        self._decoder = decoder
+        names = ("plan", "prepare", "decode", "collate", "wait")
+        batches = isinstance(decoder, BatchDecoder)
+        self._stats = {name: StageStats() for name in names if batches or name != "prepare"}
         self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
 
     @property
@@ -156,6 +160,8 @@ class Loader:
     def stats(self) -> dict[str, StageStats]:
         """Returns what each stage did so far: `plan`, `decode` (over all workers), `collate`, `wait`.
 
+        With a decoder of whole batches the workers `prepare` clips, and `decode` is of batches, over its pipelines.
+
         `wait` is the consumer: `get_wait_s` while it waited for a batch, `busy_s` between two batches.
         """
         return {name: replace(stats) for name, stats in self._stats.items()}
@@ -178,9 +184,11 @@ class Loader:
             )
 
     def close(self) -> None:
-        """Ends all threads."""
+        """Ends all threads, and closes the decoder of whole batches, if that is what there is."""
         for stream in list(self._streams):
             stream.close()
+        if isinstance(self._decoder, BatchDecoder):
+            self._decoder.close()
 
     def __enter__(self) -> Loader:
         return self

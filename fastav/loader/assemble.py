@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastav.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
-from fastav.decode.base import Decoder, Read
+from fastav.decode.base import BatchDecoder, Decoder, Read
 from fastav.errors import MediaError, TooManyBroken
 
 if TYPE_CHECKING:
@@ -39,11 +39,15 @@ class Task:
     rows: list[int]
     plans: list[ClipPlan]
     error: MediaError | None = None
+    prepared: Any = None  # for a decoder of whole batches
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """A batch on its way. Workers write into rows of their own, so that only `pending` needs a lock."""
+    """A batch on its way. Workers write into rows of their own, so that only `pending` needs a lock.
+
+    `pending` counts the clips to come; with a decoder of whole batches, the batch itself is one more.
+    """
 
     plan: PlanBatch
     targets_BK: NDArray[np.float32]
@@ -55,6 +59,7 @@ class Job:
     has_audio_B: NDArray[np.bool_]
     tasks: list[Task] = field(default_factory=list)
     pending: int = 0
+    adopt: Callable[[], None] | None = None  # for the consumer's thread to call
 
     def store(self, row: int, sample: Sample, clip: Clip, floor: float) -> None:
         """Copies a sample into its row; what it lacks is filled.
@@ -99,7 +104,7 @@ class Donor:
         if job.frames_BTCHW is not None and self.frames_TCHW is not None:
             job.frames_BTCHW[row].copy_(self.frames_TCHW)
         if job.mel_BWCML is not None and self.mel_WCML is not None:
-            windows = torch.arange(job.mel_BWCML.shape[1]) % len(self.mel_WCML)
+            windows = torch.arange(job.mel_BWCML.shape[1], device=self.mel_WCML.device) % len(self.mel_WCML)
             job.mel_BWCML[row].copy_(self.mel_WCML[windows])
         job.has_video_B[row], job.has_audio_B[row] = self.has_video, self.has_audio
 
@@ -110,12 +115,13 @@ class Assembler:
     Attributes:
         broken: Samples delivered as placeholders because their clip could not be read.
         seen: Samples delivered, padding apart.
+        batch_decoder: The decoder where it takes whole batches; None where it takes clips.
     """
 
     def __init__(
         self,
         plan: Plan,
-        decoder: Reader,
+        decoder: Reader | BatchDecoder,
         *,
         modalities: Sequence[str],
         classes: Sequence[str],
@@ -124,7 +130,9 @@ class Assembler:
         pin_memory: bool,
     ) -> None:
         self.broken, self.seen, self.pin_memory = 0, 0, pin_memory
-        self._plan, self._decoder, self._on_broken = plan, decoder, on_broken
+        self._plan, self._on_broken = plan, on_broken
+        self._decoder = decoder if not isinstance(decoder, BatchDecoder) else None
+        self.batch_decoder = decoder if isinstance(decoder, BatchDecoder) else None
         self._modalities, self._classes, self._aliases = tuple(modalities), tuple(classes), aliases
         self._frontend = decoder.read.frontend
         self._floor = self._frontend.floor_db
@@ -154,11 +162,12 @@ class Assembler:
             task.rows.append(row)
             task.plans.append(one)
         job.tasks = list(tasks.values())
-        job.pending = len(job.tasks)
+        job.pending = len(job.tasks) + (self.batch_decoder is not None)
         return job
 
     def _empty(self, plan: PlanBatch) -> Job:
         num, sampling = len(plan), self._plan.sampling
+        own = self.batch_decoder is None  # others make their own
         size = sampling.image_size
         frames = (num, plan.frames_BT.shape[1], 3, size, size)
         mel = (num, plan.windows_BW.shape[1], 1, self._frontend.num_mels, sampling.window)
@@ -166,8 +175,8 @@ class Assembler:
             plan=plan,
             targets_BK=np.zeros((num, len(self._classes)), np.float32),
             ids=[""] * num,
-            frames_BTCHW=self._room(frames, torch.uint8) if "video" in self._modalities else None,
-            mel_BWCML=self._room(mel, torch.float32) if "audio" in self._modalities else None,
+            frames_BTCHW=self._room(frames, torch.uint8) if own and "video" in self._modalities else None,
+            mel_BWCML=self._room(mel, torch.float32) if own and "audio" in self._modalities else None,
             good_B=np.zeros(num, np.bool_),
             has_video_B=np.zeros(num, np.bool_),
             has_audio_B=np.zeros(num, np.bool_),
@@ -177,14 +186,35 @@ class Assembler:
         return torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory)
 
     def decode(self, task: Task) -> None:
-        """Decodes one clip into its rows; may be called from several threads at once."""
+        """Decodes one clip into its rows, or prepares it; may be called from several threads at once."""
         try:
+            if self.batch_decoder is not None:
+                task.prepared = self.batch_decoder.prepare(task.clip, task.plans)
+                return
+            assert self._decoder is not None, "there is one or the other"
             samples = self._decoder.decode(task.clip, task.plans)
             for row, sample in zip(task.rows, samples, strict=True):
                 task.job.store(row, sample, task.clip, self._floor)
         except MediaError as error:
             task.error = error
             task.job.good_B[task.rows] = False
+
+    def decode_batch(self, job: Job) -> None:
+        """Decodes a whole batch whose clips are prepared; may be called from several threads at once."""
+        assert self.batch_decoder is not None, "the stream asked"
+        decoded = self.batch_decoder.decode(
+            [task.prepared for task in job.tasks],
+            [task.rows for task in job.tasks],
+            size=len(job.plan),
+            frames=job.plan.frames_BT.shape[1],
+            windows=job.plan.windows_BW.shape[1],
+        )
+        job.frames_BTCHW, job.mel_BWCML, job.adopt = decoded.frames_BTCHW, decoded.mel_BWCML, decoded.adopt
+        job.has_video_B[:], job.has_audio_B[:] = decoded.has_video_B, decoded.has_audio_B
+        for task, error in zip(job.tasks, decoded.errors, strict=True):
+            task.error = task.error or error
+            job.good_B[task.rows] = task.error is None
+            task.prepared = None
 
     def batch(self, job: Job, later: Iterator[Job]) -> Batch:
         """Finishes a decoded job: counts, placeholders, small tensors. Called in the order of the requests.
@@ -197,6 +227,8 @@ class Assembler:
             TooManyBroken: None of the clips so far, nor of those on their way, could be read.
         """
         plan = job.plan
+        if job.adopt is not None:
+            job.adopt()
         num_broken = int(((plan.sample_B >= 0) & ~job.good_B).sum())
         self._count(job, num_broken)
         self._stand_in(job, later)

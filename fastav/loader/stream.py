@@ -27,7 +27,7 @@ class StageStats:
         busy_s: Working.
         put_wait_s: Done, but no room to put it.
         get_wait_s: Idle, nothing to work on.
-        items: Batches (`plan`, `collate`, `wait`) or clips (`decode`).
+        items: Clips (of the threads that take clips) or batches (of all others).
     """
 
     busy_s: float = 0.0
@@ -65,9 +65,10 @@ class Stream:
         self._prefetch, self._watchdog_s = prefetch, watchdog_s
         # Re-entrant, as the garbage collector may close a stream in one of its own threads.
         self._lock = threading.RLock()
-        self._room, self._work, self._ready = (threading.Condition(self._lock) for _ in range(3))
+        self._room, self._work, self._ready, self._gathered = (threading.Condition(self._lock) for _ in range(4))
         self._jobs: deque[Job] = deque()  # planned, not yet handed over
-        self._tasks: deque[Task] = deque()  # to be decoded
+        self._tasks: deque[Task] = deque()  # to be decoded, or prepared
+        self._whole: deque[Job] = deque()  # prepared, for a decoder of whole batches
         self._decoding: dict[int, tuple[Clip, float]] = {}  # by thread: what, since when
         self._planned_all = self._closed = False
         self._failure: BaseException | None = None
@@ -76,6 +77,9 @@ class Stream:
         self._device = torch.cuda.current_device() if assembler.pin_memory else None
         self._started = threading.Barrier(workers + 1)
         targets = [("plan", self._plan_all), *((f"decode-{i}", self._decode_all) for i in range(workers))]
+        decoder = assembler.batch_decoder
+        self._per_clip = stats["decode" if decoder is None else "prepare"]
+        targets += [(f"batch-{i}", self._decode_batches) for i in range(decoder.batches_at_once if decoder else 0)]
         self._threads = [
             threading.Thread(target=self._guarded, args=(target,), name=f"fastav-{name}", daemon=True)
             for name, target in targets
@@ -96,7 +100,8 @@ class Stream:
             self._closed = True
             self._tasks.clear()
             self._jobs.clear()
-            for condition in (self._room, self._work, self._ready):
+            self._whole.clear()
+            for condition in (self._room, self._work, self._ready, self._gathered):
                 condition.notify_all()
         if threading.current_thread() in self._threads:
             return
@@ -165,7 +170,11 @@ class Stream:
             stage = f"plan, at work on a batch for {time.perf_counter() - self._planning_since:.1f} s"
         else:
             job = self._jobs[place]
-            stage = f"decode, {job.pending} of the {len(job.tasks)} clips of the next batch are missing"
+            batches = self._assembler.batch_decoder is not None
+            missing = job.pending - batches
+            stage = f"decode, {missing} of the {len(job.tasks)} clips of the next batch are missing"
+            if not missing:
+                stage = "decode, the next batch is prepared"
         return (
             f"loader: no batch for {waited_s:.0f} s; stage: {stage}; "
             f"being decoded: {self._being_decoded() or 'nothing'}; "
@@ -211,6 +220,8 @@ class Stream:
                 self._jobs.append(job)
                 self._tasks.extend(job.tasks)
                 self._work.notify(len(job.tasks))
+                if not job.tasks and job.pending:
+                    self._gather(job)
                 self._ready.notify_all()  # a batch of padding alone is ready at once
                 stats.put_wait_s += roomy - finished
                 stats.get_wait_s += asked - roomy
@@ -227,7 +238,7 @@ class Stream:
         # caller puts that back.
         torch.get_num_threads()
         self._started.wait()
-        stats, me = self._stats["decode"], threading.get_ident()
+        stats, me = self._per_clip, threading.get_ident()
         while True:
             idle = time.perf_counter()
             with self._lock:
@@ -247,3 +258,31 @@ class Stream:
                 task.job.pending -= 1
                 if task.job.pending == 0:
                     self._ready.notify_all()
+                elif task.job.pending == 1 and self._assembler.batch_decoder is not None:
+                    self._gather(task.job)
+
+    def _gather(self, job: Job) -> None:
+        """Hands a batch whose clips are prepared to the threads of the batch decoder (with the lock held)."""
+        self._whole.append(job)
+        self._gathered.notify()
+
+    def _decode_batches(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
+        stats = self._stats["decode"]
+        while True:
+            idle = time.perf_counter()
+            with self._lock:
+                while not self._whole and not self._closed:
+                    self._gathered.wait()
+                if self._closed:
+                    return
+                job = self._whole.popleft()
+                begun = time.perf_counter()
+                stats.get_wait_s += begun - idle
+            self._assembler.decode_batch(job)
+            with self._lock:
+                stats.busy_s += time.perf_counter() - begun
+                stats.items += 1
+                job.pending -= 1
+                self._ready.notify_all()

@@ -1,0 +1,102 @@
+"""Which decoder: by what this machine has and what the clips are, and said in one line."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastav.clip import Clip
+from fastav.config import Kind
+from fastav.decode.dali import Dali, missing, takes
+from fastav.decode.pyav import PyAV
+from fastav.manifest import Manifest
+
+SAMPLED = 256
+"""Rows of a manifest that are looked at."""
+
+_ENOUGH = 0.9  # share of the clips with video that DALI must be able to take
+
+
+class Auto(Kind, frozen=True, tag="auto"):
+    """DALI where there is an NVIDIA GPU with its video decoder and it can take nine clips in ten; PyAV otherwise."""
+
+
+@dataclass(frozen=True)
+class Census:
+    """What kinds of clips there are, from evenly spaced rows.
+
+    Attributes:
+        codecs: Video codec -> rows; `h264 packed` for packed ones; empty for rows without video.
+        sizes: Codec, width and height of each row with video.
+        num_rows: Rows looked at.
+    """
+
+    codecs: Counter[str]
+    sizes: tuple[tuple[str, int, int], ...]
+    num_rows: int
+
+    @classmethod
+    def of(cls, clips: Iterable[Clip]) -> Census:
+        """Counts clips."""
+        codecs: Counter[str] = Counter()
+        sizes, rows = [], 0
+        for clip in clips:
+            rows += 1
+            codecs[f"{clip.video_codec} packed" if clip.shard and clip.has_video else clip.video_codec] += 1
+            if clip.has_video:
+                sizes.append((clip.video_codec, clip.width, clip.height))
+        return cls(codecs, tuple(sizes), rows)
+
+    def told(self) -> str:
+        """The codecs with their shares, the commonest first."""
+        parts = [
+            f"{name or 'no video'} {100 * count / self.num_rows:.0f} %" for name, count in self.codecs.most_common()
+        ]
+        return ", ".join(parts) or "no clips"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A decoder and why.
+
+    Attributes:
+        config: Builds it.
+        reason: One line for a person.
+    """
+
+    config: PyAV | Dali
+    reason: str
+
+
+def sampled(manifests: Sequence[Manifest]) -> list[Clip]:
+    """Returns evenly spaced rows of each manifest."""
+    clips = []
+    for manifest in manifests:
+        rows = np.unique(np.linspace(0, len(manifest) - 1, min(SAMPLED, len(manifest))).astype(np.int64))
+        clips += manifest.clips(rows)
+    return clips
+
+
+def choose(config: Auto | PyAV | Dali, census: Census, looks: bool) -> Choice:
+    """Decides what `auto` means here; what is asked for by name is taken.
+
+    Args:
+        config: Of the recipe.
+        census: Of the clips.
+        looks: Whether the run looks at video at all.
+    """
+    if not isinstance(config, Auto):
+        return Choice(config, "asked for")
+    lack = missing("gpu")
+    if lack:
+        return Choice(PyAV(), f"DALI cannot be used: {lack}")
+    if not looks or not census.sizes:
+        return Choice(PyAV(), "there is no video to decode")
+    able = sum(takes("gpu", codec, width, height) for codec, width, height in census.sizes)
+    share = able / len(census.sizes)
+    if share < _ENOUGH:
+        return Choice(PyAV(), f"the GPU can decode {100 * share:.0f} % of the clips ({census.told()})")
+    return Choice(Dali(device="gpu"), f"the GPU can decode {100 * share:.0f} % of the clips ({census.told()})")

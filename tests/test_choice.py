@@ -1,0 +1,73 @@
+"""Which decoder `auto` becomes, and what the first log line says."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from fastav.clip import Clip
+from fastav.decode import Auto, Census, Dali, PyAV, choose, sampled
+from fastav.errors import UserError
+from fastav.manifest import Manifest
+from fastav.pipeline import describe_decoder, training_source
+from fastav.recipe import load
+
+
+def video(codec, width=448, height=256, shard=""):
+    return Clip(id=codec, num_frames=5, width=width, height=height, video_codec=codec, shard=shard)
+
+
+def test_a_census():
+    clips = [video("h264", shard="a.tar"), video("h264"), video("av1"), Clip(id="s", num_samples=5)]
+    census = Census.of(clips)
+    assert census.codecs == Counter({"h264 packed": 1, "h264": 1, "av1": 1, "": 1})
+    assert census.told() == "h264 packed 25 %, h264 25 %, av1 25 %, no video 25 %"
+    assert Census.of([]).told() == "no clips"
+
+
+def test_without_a_gpu_it_is_pyav_and_says_why(monkeypatch):
+    monkeypatch.setattr("fastav.decode.choice.missing", lambda device: "PyTorch finds no CUDA device")
+    choice = choose(Auto(), Census.of([video("h264")]), True)
+    assert isinstance(choice.config, PyAV)
+    assert choice.reason == "DALI cannot be used: PyTorch finds no CUDA device"
+
+
+@pytest.mark.parametrize(
+    ("clips", "looks", "kind", "reason"),
+    [
+        ([video("h264")] * 10, True, Dali, "can decode 100 % of the clips (h264 100 %)"),
+        ([video("h264")] * 8 + [video("av1")] * 2, True, PyAV, "can decode 80 % of the clips"),
+        ([video("vp9", 96, 96)] * 4, True, PyAV, "can decode 0 % of the clips"),
+        ([video("h264")] * 4, False, PyAV, "no video to decode"),
+        ([Clip(id="s", num_samples=5)], True, PyAV, "no video to decode"),
+    ],
+)
+def test_with_a_gpu_it_goes_by_codec_and_size(monkeypatch, clips, looks, kind, reason):
+    monkeypatch.setattr("fastav.decode.choice.missing", lambda device: "")
+    choice = choose(Auto(), Census.of(clips), looks)
+    assert isinstance(choice.config, kind)
+    assert reason in choice.reason
+
+
+def test_what_is_asked_for_is_taken(monkeypatch):
+    assert choose(PyAV(threads_per_clip=3), Census.of([]), True).config == PyAV(threads_per_clip=3)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    forced = choose(Dali(device="gpu"), Census.of([video("h264")]), True).config
+    from fastav.decode import Read
+
+    with pytest.raises(UserError, match=r'decode.kind "dali" with device "gpu": (PyTorch finds no CUDA|the package)'):
+        forced.build(Read())
+
+
+def test_rows_are_evenly_spaced(made):
+    manifest = Manifest.open(made)
+    assert len(sampled([manifest])) == len(manifest)
+    assert len(sampled([manifest, manifest])) == 2 * len(manifest)
+
+
+def test_the_first_log_line(made, tiny, tmp_path):
+    recipe = load(None, tiny("late", tmp_path / "r"))
+    line = describe_decoder(recipe, training_source(recipe))
+    assert line.startswith("pyav (DALI cannot be used: ") or line.startswith("dali (")
+    assert "threads; clips: h264 " in line
