@@ -107,18 +107,23 @@ def make_plan(recipe: Recipe, source: Source) -> Plan:
     )
 
 
-def make_loader(
-    recipe: Recipe, source: Source, on_broken: Callable[[Clip, MediaError], None], *, pin_memory: bool = False
-) -> Loader:
-    """The loader of a source's plan, with the recipe's decoder."""
-    used = modalities(recipe)
-    read = Read(
+def decoder_read(recipe: Recipe, used: tuple[Modality, ...]) -> Read:
+    """What a decoder reads for a recipe of some modalities."""
+    return Read(
         modalities=used,
         image_size=recipe.sampling.image_size,
         frontend=recipe.frontend,
         window=recipe.sampling.window,
         reading=recipe.loading.shards,
     )
+
+
+def make_loader(
+    recipe: Recipe, source: Source, on_broken: Callable[[Clip, MediaError], None], *, pin_memory: bool = False
+) -> Loader:
+    """The loader of a source's plan, with the recipe's decoder."""
+    used = modalities(recipe)
+    read = decoder_read(recipe, used)
     return Loader(
         make_plan(recipe, source),
         chosen_decoder(recipe, source).config.build(read),

@@ -35,6 +35,8 @@ def test_units_times_and_keys_come_out_as_they_went_in(codec):
     units, keys = coded(codec)
     assert keys.count(True) == (3 if codec == "h264" else 12)
     data = mp4.wrap(codec, units, keys, 128, 96)
+    key_numbers = np.array([0, 3, 1, 5, 9], ">u4").tobytes()  # version and flags, count, from 1
+    assert (b"stss" + key_numbers in data) == (codec == "h264")
     with opened(data) as container:
         stream = container.streams.video[0]
         assert (stream.codec_context.name, stream.width, stream.height, stream.frames) == (codec, 128, 96, 12)

@@ -14,7 +14,8 @@ What goes through DALI, and what does not:
   with a timestamp of its own) and shows them as PyAV does (upright, 8-bit 4:2:0, BT.601, which DALI takes everything
   for). It decodes from the file's start up to the last planned frame: packing is what makes this fast.
 * Everything else that is to be seen is decoded by PyAV in `prepare`: pieces of files, pictures, turned or BT.709 video,
-  codecs and sizes that the device cannot take. DALI on a CPU has no H.264: packs of H.264 are decoded by PyAV there.
+  codecs and sizes that the device cannot take. DALI on a CPU has no H.264, on a GPU no MJPEG: such packs are decoded by
+  PyAV there. So is the share `hybrid` of all.
 * Sound of packs: the FLAC frames that the windows look at, behind a header that says how many samples follow. (With the
   clip's own header libsndfile refuses a stream that ends early; with this one it gives the very samples.) Other sound
   (another rate, AAC, more than two channels) is decoded and resampled by PyAV and handed over as a WAV of float32.
@@ -31,9 +32,10 @@ as a cut-off JPEG in a raw file, DALI does not report either.
 
 Not measured, for want of a GPU: all of device "gpu". It is the same graph with the decoder "mixed" and what follows on
 the GPU; the reasons for its settings come from DALI's source and issues. To be looked at first: NVDEC on spliced groups
-(x264's `idr_pic_id` may repeat at a seam; packs have access unit delimiters there), colours of MJPEG (full range), and
-clips per second for 1, 2, 3 pipelines and different numbers of threads. By its source, DALI finds NVDEC sessions again
-only for sides that are multiples of 16; packs have such.
+(x264's `idr_pic_id` may repeat at a seam; packs have access unit delimiters there), and clips per second for 1, 2, 3
+pipelines and different numbers of threads. By its source, DALI finds NVDEC sessions again only for sides that are
+multiples of 16, which packs have; and where NVDEC gives fewer frames than the header tells, the missing ones stay
+unwritten memory without an error, so pictures must be compared, not only failures counted.
 """
 
 from __future__ import annotations
@@ -57,6 +59,7 @@ from PIL import Image
 
 from fastav.augment import crop_box
 from fastav.clip import Clip, ClipPlan
+from fastav.config import Fraction as Share
 from fastav.config import Kind, NonNegativeInt, PositiveInt
 from fastav.decode import mp4
 from fastav.decode.base import Modality, Read
@@ -78,10 +81,12 @@ NVDEC_ENGINES = {"A100": 5, "H100": 7, "H200": 7, "GH200": 7, "L4": 4}
 
 _OTHER_ENGINES = 2
 _THREADS_AN_ENGINE = 2
+_GOLDEN = (5**0.5 - 1) / 2
 
 _LEAST: dict[str, dict[str, tuple[int, int]]] = {
-    # Sides that NVDEC takes at least. AV1 is left out: of the GPUs above only the L4 has it.
-    "gpu": {"h264": (48, 16), "hevc": (144, 144), "mjpeg": (64, 64), "vp8": (48, 16), "vp9": (128, 128)},
+    # Sides that NVDEC takes at least. AV1 is left out: of the GPUs above only the L4 has it. So is MJPEG: DALI 2.4
+    # documents it for the GPU, but its library refuses it.
+    "gpu": {"h264": (48, 16), "hevc": (144, 144), "vp8": (48, 16), "vp9": (128, 128)},
     "cpu": {"mjpeg": (16, 16), "vp8": (16, 16), "vp9": (16, 16)},
 }
 _CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
@@ -98,11 +103,14 @@ class Dali(Kind, frozen=True, tag="dali"):
         device: `gpu` for NVDEC and CUDA, `cpu` for the same graph without; `auto` takes the GPU where there is one.
         threads: Of one pipeline; 0 for two a video decoder of the GPU (`NVDEC_ENGINES`), on a CPU one a core.
         pipelines: Batches that are decoded at the same time.
+        hybrid: Share of the clips whose video the loader's workers decode with PyAV, to relieve the GPU; which clips
+            depends on the number of the sample alone.
     """
 
     device: Device = "auto"
     threads: NonNegativeInt = 0
     pipelines: PositiveInt = 2
+    hybrid: Share = 0.0
 
     def build(self, read: Read) -> DaliDecoder:
         """Returns the decoder for a run, on the current CUDA device.
@@ -186,8 +194,9 @@ class DaliDecoder:
         starts_W = plans[0].windows_W
         cut = self._cut(clip, starts_W) if sounds else None
         numbers_U = _distinct(clip, plans[0]) if seen else None
-        packed = self._fetch(clip, numbers_U, cut) if clip.shard else Packed()
-        film = None if numbers_U is None else self._film(clip, plans, numbers_U, packed.frames)
+        wanted_U = None if _is_workers(plans[0].sample, self.config.hybrid) else numbers_U
+        packed = self._fetch(clip, wanted_U, cut) if clip.shard else Packed()
+        film = None if wanted_U is None else self._film(clip, plans, wanted_U, packed.frames)
         pictures = wave = mel_WCML = None
         if seen and film is None:
             samples = self._eyes.decode(clip, plans)
@@ -378,6 +387,11 @@ def _threads(device: torch.device) -> int:
     return _THREADS_AN_ENGINE * engines
 
 
+def _is_workers(sample: int, share: float) -> bool:
+    """Whether a sample's video is the workers' part; consecutive samples are spread evenly, so batches share alike."""
+    return sample * _GOLDEN % 1 < share
+
+
 def _distinct(clip: Clip, plan: ClipPlan) -> NDArray[np.int32]:
     """The planned frames, each once, ascending."""
     numbers_U = np.unique(plan.frames_T)
@@ -389,7 +403,10 @@ def _distinct(clip: Clip, plan: ClipPlan) -> NDArray[np.int32]:
 def takes(kind: str, codec: str, width: int, height: int) -> bool:
     """Whether DALI decodes such video there."""
     least = _LEAST[kind].get(codec)
-    return least is not None and width >= least[0] and height >= least[1]
+    if least is None or width < least[0] or height < least[1]:
+        return False
+    # DALI's colour conversion on a GPU writes squares of 2 x 2 pixels, beyond an odd picture's room (by its source).
+    return kind == "cpu" or (width % 2 == 0 and height % 2 == 0)
 
 
 def _check_size(spliced: SplicedFrames, clip: Clip) -> None:
