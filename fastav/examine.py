@@ -74,11 +74,9 @@ def gpus() -> Iterator[Fact]:
     """GPU, driver, and whether its video decoder can be reached."""
     driver = _nvml()
     if not torch.cuda.is_available():
-        told = _nvml()
-        if told:
-            yield Fact(
-                "GPU", f"{told}, but PyTorch (CUDA {torch.version.cuda}) cannot use it: is its driver older?", "bad"
-            )
+        if driver:
+            why = f"PyTorch (CUDA {torch.version.cuda}) cannot use it: is its driver older?"
+            yield Fact("GPU", f"{driver}, but {why}", "bad")
         else:
             yield Fact("GPU", "none; everything runs on the CPU, slower", "note")
         return

@@ -21,107 +21,30 @@ from fastav.augment import crop_box, resize_crop
 from fastav.decode import PyAV, Read, dali, mp4
 from fastav.decode.dali import Dali, missing
 from fastav.decode.dali_graph import Engine, Film, FilmGraph, Place
-from fastav.decode.dali_sound import SoundCut, shortened, wav_of
 from fastav.errors import FastavError, MediaError, UserError
-from fastav.frontend import PRESETS, Frontend
 from fastav.pack.settings import PackSettings
-from fastav.pack.transcode import Order, pack_clip
-from fastav.shards import FLAC_BLOCK, Reading, Shards, SplicedFrames
-from fastav.shards.layout import ShardWriter
-from tests.make_media import number_of, numbered, remux, write_media
+from fastav.shards import SplicedFrames
+from tests.dali_media import (  # fixtures
+    DB,
+    LEVELS,
+    SIZE,
+    both,
+    cpu,
+    distance,
+    folder,
+    needs_dali,
+    noise,
+    pack,
+    reading,
+    smooth,
+    spoken,
+    tall,
+    webm,
+    wide,
+)
+from tests.make_media import number_of, remux, write_media
 from tests.planned import clip_of, plan_of
 from tests.test_mp4 import coded
-
-needs_dali = pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
-
-RATE = 16_000
-SIZE = 64
-LEVELS = 2.0  # mean difference of frames
-DB = 2e-3
-
-
-def smooth(number, width, height):
-    """A coloured picture without sharp edges, another for each number."""
-    y, x = np.mgrid[:height, :width]
-    waves = (np.sin(x / 17 + number), np.sin(y / 23 + number / 2), np.cos((x + y) / 29 + number / 3))
-    return np.stack([128 + 100 * wave for wave in waves], axis=-1).astype(np.uint8)
-
-
-def noise(seconds, rate=RATE, channels=1):
-    return (np.random.default_rng(3).standard_normal((channels, round(seconds * rate))) * 0.1).astype(np.float32)
-
-
-def pack(clip, path, settings=None):
-    """One clip packed behind another one."""
-    settings = settings or PackSettings(codec="mjpeg")
-    packed = pack_clip(Order(clip, settings, path.parent, False))
-    assert not isinstance(packed, tuple), packed
-    with path.open("wb") as file:
-        writer = ShardWriter(file)
-        writer.add("0", packed.members)
-        at, size = writer.add("1", packed.members)
-        writer.close()
-    return replace(packed.clip, id=path.stem, shard=str(path), shard_at=at, shard_size=size)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("dali")
-
-
-@pytest.fixture(scope="module")
-def wide(folder):
-    """MJPEG and FLAC, 3 s."""
-    path = folder / "wide.mp4"
-    write_media(path, frames=75, size=(160, 96), picture=smooth, wave=noise(3, 44_100), rate=44_100, layout="mono")
-    return pack(clip_of(path), folder / "wide.tar")
-
-
-@pytest.fixture(scope="module")
-def tall(folder):
-    """MJPEG without sound, in another size, whose frames tell their numbers."""
-    path = folder / "tall.mp4"
-    write_media(path, frames=40, size=(96, 128), picture=numbered)
-    return pack(clip_of(path), folder / "tall.tar")
-
-
-@pytest.fixture(scope="module")
-def spoken(folder):
-    """FLAC alone, 6 s."""
-    path = folder / "spoken.wav"
-    write_media(path, wave=noise(6), rate=RATE, layout="mono", audio_codec="pcm_s16le")
-    return pack(clip_of(path), folder / "spoken.tar")
-
-
-@pytest.fixture(scope="module")
-def webm(folder):
-    path = folder / "raw.webm"
-    options = {"deadline": "realtime", "cpu-used": "8", "g": "16"}
-    write_media(path, frames=60, size=(160, 96), codec="libvpx-vp9", options=options, picture=smooth)
-    return clip_of(path)
-
-
-def reading(modalities=("video", "audio"), size=SIZE, window=100, **settings):
-    return Read(modalities, image_size=size, window=window, frontend=msgspec.structs.replace(Frontend(), **settings))
-
-
-def cpu(read, **settings):
-    return Dali(device="cpu", threads=2, **{"pipelines": 1} | settings).build(read)
-
-
-def both(read, clips, plans, decoder=None):
-    """A batch of one plan a clip by DALI, and the same clips by PyAV."""
-    decoder = decoder or cpu(read)
-    prepared = [decoder.prepare(clip, [plan]) for clip, plan in zip(clips, plans, strict=True)]
-    shape = {"size": len(clips), "frames": len(plans[0].frames_T), "windows": len(plans[0].windows_W)}
-    made = decoder.decode(prepared, [[i] for i in range(len(clips))], **shape)
-    reference = PyAV().build(read)
-    return prepared, made, [reference.decode(clip, [plan])[0] for clip, plan in zip(clips, plans, strict=True)]
-
-
-def distance(frames, expected):
-    return float((frames.to(torch.int16) - expected.to(torch.int16)).abs().float().mean())
-
 
 # What is there
 
@@ -165,10 +88,54 @@ def test_threads_are_two_for_each_video_decoder_of_the_gpu(monkeypatch):
     assert dali._threads(torch.device("cpu")) >= 1
 
 
+def test_a_gpu_takes_neither_mjpeg_nor_odd_sides():
+    assert dali.takes("gpu", "h264", 448, 256)
+    assert dali.takes("cpu", "mjpeg", 448, 256)
+    assert not dali.takes("gpu", "mjpeg", 448, 256)
+    assert dali.takes("gpu", "vp9", 448, 256)
+    assert dali.takes("cpu", "vp9", 447, 255)
+    assert not dali.takes("gpu", "vp9", 447, 256)
+    assert not dali.takes("gpu", "vp9", 448, 255)
+    assert not dali.takes("gpu", "vp9", 126, 256)
+    assert not dali.takes("cpu", "h264", 448, 256)
+
+
+@needs_dali
+def test_a_pack_of_mjpeg_is_pyavs_on_a_gpu(wide):
+    decoder, plan = cpu(reading(("video",))), plan_of([0, 30], flip=True)
+    decoder.kind = "gpu"
+    prepared = decoder.prepare(wide, [plan])
+    assert prepared.film is None
+    expected = PyAV().build(decoder.read).decode(wide, [plan])[0].frames_TCHW
+    assert torch.equal(prepared.pictures[0], expected)
+
+
+@needs_dali
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_workers_decode_the_video_of_a_share_of_the_clips(wide, share):
+    """The same share of every batch, and the same clips each time."""
+    read, count = reading(), 32
+    decoder = cpu(read, hybrid=share)
+    plans = [replace(plan_of([0, 30], windows=[5]), sample=1_000_003 + i) for i in range(count)]
+    by_hand = [decoder.prepare(wide, [plan]).pictures is not None for plan in plans]
+    assert by_hand == [decoder.prepare(wide, [plan]).film is None for plan in plans]
+    for start in range(0, count, 8):
+        assert abs(sum(by_hand[start : start + 8]) - 8 * share) <= 1
+    prepared = [decoder.prepare(wide, [plan]) for plan in plans[:8]]
+    assert all(clip.wave is not None for clip in prepared)
+    made = decoder.decode(prepared, [[i] for i in range(8)], size=8, frames=2, windows=1)
+    expected = PyAV().build(read).decode(wide, plans[:1])[0].frames_TCHW
+    for row in range(8):
+        found = made.frames_BTCHW[row]
+        assert torch.equal(found, expected) if by_hand[row] else distance(found, expected) <= LEVELS
+
+
 def test_settings_are_a_kind_of_their_own():
     assert msgspec.convert({"kind": "dali", "device": "gpu", "pipelines": 3}, Dali | PyAV) == Dali("gpu", 0, 3)
     with pytest.raises(msgspec.ValidationError, match="pipelines"):
         msgspec.convert({"kind": "dali", "pipelines": 0}, Dali | PyAV)
+    with pytest.raises(msgspec.ValidationError, match="hybrid"):
+        msgspec.convert({"kind": "dali", "hybrid": 1.5}, Dali | PyAV)
 
 
 @needs_dali
@@ -341,143 +308,6 @@ def test_a_row_of_another_size_than_the_stream_is_broken(wide):
         dali._check_size(spliced, wide)
     with pytest.raises(ValueError, match=r"frames \[75\] planned of 75"):
         decoder.prepare(wide, [plan_of([75])])
-
-
-# Sound
-
-SETTINGS = PRESETS | {
-    "power 1": Frontend(power=1.0),
-    "power 3": Frontend(power=3.0, mel_scale="slaney", norm="slaney"),
-    "odd sizes": Frontend(n_fft=1000, win_length=601, hop_length=170, num_mels=40, f_min=300.0, f_max=7_000.0),
-    "norm": Frontend(norm="slaney", floor_db=-60.0),
-    "wide steps": Frontend(hop_length=700),
-}
-
-
-@needs_dali
-@pytest.mark.parametrize("name", SETTINGS)
-def test_spectrograms_are_the_frontends_for_any_settings(name, folder, tmp_path):
-    frontend = SETTINGS[name]
-    path = tmp_path / "sound.wav"
-    wave_CS = noise(4, frontend.sample_rate)
-    write_media(path, wave=wave_CS, rate=frontend.sample_rate, layout="mono", audio_codec="pcm_s16le")
-    settings = PackSettings(sample_rate=frontend.sample_rate)
-    clip = pack(clip_of(path), tmp_path / "sound.tar", settings)
-    total = int(frontend.num_frames(clip.num_samples))
-    read = Read(("audio",), frontend=frontend, window=60)
-    decoder, reference = cpu(read), PyAV().build(read)
-    places = [0, 1, 3, total // 2, total - 61, total - 60, total - 59, total - 5, total - 1, total, -1]
-    plans = [plan_of(windows=[start]) for start in places if start < total + 1]
-    prepared = [decoder.prepare(clip, [plan]) for plan in plans]
-    made = decoder.decode(prepared, [[i] for i in range(len(plans))], size=len(plans), frames=1, windows=1)
-    assert made.frames_BTCHW is None
-    assert made.has_audio_B.all()
-    for mel_WCML, plan in zip(made.mel_BWCML, plans, strict=True):
-        expected = reference.decode(clip, [plan])[0].mel_WCML
-        torch.testing.assert_close(mel_WCML, expected, rtol=0, atol=DB)
-        power, wanted = 10 ** (mel_WCML.double() / 10), 10 ** (expected.double() / 10)
-        assert float(((power - wanted).abs() / wanted).median()) <= 1e-5
-    assert made.mel_BWCML[-1].unique().tolist() == [frontend.floor_db]
-    evaluation = plan_of(windows=[0, 40, total - 30, -1])
-    made = decoder.decode([decoder.prepare(clip, [evaluation])], [[0]], size=1, frames=1, windows=4)
-    expected = reference.decode(clip, [evaluation])[0].mel_WCML
-    torch.testing.assert_close(made.mel_BWCML[0], expected, rtol=0, atol=DB)
-
-
-def test_the_cut_of_a_sound_holds_its_windows_frames_exactly():
-    rng = np.random.default_rng(0)
-    for frontend in (Frontend(), PRESETS["inatsounds"], PRESETS["ast"], SETTINGS["odd sizes"], SETTINGS["wide steps"]):
-        log_mel, half = frontend.build(), frontend.n_fft // 2
-        for _ in range(40):
-            count = int(rng.integers(1, 12_000))
-            wave_CS = torch.from_numpy(rng.standard_normal((1, count)).astype(np.float32))
-            total = int(frontend.num_frames(count))
-            starts_W, length = rng.integers(-1, total + 2, 2).astype(np.int32), int(rng.integers(1, 40))
-            cut = SoundCut.of(frontend, starts_W, length, count)
-            if cut is None:
-                assert not any(0 <= start < total for start in starts_W)
-                continue
-            padded_CS = torch.nn.functional.pad(wave_CS, (0, max(half + 1 - count, 0)))
-            whole, part = log_mel.log_mel(padded_CS), log_mel.log_mel(padded_CS[:, cut.begin : cut.end])
-            for start in starts_W:
-                if 0 <= start < total:
-                    stop = min(start + length, total)
-                    here = part[..., start - cut.first : stop - cut.first]
-                    torch.testing.assert_close(here, whole[..., start:stop], rtol=0, atol=1e-3)
-
-
-@needs_dali
-def test_only_the_needed_frames_of_flac_are_read(spoken):
-    decoder = cpu(reading(("audio",)))
-    asked = []
-    fetch = decoder._shards.fetch
-    decoder._shards.fetch = lambda clip, numbers, samples: asked.append(samples) or fetch(clip, numbers, samples)
-    wave = decoder.prepare(spoken, [plan_of(windows=[400])]).wave
-    begin, end = asked[0]
-    assert (begin, end) == (51_200 - 256, (499 * 128) + 257)
-    first = begin // FLAC_BLOCK * FLAC_BLOCK
-    assert (wave.begin, wave.count, wave.first, wave.total) == (begin - first, end - begin, 398, 751)
-    assert len(wave.data) < 0.3 * len(decoder.prepare(spoken, [plan_of(windows=[0, 740])]).wave.data)
-    assert decoder.prepare(spoken, [plan_of(windows=[-1])]).wave is None
-    assert len(asked) == 2
-
-
-@needs_dali
-def test_every_other_sound_is_decoded_on_the_cpu_and_agrees_too(folder, spoken):
-    """Other rates, lossy codecs, more channels, sounds shorter than half an FFT, stored spectrograms."""
-    keep = PackSettings(codec="mjpeg", audio="keep")
-    aac, wav = folder / "aac.mp4", folder / "short.wav"
-    write_media(aac, frames=50, size=(96, 64), wave=noise(2, 44_100, 2), rate=44_100)
-    write_media(wav, wave=noise(0.01), rate=RATE, layout="mono", audio_codec="pcm_s16le")
-    layouts = {1: "mono", 2: "stereo", 6: "5.1"}
-    clips = [
-        clip_of(aac),
-        pack(clip_of(aac), folder / "rate.tar", keep),
-        clip_of(wav),
-        pack(clip_of(wav), folder / "short.tar"),
-    ]
-    for channels, layout in layouts.items():
-        path = folder / f"{channels}.wav"
-        write_media(path, wave=noise(1, RATE, channels), rate=RATE, layout=layout, audio_codec="pcm_s16le")
-        clips.append(pack(clip_of(path), folder / f"{channels}.tar", keep))
-    mel_CML = np.linspace(-90, 0, 128 * 300, dtype=np.float32).reshape(1, 128, 300)
-    np.save(folder / "mel.npy", mel_CML)
-    stored = replace(spoken, shard="", mel=folder / "mel.npy", num_mel_frames=300, num_samples=0)
-    clips += [stored, pack(stored, folder / "mel.tar")]
-    for windows in ([0], [50], [290], [-1], [2, 60, -1]):
-        plans = [plan_of(windows=windows)] * len(clips)
-        _, made, expected = both(reading(("audio",)), clips, plans)
-        for clip, mel_WCML, sample in zip(clips, made.mel_BWCML, expected, strict=True):
-            torch.testing.assert_close(mel_WCML, sample.mel_WCML, rtol=0, atol=DB, msg=f"{clip.id} {windows}")
-        assert made.has_audio_B.all()
-    flac = [
-        clip.wave is not None and clip.wave.data.startswith(b"fLaC")
-        for clip in both(reading(("audio",)), clips, [plan_of()] * len(clips))[0]
-    ]
-    assert flac == [False, False, False, False, True, True, False, False, False]
-
-
-def test_a_header_tells_the_samples_that_follow_it(spoken):
-    sound = Shards(Reading()).fetch(spoken, None, (20_000, 30_000)).sound
-    assert (sound.start, len(sound.frames)) == (16_384, 4)
-    stream = shortened(sound, spoken)
-    assert int.from_bytes(stream[18:26], "big") & (1 << 36) - 1 == 4 * FLAC_BLOCK
-    tail = Shards(Reading()).fetch(spoken, None, (90_000, 96_000)).sound
-    assert int.from_bytes(shortened(tail, spoken)[18:26], "big") & (1 << 36) - 1 == 96_000 - tail.start
-    for wrong in ({"sample_rate": 8_000}, {"channels": 2}):
-        with pytest.raises(MediaError, match=r'audio: clip "spoken" sounds in 1 channels at 16000 Hz, its row says'):
-            shortened(sound, replace(spoken, **wrong))
-
-
-def test_a_wav_holds_the_samples_to_the_bit(tmp_path):
-    wave_S = noise(0.1)[0] * 20
-    path = tmp_path / "x.wav"
-    path.write_bytes(wav_of(wave_S, RATE))
-    with av.open(str(path)) as container:
-        stream = container.streams.audio[0]
-        assert (stream.codec_context.name, stream.rate, stream.codec_context.channels) == ("pcm_f32le", RATE, 1)
-        found_S = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
-    assert np.array_equal(found_S, wave_S)
 
 
 # Batches
