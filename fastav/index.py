@@ -17,7 +17,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastav.clip import Clip
-from fastav.datasets import folder
+from fastav.datasets import (
+    annotated,
+    audioset,
+    ave,
+    birdclef,
+    folder,
+    inatsounds,
+    kinetics,
+    llp,
+    ssw60,
+    tau,
+    vggsound,
+)
 from fastav.decode.probe import MediaInfo
 from fastav.errors import MediaError, UserError
 from fastav.files import write_text
@@ -25,7 +37,19 @@ from fastav.manifest import Extent, Manifest, Problem, check, write_manifest
 from fastav.probing import Job, probe_all
 from fastav.progress import progress
 
-DATASETS: dict[str, ModuleType] = {"folder": folder}
+DATASETS: dict[str, ModuleType] = {
+    "folder": folder,
+    "annotations": annotated,
+    "audioset": audioset,
+    "ave": ave,
+    "birdclef": birdclef,
+    "inatsounds": inatsounds,
+    "kinetics": kinetics,
+    "llp": llp,
+    "ssw60": ssw60,
+    "tau": tau,
+    "vggsound": vggsound,
+}
 """Word on the command line -> module of `fastav.datasets`."""
 
 OVERRUN_S = 0.1

@@ -1,0 +1,566 @@
+"""Annotated recordings: Raven selection tables and Audacity label files, as one clip each or as windows.
+
+ROOT holds tables (.txt or .tsv, in any folders), of one recording each unless a Raven table names others. Raven: a
+header line with Begin Time (s), End Time (s) and a column of labels. Audacity: start, end and label parted by tabs.
+The recording of NAME.txt, NAME.selections.txt, NAME.Table.1.selections.txt or the like is NAME with any suffix of
+sound or video; where a Raven table has Begin Path or Begin File, that name counts, and its times count from the start
+of each file (File Offset (s) where it is there). Several tables of a recording are taken together; an annotation that
+is there twice, such as in two views, is taken once. Text that is not UTF-8 or UTF-16 is read as Windows-1252.
+
+Without --window-s each annotation is a clip, with its own label (and with --min-overlap those of others). With
+--window-s recordings are cut into windows of one length, the last of which ends with the recording. Overlap rule: a
+window has the label of each annotation of which at least SHARE lies in it, or that covers at least SHARE of it (the
+two differ where one is longer; a point counts where it lies). With a SHARE of 0.5 or less no annotation is lost, but
+for such of less than 0.2 s at the very end of a recording, where a rest of up to 0.1 s gets no window of its own.
+Windows that touch annotations but get no label are left out; so are those that touch none, unless --background.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import math
+import os
+import re
+from bisect import bisect_left
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from fastav.clip import Clip
+from fastav.datasets import Listing
+from fastav.datasets.folder import AUDIO_SUFFIXES, VIDEO_SUFFIXES, HoldOut
+from fastav.datasets.tables import parse_table
+from fastav.errors import UserError, did_you_mean
+from fastav.manifest import Problem
+
+METRIC = "none published: top-1 accuracy with one label a clip, mAP with several"
+LABEL_COLUMNS = ("Species", "Annotation", "Label", "Common Name", "Species Code", "Class")
+"""Where Raven tables have their labels by custom; the first of them that a table has."""
+
+TABLE_SUFFIXES = (".txt", ".tsv")
+SHARE = 0.5
+REST_S = 0.1
+"""What a recording may be longer than its windows without another one: less than any call that is annotated."""
+
+_TIMES = ("Begin Time (s)", "End Time (s)")
+_ENDINGS = re.compile(r"(\.(table(\.\d+)?|selections?|birdnet|results|labels?|annotations?))+$", re.IGNORECASE)
+_ROUNDING_S = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """A labelled span of a recording; seconds from its start. A point has no length; `label` may be empty."""
+
+    begin_s: float
+    end_s: float
+    label: str
+    table: Path
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Windows:
+    """How recordings are cut: windows of `window_s` every `hop_s`; for `share` see the module."""
+
+    window_s: float
+    hop_s: float
+    share: float
+    background: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this data set's options."""
+    parser.add_argument("root", metavar="ROOT", type=Path, help="the folder with the tables, or one table")
+    parser.add_argument(
+        "--media-root",
+        metavar="FOLDER",
+        type=Path,
+        help="where the recordings lie, in whatever folders below it; ROOT by default",
+    )
+    parser.add_argument(
+        "--label-column",
+        metavar="NAME",
+        default="",
+        help=f"the column of Raven tables with the labels; by default the first of\n{', '.join(LABEL_COLUMNS)}",
+    )
+    parser.add_argument(
+        "--label", metavar="NAME", default="", help="the label of annotations without one, and of tables without them"
+    )
+    parser.add_argument("--window-s", type=float, metavar="S", help="cut recordings into windows of S seconds")
+    parser.add_argument("--hop-s", type=float, metavar="S", help="a window every S seconds; by default end to end")
+    parser.add_argument(
+        "--min-overlap",
+        type=float,
+        metavar="SHARE",
+        help=f"the share of the overlap rule, more than 0, at most 1; {SHARE} by default for windows",
+    )
+    parser.add_argument(
+        "--background", metavar="NAME", default="", help="the class of windows that touch no annotation"
+    )
+    parser.add_argument(
+        "--hold-out",
+        default="none",
+        metavar="RULE",
+        help="what goes to the test split: none (default), or fraction:F, that share of the recordings, chosen by a\n"
+        "hash of the name, as far as each class keeps one in train",
+    )
+
+
+def listing(args: argparse.Namespace) -> Listing:
+    """Lists the annotations, or the recordings to be cut into windows.
+
+    Raises:
+        UserError: No table, a malformed one, none of the recordings, or options that contradict each other.
+    """
+    rule, share, held = _options(args)
+    root = Path(args.root)
+    tables = _tables(root)
+    folder = root if root.is_dir() else root.parent
+    media_root = Path(args.media_root or folder)
+    found = _Found(_Recordings(folder, media_root))
+    for table in tables:
+        found.read(table, args.label_column, args.label)
+    found.finish(tables)
+    if rule is None:
+        clips = found.clips(share)
+    else:
+        clips = found.wholes(with_empty=bool(rule.background))
+    if not clips:
+        first = f"; the first problem: {found.problems[0].message}" if found.problems else ""
+        raise UserError(f"{root}: no annotation of a recording to make a clip of in {len(tables)} tables{first}")
+    if held:
+        hold_out(clips, fraction=held)  # fails now rather than when all is probed
+    said = _said(rule, share)
+    return Listing(
+        clips,
+        found.problems,
+        [*found.notes, said],
+        cut=None if rule is None else partial(_cut, annotations=found.by_id(), rule=rule),
+        split=partial(hold_out, fraction=held) if held else None,
+        metadata={
+            "source": "fastav index annotations",
+            "root": str(root),
+            "media_root": str(media_root),
+            "label_column": args.label_column,
+            "label": args.label,
+            "hold_out": args.hold_out,
+            "rule": said,
+            "metric": METRIC,
+        },
+    )
+
+
+def _options(args: argparse.Namespace) -> tuple[Windows | None, float | None, float]:
+    """How to cut (None: not at all), the share of the overlap rule, and the share to hold out."""
+    for name, value in (("--window-s", args.window_s), ("--hop-s", args.hop_s), ("--min-overlap", args.min_overlap)):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise UserError(f"{name} {value}: expected a number, more than 0")
+    if args.min_overlap is not None and args.min_overlap > 1:
+        raise UserError(f"--min-overlap {args.min_overlap}: expected a share, at most 1")
+    held = HoldOut.parse(args.hold_out)
+    if held.kind == "every":
+        raise UserError(f'--hold-out "{args.hold_out}": tears recordings, expected none or fraction:F')
+    if args.window_s is None:
+        for name, value in (("--hop-s", args.hop_s), ("--background", args.background)):
+            if value:
+                raise UserError(f"{name} {value}: is for windows, expected --window-s with it")
+        return None, args.min_overlap, held.number
+    hop_s = args.window_s if args.hop_s is None else args.hop_s
+    if hop_s > args.window_s:
+        raise UserError(f"--hop-s {hop_s}: leaves gaps, expected at most --window-s {args.window_s}")
+    share = SHARE if args.min_overlap is None else args.min_overlap
+    return Windows(args.window_s, hop_s, share, args.background), share, held.number
+
+
+def _said(rule: Windows | None, share: float | None) -> str:
+    """The rule by which labels are given, in words."""
+    if rule is None:
+        other = "" if share is None else f", and the label of each other one: {_overlap_in_words(share, 'clip')}"
+        return f"each annotation is a clip with its label{other}"
+    empty = f'are of class "{rule.background}"' if rule.background else "are left out"
+    return (
+        f"windows of {rule.window_s:g} s every {rule.hop_s:g} s with the label of each annotation: "
+        f"{_overlap_in_words(rule.share, 'window')}; windows that touch no annotation {empty}"
+    )
+
+
+def _overlap_in_words(share: float, what: str) -> str:
+    return f"{share:g} or more of it in the {what}, or {share:g} or more of the {what} in it"
+
+
+def _tables(root: Path) -> list[Path]:
+    if root.is_file():
+        return [root]
+    if not root.is_dir():
+        near = did_you_mean(root.name, [p.name for p in root.parent.glob("*")]) if root.parent.is_dir() else ""
+        raise UserError(f"{root}: no such folder or table{near}")
+    found = [path for path in _walk(root) if path.suffix.lower() in TABLE_SUFFIXES]
+    if not found:
+        raise UserError(
+            f"{root}: no table in it or below, expected Raven's or Audacity's ({', '.join(TABLE_SUFFIXES)})"
+        )
+    return found
+
+
+def _walk(root: Path) -> list[Path]:
+    """The files below a folder, hidden ones left out, by name; linked folders are followed, each real one once."""
+    found, seen = [], set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        real = Path(folder).resolve()
+        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
+        found += [Path(folder) / name for name in names if not name.startswith(".") and real not in seen]
+        seen.add(real)
+    return sorted(found)
+
+
+def read_text(path: Path) -> tuple[str, bool]:
+    """Text in UTF-8, in UTF-16, or else in Windows-1252; and whether the last was a guess.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    wide = data[:2] in (b"\xff\xfe", b"\xfe\xff")
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig"), False
+    except UnicodeDecodeError:
+        return data.decode("cp1252", "replace"), True
+
+
+def _lines(text: str) -> list[str]:
+    return list(io.StringIO(text, newline=None))
+
+
+def kind_of(text: str) -> str:
+    """`raven`, `audacity`, `empty` for no text at all, or nothing for any other text."""
+    first = next((line for line in _lines(text) if line.strip()), "")
+    fields = [value.strip().casefold() for value in first.split("\t")]
+    if not first:
+        return "empty"
+    if {"begin time (s)", "end time (s)"} & set(fields) or {"selection", "view"} <= set(fields):
+        return "raven"
+    return "audacity" if len(fields) > 1 and all(_seconds(value) is not None for value in fields[:2]) else ""
+
+
+def _seconds(text: str) -> float | None:
+    """A finite number, also with a decimal comma; None for anything else."""
+    try:
+        value = float(text.strip() if "." in text else text.strip().replace(",", "."))
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def raven(text: str, path: Path, label_column: str = "", label: str = "") -> Iterator[tuple[str, Annotation]]:
+    """Reads a Raven selection table.
+
+    Args:
+        text: Its content.
+        path: For messages.
+        label_column: The column of labels; by default the first of `LABEL_COLUMNS` that is there.
+        label: Stands in for empty labels and for a column that is not there.
+
+    Yields:
+        The recording's name as the table gives it, empty where it gives none, and the annotation.
+
+    Raises:
+        UserError: A column is missing, or a time is no number.
+    """
+    lines = _lines(text)
+    header = next(line for line in lines if line.strip()).rstrip("\r\n").split("\t")
+    column = label_column or _label_column(header)
+    if not column and not label:
+        named = ", ".join(name.strip() for name in header if name.strip())
+        raise UserError(f"{path}: no column of labels, expected --label-column with one of {named}; or --label NAME")
+    required = [*_TIMES, *([column] if column else [])]
+    for at, row in parse_table(lines, path, delimiter="\t", required=required, quoted=False, ragged=True):
+        name = row.get("Begin Path", "").strip() or row.get("Begin File", "").strip()
+        begin_s, end_s = (_time(row[key], key, path, at) for key in _TIMES)
+        if name and (offset := row.get("File Offset (s)", "").strip()):
+            offset_s = _time(offset, "File Offset (s)", path, at)
+            begin_s, end_s = offset_s, offset_s + end_s - begin_s
+        yield name, Annotation(begin_s, end_s, row.get(column, "").strip() or label, path, at)
+
+
+def _label_column(header: Sequence[str]) -> str:
+    names = {name.strip().casefold() for name in header}
+    return next((column for column in LABEL_COLUMNS if column.casefold() in names), "")
+
+
+def _time(text: str, column: str, path: Path, line: int) -> float:
+    value = _seconds(text)
+    if value is None:
+        raise UserError(f'{path}, line {line}: {column} "{text.strip()}", expected seconds')
+    return value
+
+
+def audacity(text: str, path: Path, label: str = "") -> Iterator[Annotation]:
+    """Reads an Audacity label file; lines with the frequencies of the label before (backslash first) are left out.
+
+    Raises:
+        UserError: A line is not of the form start, end, label.
+    """
+    for at, line in enumerate(_lines(text), 1):
+        if not line.strip() or line.startswith("\\"):
+            continue
+        fields = line.rstrip("\r\n").split("\t")
+        times = [_seconds(value) for value in fields[:2]]
+        if len(times) < 2 or times[0] is None or times[1] is None:
+            raise UserError(f'{path}, line {at}: "{line.strip()[:80]}", expected start, end and label parted by tabs')
+        yield Annotation(times[0], times[1], " ".join(fields[2:]).strip() or label, path, at)
+
+
+class _Recordings:
+    """The media files below a folder, and which of them a table means."""
+
+    def __init__(self, root: Path, media_root: Path) -> None:
+        if not media_root.is_dir():
+            known = [p.name for p in media_root.parent.glob("*/")] if media_root.parent.is_dir() else []
+            raise UserError(f"--media-root {media_root}: no such folder{did_you_mean(media_root.name, known)}")
+        self.root, self.media_root = root, media_root
+        self.files = [path for path in _walk(media_root) if path.suffix.lower() in AUDIO_SUFFIXES | VIDEO_SUFFIXES]
+        self._named: dict[str, list[Path]] = defaultdict(list)
+        for path in self.files:
+            self._named[path.name.casefold()].append(path)
+            self._named[path.stem.casefold()].append(path)
+
+    def id(self, path: Path) -> str:
+        return path.relative_to(self.media_root).as_posix()
+
+    def find(self, table: Path, name: str = "") -> Path | Problem:
+        """The file of a Begin Path or Begin File, or else of a table itself; a problem where it is none or several."""
+        if name:
+            parts = PureWindowsPath(name).parts  # takes both kinds of slashes
+            wanted = [parts[-1], PurePosixPath(parts[-1]).stem] if parts else []
+        else:
+            stem = table.stem
+            parts, wanted = (), list(dict.fromkeys((stem, _ENDINGS.sub("", stem))))
+        for one in wanted:
+            if paths := self._named.get(one.casefold()):
+                paths = self._narrowed(paths, one, parts, table)
+                if len(paths) == 1:
+                    return paths[0]
+                files = " or ".join(map(str, paths[:3]))
+                return Problem("ambiguous_recording", "", str(table), f"{table}: may be of {files}, left out", False)
+        expected = self.media_root / (wanted[0] if name and wanted else f"{wanted[-1] if wanted else name}.*")
+        message = f"{table}: no recording {expected.name} in or below {self.media_root}"
+        return Problem("missing_file", "", str(expected), message, False)
+
+    def _narrowed(self, paths: list[Path], name: str, parts: Sequence[str], table: Path) -> list[Path]:
+        """Of several files of one name those of the same case, on the same path, and in the table's folder."""
+        paths = [p for p in paths if name in (p.name, p.stem)] or paths
+        if len(parts) > 1:
+            depth = {p: _shared_end(p.parts, parts) for p in paths}
+            paths = [p for p in paths if depth[p] == max(depth.values())]
+        inner = table.parent.relative_to(self.root)
+        return [p for p in paths if p.parent in (self.media_root / inner, table.parent)] or paths
+
+
+def _shared_end(one: Sequence[str], two: Sequence[str]) -> int:
+    """How many of the last parts of two paths are the same."""
+    pairs = zip(reversed(one), reversed(two), strict=False)
+    return next((k for k, (a, b) in enumerate(pairs) if a.casefold() != b.casefold()), min(len(one), len(two)))
+
+
+@dataclass
+class _Found:
+    """The annotations of each recording, gathered from all tables."""
+
+    recordings: _Recordings
+    annotations: dict[Path, dict[tuple[float, float, str], Annotation]] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    num_twice: int = 0
+
+    def read(self, table: Path, label_column: str, label: str) -> None:
+        """Takes the annotations of one table."""
+        text, guessed = read_text(table)
+        kind = kind_of(text)
+        if kind in ("", "empty") and (not kind or isinstance(self.recordings.find(table), Problem)):
+            message = f"{table}: neither Raven's table nor Audacity's, left out"
+            self.problems.append(Problem("not_annotations", "", str(table), message, False))
+            return
+        if guessed:
+            self.notes.append(f"{table}: neither UTF-8 nor UTF-16, read as Windows-1252")
+        found = raven(text, table, label_column, label) if kind == "raven" else (
+            ("", annotation) for annotation in audacity(text, table, label)
+        )  # fmt: skip
+        by_name: dict[str, list[Annotation]] = defaultdict(list)
+        for name, annotation in found:
+            by_name[name].append(annotation)
+        for name, those in by_name.items() or [("", [])]:
+            path = self.recordings.find(table, name)
+            if isinstance(path, Problem):
+                self.problems.append(replace(path, message=f"{path.message} ({len(those)} annotations)"))
+                continue
+            known = self.annotations.setdefault(path, {})
+            for annotation in those:
+                self._take(annotation, known, path)
+
+    def _take(self, one: Annotation, known: dict[tuple[float, float, str], Annotation], path: Path) -> None:
+        where, span = f"{one.table}, line {one.line}", f"{one.begin_s:g} s to {one.end_s:g} s"
+        clip_id = self.recordings.id(path)
+        if not 0 <= one.begin_s <= one.end_s:
+            message = f"{where}: {span} is no span, left out"
+            self.problems.append(Problem("bad_span", clip_id, str(path), message, False))
+            return
+        # A table of two views, or of two channels, has each annotation twice.
+        key = (round(one.begin_s, 6), round(one.end_s, 6), one.label)
+        self.num_twice += key in known
+        if key not in known and not one.label:
+            message = f"{where}: {span} has no label, expected one, or --label NAME"
+            self.problems.append(Problem("no_label", clip_id, str(path), message, False))
+        known.setdefault(key, one)
+
+    def finish(self, tables: Collection[Path]) -> None:
+        """Names what no table speaks of."""
+        for path in self.recordings.files:
+            if path not in self.annotations:
+                message = f"{path}: no table of it among {len(tables)}, left out"
+                self.problems.append(Problem("no_table", self.recordings.id(path), str(path), message, False))
+        if self.num_twice:
+            self.notes.append(f"{self.num_twice} annotations are there more than once, each taken once")
+
+    def in_order(self, path: Path) -> list[Annotation]:
+        """A recording's annotations in order of time."""
+        return sorted(self.annotations[path].values(), key=lambda one: (one.begin_s, one.end_s, one.label))
+
+    def by_id(self) -> dict[str, list[Annotation]]:
+        """Clip id of a whole recording -> its annotations."""
+        return {self.recordings.id(path): self.in_order(path) for path in self.annotations}
+
+    def wholes(self, *, with_empty: bool) -> list[Clip]:
+        """Whole recordings to be cut, with all of their labels; those without only `with_empty`."""
+        clips = []
+        for path in sorted(self.annotations):
+            labels = tuple(dict.fromkeys(one.label for one in self.in_order(path) if one.label))
+            if labels or with_empty:
+                clips.append(self._clip(path, labels))
+        return clips
+
+    def clips(self, share: float | None) -> list[Clip]:
+        """A clip for each annotation with a label and a length."""
+        clips = []
+        for path in sorted(self.annotations):
+            every = self.in_order(path)
+            for number, one in enumerate(every):
+                whole = self._clip(path, (one.label,))
+                if one.end_s == one.begin_s:
+                    message = f"{one.table}, line {one.line}: {one.begin_s:g} s is a point, expected --window-s for it"
+                    self.problems.append(Problem("bad_span", whole.id, str(path), message, False))
+                elif one.label:
+                    others = [] if share is None else _labels(every, one.begin_s, one.end_s, share)
+                    labels = tuple(dict.fromkeys((one.label, *others)))
+                    clips.append(_part(whole, f"#{number}", one.begin_s, one.end_s, labels))
+        return clips
+
+    def _clip(self, path: Path, labels: tuple[str, ...]) -> Clip:
+        name = self.recordings.id(path)
+        video = path if path.suffix.lower() in VIDEO_SUFFIXES else None
+        group = PurePosixPath(name).with_suffix("").as_posix()
+        return Clip(name, video=video, audio=path, labels=labels, group=group)
+
+
+def _part(clip: Clip, name: str, begin_s: float, end_s: float, labels: Sequence[str]) -> Clip:
+    """A span of a clip, seconds from the clip's start."""
+    return replace(
+        clip,
+        id=f"{clip.id}{name}",
+        start_s=clip.start_s + begin_s,
+        duration_s=end_s - begin_s,
+        labels=tuple(labels),
+    )
+
+
+def _labels(annotations: Sequence[Annotation], begin_s: float, end_s: float, share: float) -> list[str]:
+    """The labels that the overlap rule gives a span, each once, in order of time."""
+    given = [one.label for one in annotations if one.label and _counts(one, begin_s, end_s, share)]
+    return list(dict.fromkeys(given))
+
+
+def _counts(one: Annotation, begin_s: float, end_s: float, share: float) -> bool:
+    """The overlap rule: `share` of the annotation in the span, or of the span in the annotation."""
+    if one.end_s == one.begin_s:
+        return begin_s <= one.begin_s < end_s
+    shorter_s = min(one.end_s - one.begin_s, end_s - begin_s)
+    return _shared_s(one, begin_s, end_s) >= share * shorter_s - _ROUNDING_S
+
+
+def _shared_s(one: Annotation, begin_s: float, end_s: float) -> float:
+    return min(one.end_s, end_s) - max(one.begin_s, begin_s)
+
+
+def starts(duration_s: float, window_s: float, hop_s: float) -> list[float]:
+    """Where the windows of a recording start; the last one ends with it. One at 0 where it is not longer than that.
+
+    A rest of `REST_S` or less gets no window of its own, as formats round the length of a recording up.
+    """
+    if duration_s <= window_s + REST_S:
+        return [0.0]
+    num = math.floor((duration_s - window_s) / hop_s + _ROUNDING_S) + 1
+    found = [k * hop_s for k in range(num)]
+    if duration_s - (found[-1] + window_s) > REST_S:
+        found.append(duration_s - window_s)
+    return found
+
+
+def _cut(clip: Clip, *, annotations: Mapping[str, Sequence[Annotation]], rule: Windows) -> list[Clip]:
+    return cut(clip, annotations[clip.id], rule)
+
+
+def cut(clip: Clip, annotations: Sequence[Annotation], rule: Windows) -> list[Clip]:
+    """Cuts a probed recording into windows with labels, numbered from 0 in their ids; see the module for the rule.
+
+    Annotations are in order of time. One that starts after the end of the recording comes as a clip of that span,
+    which `fastav index` then names as one that is not in the file.
+    """
+    made = []
+    begins = [one.begin_s for one in annotations]
+    longest_s = max((one.end_s - one.begin_s for one in annotations), default=0.0)
+    for number, start_s in enumerate(starts(clip.duration_s, rule.window_s, rule.hop_s)):
+        end_s = min(start_s + rule.window_s, clip.duration_s)
+        near = annotations[bisect_left(begins, start_s - longest_s) : bisect_left(begins, end_s)]
+        touched = any(_shared_s(one, start_s, end_s) > _ROUNDING_S or _counts(one, start_s, end_s, 1.0) for one in near)
+        labels = _labels(near, start_s, end_s, rule.share)
+        if not touched and rule.background:
+            labels = [rule.background]
+        if labels:
+            made.append(_part(clip, f"#{number}", start_s, end_s, labels))
+    for one in annotations[bisect_left(begins, clip.duration_s) :]:
+        end_s = max(one.end_s, one.begin_s + _ROUNDING_S)
+        made.append(_part(clip, f", {one.table.name} line {one.line}", one.begin_s, end_s, [one.label]))
+    return made
+
+
+def hold_out(clips: Sequence[Clip], *, fraction: float) -> list[Clip]:
+    """Moves a share of the recordings, rounded, at least one, to the test split; see `--hold-out`.
+
+    Recordings are taken in the order of a hash of their names. One that is the last in train with one of its classes
+    stays there, so that fewer may be taken.
+
+    Raises:
+        UserError: No recording can be taken.
+    """
+    classes: dict[str, set[str]] = defaultdict(set)
+    for clip in clips:
+        classes[clip.group].update(clip.labels)
+    left = Counter(name for names in classes.values() for name in names)
+    wanted = max(1, math.floor(fraction * len(classes) + 0.5))
+    taken: set[str] = set()
+    for group in sorted(classes, key=lambda name: hashlib.blake2b(name.encode(), digest_size=8).digest()):
+        if len(taken) < min(wanted, len(classes) - 1) and all(left[name] > 1 for name in classes[group]):
+            taken.add(group)
+            left.subtract(classes[group])
+    if not taken:
+        raise UserError(
+            f"--hold-out fraction:{fraction:g}: each of the {len(classes)} recordings is the only one of a class; "
+            "expected several recordings a class, or --hold-out none"
+        )
+    return [replace(clip, split="test") if clip.group in taken else clip for clip in clips]
