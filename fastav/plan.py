@@ -392,9 +392,7 @@ class Plan:
             where = np.flatnonzero(source_B == i)
             if source.class_weight_K is None or not where.size:
                 continue
-            labels = source.manifest.label_matrix(row_B[where]).astype(np.float64)
-            count = labels.sum(axis=1)
-            weight_B[where] = np.where(count > 0, labels @ source.class_weight_K / np.maximum(count, 1), 1.0)
+            weight_B[where] = source.manifest.label_means(row_B[where], source.class_weight_K)
         return weight_B
 
 

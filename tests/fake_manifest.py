@@ -45,6 +45,11 @@ class FakeManifest:
         assert rows.dtype == np.int64
         return {name: self._columns[name][rows] for name in names}
 
+    def label_means(self, rows, values_K):
+        labels = self.label_matrix(rows)
+        count = labels.sum(axis=1)
+        return np.where(count > 0, labels @ values_K / np.maximum(count, 1), 1.0)
+
     def label_matrix(self, rows):
         self.asked_for_labels += 1
         return self._labels[rows].astype(np.float32)

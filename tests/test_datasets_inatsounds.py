@@ -153,6 +153,11 @@ def test_files_that_are_none(tmp_path: Path, content: bytes, message: str) -> No
     assert str(error.value).startswith(f"{tmp_path}/train.json: {message}")
 
 
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"/gone.json: cannot be read \(No such file or directory\)"):
+        inatsounds._read(tmp_path / "gone.json")
+
+
 def test_none_of_its_recordings(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train.json: none of the files it names is there; the first: .*a.wav"):
         listed(inatsounds, write(tmp_path, "train", "a.wav"))

@@ -569,3 +569,14 @@ def test_two_files_with_the_same_content(tmp_path: Path, files: list[Path]) -> N
 def test_the_schema_has_every_field_of_a_clip() -> None:
     assert {f.name for f in dataclasses.fields(Clip)} - {"row"} | {"media_frames", "media_samples"} == set(SCHEMA.names)
     assert json.loads(store.Header(("a",), {"train": (0, 1)}, {}).write()[b"fastav.splits"]) == {"train": [0, 1]}
+
+
+def test_means_over_labels_are_those_of_the_label_matrix(tmp_path: Path) -> None:
+    labels = [("crow",), ("owl", "wren"), (), ("wren",), ("crow", "owl", "wren")]
+    clips = [Clip(id=str(i), num_samples=1, audio=tmp_path / "a.wav", labels=of) for i, of in enumerate(labels)]
+    manifest = write_manifest(tmp_path / "m.parquet", clips)
+    values_K, rows = np.array([1.0, 10.0, 100.0]), np.array([4, 0, 1, 2, 3, 1])
+    matrix_BK = manifest.label_matrix(rows).astype(np.float64)
+    count_B = matrix_BK.sum(axis=1)
+    expected = np.where(count_B > 0, matrix_BK @ values_K / np.maximum(count_B, 1), 1.0)
+    assert np.allclose(manifest.label_means(rows, values_K), expected)

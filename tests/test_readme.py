@@ -35,6 +35,7 @@ def test_the_readme_has_commands():
     assert any(line.startswith("torchrun") for line in commands())
 
 
+@pytest.mark.timeout(600)
 def test_every_command_of_the_readme_runs(tmp_path):
     for name in ("owl", "wren"):
         for number in range(2):

@@ -13,8 +13,9 @@ import cProfile
 import pstats
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from fastav.meter import num_cores
 from fastav.plan import random_crops, segment_frames
 
 FRAMES = 8
+_PLANS = 97  # another number than any of clips a turn, so that turns differ
 _RAW = "raw through torchcodec exact"
 
 
@@ -101,6 +103,12 @@ def planner(clip: Clip, seed: int = 0) -> Callable[[], ClipPlan]:
     return draw
 
 
+def _plans(clip: Clip) -> Iterator[ClipPlan]:
+    """Plans that are drawn beforehand, the same for every reader of a clip: drawing them is not decoding."""
+    draw = planner(clip)
+    return cycle([draw() for _ in range(_PLANS)])
+
+
 def _readers(media: Media) -> dict[str, tuple[Clip, Peer]]:
     """Every reader on everything it is compared on."""
     readers: dict[str, tuple[Clip, Peer]] = {}
@@ -120,11 +128,11 @@ def _readers(media: Media) -> dict[str, tuple[Clip, Peer]]:
 
 def _decoding(media: Media, clips: int) -> dict[str, Callable[[], int]]:
     def turn(clip: Clip, peer: Peer) -> Callable[[], int]:
-        draw = planner(clip)
+        plans = _plans(clip)
 
         def run() -> int:
             for _ in range(clips):
-                peer.frames(draw())
+                peer.frames(next(plans))
             return clips
 
         return run
@@ -136,10 +144,10 @@ def _parallel(media: Media, clips: int, pool: ThreadPoolExecutor) -> dict[str, C
     """The packed files again, by as many threads as there are workers."""
 
     def turn(clip: Clip, peer: Peer) -> Callable[[], int]:
-        draw = planner(clip)
+        plans = _plans(clip)
 
         def run() -> int:
-            list(pool.map(lambda _: peer.frames(draw()), range(clips)))
+            list(pool.map(peer.frames, [next(plans) for _ in range(clips)]))
             return clips
 
         return run

@@ -204,6 +204,23 @@ class Manifest:
             matrix_BK[i, mapped[mapped >= 0]] = 1
         return matrix_BK
 
+    def label_means(self, rows: NDArray[np.integer], values_K: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns the mean of some values of the classes over each row's labels, float64 [B]; 1 without labels.
+
+        Args:
+            rows: Row numbers within this window, [B].
+            values_K: One value a class, in this manifest's order.
+        """
+        where = self._absolute(rows)
+        records = self._store.records(where)
+        single = records["num_labels"] == 1
+        means_B = np.ones(len(where))
+        means_B[single] = values_K[records["label"][single]]
+        many = np.flatnonzero(records["num_labels"] > 1)
+        for i, codes in zip(many, self._store.labels(where[many], records[many]), strict=True):
+            means_B[i] = values_K[codes].mean()
+        return means_B
+
     def class_counts(self) -> NDArray[np.int64]:
         """Returns how many rows of this window carry each class, int64 [K]."""
         return self._store.count_labels(self._window(), len(self.classes))
