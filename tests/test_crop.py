@@ -6,10 +6,11 @@ import av
 import numpy as np
 import pytest
 import torch
+from av.video.reformatter import VideoReformatter
 from torch.nn import functional
 
 from fastav.augment import resize_crop
-from fastav.decode.crop import Cropper
+from fastav.decode.crop import Cropper, cuttable
 
 WIDTH, HEIGHT = 128, 96
 
@@ -26,8 +27,8 @@ def frame_of(rgb_HWC, name):
 
 
 def cut(frame, crop, flip=False, rotation=0, size=32):
-    cropper, out = Cropper(size), np.zeros((3, size, size), np.uint8)
-    cropper.cut(out, cropper.cuttable(frame), crop, flip, rotation)
+    out = np.zeros((3, size, size), np.uint8)
+    Cropper(size, crop, flip, rotation).cut(out, cuttable(frame, VideoReformatter()))
     return out
 
 
@@ -85,3 +86,13 @@ def test_pictures_of_odd_size():
     for crop in ((0, 0, 97, 53), (60, 30, 37, 23), (96, 52, 1, 1)):
         expected = resize_crop(frame.to_ndarray(format="rgb24")[None], crop, False, 32)[0].numpy()
         assert np.abs(cut(frame, crop) - expected.astype(int)).mean() < 3
+
+
+def test_frames_one_after_the_other_do_not_disturb_each_other():
+    frames = [frame_of(np.roll(scene(), 9 * i, axis=1), "yuv420p") for i in range(3)]
+    cropper, alone = Cropper(32, (20, 10, 90, 80), False), []
+    for frame in frames:
+        out = np.zeros((3, 32, 32), np.uint8)
+        cropper.cut(out, frame)
+        alone.append(np.array_equal(out, cut(frame, (20, 10, 90, 80))))
+    assert all(alone)

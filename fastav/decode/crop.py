@@ -29,38 +29,36 @@ _RGB_OF_GBRP = (2, 0, 1)
 
 
 class Cropper:
-    """Cuts the crops of one plan out of its frames; for one thread.
+    """Cuts the crop of one plan out of a clip's frames; for one thread.
 
     Args:
         size: Height and width of the result, pixels.
+        crop: x, y, width, height in upright pixels.
+        flip: Mirror left to right in the end.
+        rotation: Degrees by which the frames are turned clockwise to stand upright.
     """
 
-    def __init__(self, size: int) -> None:
-        self._size, self._scaler, self._converter = size, VideoReformatter(), VideoReformatter()
+    def __init__(self, size: int, crop: tuple[float, ...], flip: bool, rotation: int = 0) -> None:
+        self._size, self._crop, self._flip, self._rotation = size, crop, flip, rotation
+        self._scaler = VideoReformatter()  # keeps its filters as long as the sizes stay
+        self._copier: _Copier | None = None
 
-    def cuttable(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """Returns the frame itself where its planes can be cut, or a converted one."""
-        return frame if frame.format.name in _CHROMA else self._converter.reformat(frame, format="rgb24", threads=1)
-
-    def cut(
-        self, out_CHW: NDArray[np.uint8], frame: av.VideoFrame, crop: tuple[float, ...], flip: bool, rotation: int = 0
-    ) -> None:
-        """Writes a crop of a frame, upright, mirrored and resized.
+    def cut(self, out_CHW: NDArray[np.uint8], frame: av.VideoFrame) -> None:
+        """Writes the crop of a frame, upright, mirrored and resized.
 
         Args:
             out_CHW: uint8 [3, size, size], is written.
-            frame: From `cuttable`.
-            crop: x, y, width, height in upright pixels.
-            flip: Mirror left to right in the end.
-            rotation: Degrees by which the frame is turned clockwise to stand upright.
+            frame: From `cuttable`; all of a clip's have the same size and format.
         """
-        turned = rotation % 180 != 0
-        height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
-        box = _unturned(crop_box(crop, height, width), height, width, rotation)
-        part = _part(frame, *box)
-        for colour, made_HW in enumerate(self._scaled(part)):
-            upright_HW = np.rot90(made_HW, -rotation // 90) if rotation else made_HW
-            out_CHW[colour] = upright_HW[:, ::-1] if flip else upright_HW
+        if self._copier is None:
+            turned = self._rotation % 180 != 0
+            height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+            box = _unturned(crop_box(self._crop, height, width), height, width, self._rotation)
+            self._copier = _Copier(frame, *box)
+        part = self._copier.copy(frame)
+        for plane_HW, made_HW in zip(out_CHW, self._scaled(part), strict=True):
+            upright_HW = np.rot90(made_HW, -self._rotation // 90) if self._rotation else made_HW
+            plane_HW[:] = upright_HW[:, ::-1] if self._flip else upright_HW
 
     def _scaled(self, part: av.VideoFrame) -> Iterator[NDArray[np.uint8]]:
         """Red, green and blue [size, size] of a rectangle."""
@@ -78,6 +76,50 @@ class Cropper:
             yield np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:size, :size]
 
 
+class _Copier:
+    """Copies one rectangle out of frames, always into the same room.
+
+    Args:
+        frame: The first of them.
+        left: Pixels, a multiple of a chroma sample; so is `top`.
+        top: Pixels.
+        right: Pixels, exclusive.
+        bottom: Pixels, exclusive.
+    """
+
+    def __init__(self, frame: av.VideoFrame, left: int, top: int, right: int, bottom: int) -> None:
+        self._whole = (left, top, right, bottom) == (0, 0, frame.width, frame.height)
+        if self._whole:
+            return
+        across, down = _CHROMA[frame.format.name]
+        left, top = left // across * across, top // down * down
+        step = 3 if frame.format.name == "rgb24" else 1  # bytes a sample
+        self._part = av.VideoFrame(right - left, bottom - top, frame.format.name)
+        self._part.colorspace, self._part.color_range = frame.colorspace, frame.color_range
+        self._targets: list[NDArray[np.uint8]] = []
+        self._windows: list[tuple[slice, slice]] = []
+        for i, plane in enumerate(self._part.planes):
+            room: Any = plane
+            x, y = (across, down) if i else (1, 1)
+            rows, columns, begin = plane.height, plane.width * step, left // x * step
+            self._targets.append(np.frombuffer(room, np.uint8).reshape(-1, plane.line_size)[:rows, :columns])
+            self._windows.append((slice(top // y, top // y + rows), slice(begin, begin + columns)))
+
+    def copy(self, frame: av.VideoFrame) -> av.VideoFrame:
+        """Returns the rectangle of a frame; it is valid until the next call. A whole frame is returned itself."""
+        if self._whole:
+            return frame
+        for plane, target_HW, window in zip(frame.planes, self._targets, self._windows, strict=True):
+            source: Any = plane
+            target_HW[:] = np.frombuffer(source, np.uint8).reshape(-1, plane.line_size)[window]
+        return self._part
+
+
+def cuttable(frame: av.VideoFrame, converter: VideoReformatter) -> av.VideoFrame:
+    """Returns the frame itself where its planes can be cut, or a converted one."""
+    return frame if frame.format.name in _CHROMA else converter.reformat(frame, format="rgb24", threads=1)
+
+
 def _unturned(box: tuple[int, int, int, int], height: int, width: int, rotation: int) -> tuple[int, int, int, int]:
     """The box left, top, right, bottom of an upright picture in the frame as it was decoded."""
     left, top, right, bottom = box
@@ -88,21 +130,3 @@ def _unturned(box: tuple[int, int, int, int], height: int, width: int, rotation:
     if rotation == 270:
         return height - bottom, left, height - top, right
     return box
-
-
-def _part(frame: av.VideoFrame, left: int, top: int, right: int, bottom: int) -> av.VideoFrame:
-    """A copy of a rectangle of a frame; its left and top are multiples of a chroma sample."""
-    if (left, top, right, bottom) == (0, 0, frame.width, frame.height):
-        return frame
-    across, down = _CHROMA[frame.format.name]
-    left, top = left // across * across, top // down * down
-    step = 3 if frame.format.name == "rgb24" else 1  # bytes a sample
-    part = av.VideoFrame(right - left, bottom - top, frame.format.name)
-    for i, (source, target) in enumerate(zip(frame.planes, part.planes, strict=True)):
-        x, y = (across, down) if i else (1, 1)
-        source_HW = np.frombuffer(source, np.uint8).reshape(-1, source.line_size)
-        target_HW: NDArray[Any] = np.frombuffer(target, np.uint8).reshape(-1, target.line_size)
-        rows, columns, begin = target.height, target.width * step, left // x * step
-        target_HW[:rows, :columns] = source_HW[top // y : top // y + rows, begin : begin + columns]
-    part.colorspace, part.color_range = frame.colorspace, frame.color_range
-    return part

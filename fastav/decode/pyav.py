@@ -23,6 +23,7 @@ from typing import Any
 import av
 import numpy as np
 import torch
+from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -31,7 +32,7 @@ from torchvision.io import ImageReadMode, decode_image
 from fastav.clip import Clip, ClipPlan, Sample
 from fastav.config import Kind, PositiveInt
 from fastav.decode.base import Read, needed_samples
-from fastav.decode.crop import Cropper
+from fastav.decode.crop import Cropper, cuttable
 from fastav.decode.media import blame, read_media
 from fastav.decode.packed import KeptDecoders, decode_mel, wave_of
 from fastav.decode.probe import explain, open_mel
@@ -166,30 +167,34 @@ class _Crops:
             raise ValueError(f"frames {self.numbers} planned of {clip.num_frames} of clip {clip.id}")
         self._missing = set(self.numbers)
         self._out = [torch.empty(len(p.frames_T), 3, size, size, dtype=torch.uint8) for p in plans]
-        self._cropper = Cropper(size)
+        turns = 0 if clip.image is not None else clip.rotation  # a still is upright already
+        self._croppers = [Cropper(size, plan.crop, plan.flip, turns) for plan in plans]
+        self._rooms = [out_TCHW.numpy() for out_TCHW in self._out]
+        self._places = [_places(plan.frames_T.tolist()) for plan in plans]
+        self._sides = (clip.height, clip.width) if clip.rotation % 180 else (clip.width, clip.height)
+        self._converter = VideoReformatter()
 
     def see(self, number: int, frame: av.VideoFrame) -> None:
         """Takes a decoded frame of the row's size."""
-        clip = self.clip
-        width, height = (clip.height, clip.width) if clip.rotation % 180 else (clip.width, clip.height)
-        if (frame.width, frame.height) != (width, height):
+        if (frame.width, frame.height) != self._sides:
+            width, height = self._sides
             size = f"frame {number} is {frame.width}x{frame.height}, its row says {width}x{height}"
-            raise MediaError(clip.source, size, "video")
-        self._cut(number, self._cropper.cuttable(frame), clip.rotation)
+            raise MediaError(self.clip.source, size, "video")
+        self._cut(number, cuttable(frame, self._converter))
 
     def add(self, number: int, rgb_HWC: NDArray[Any]) -> None:
         """Takes an upright picture."""
-        self._cut(number, av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_HWC), "rgb24"), 0)
+        self._cut(number, av.VideoFrame.from_ndarray(np.ascontiguousarray(rgb_HWC), "rgb24"))
 
-    def _cut(self, number: int, frame: av.VideoFrame, rotation: int) -> None:
+    def _cut(self, number: int, frame: av.VideoFrame) -> None:
         """Crops a picture for every plan that names it."""
         self._missing.discard(number)
-        for out_TCHW, plan in zip(self._out, self.plans, strict=True):
-            places = np.flatnonzero(plan.frames_T == number).tolist()
+        for room_TCHW, cropper, known in zip(self._rooms, self._croppers, self._places, strict=True):
+            places = known.get(number, [])
             if places:
-                self._cropper.cut(out_TCHW[places[0]].numpy(), frame, plan.crop, plan.flip, rotation)
+                cropper.cut(room_TCHW[places[0]], frame)
             for place in places[1:]:
-                out_TCHW[place] = out_TCHW[places[0]]
+                room_TCHW[place] = room_TCHW[places[0]]
 
     def finished(self) -> list[Tensor]:
         """Returns uint8 [T, 3, size, size] per plan.
@@ -201,6 +206,14 @@ class _Crops:
             reason = f"its frames end before number {min(self._missing)} of {self.clip.num_frames}"
             raise MediaError(self.clip.source, reason, "video")
         return self._out
+
+
+def _places(numbers: list[int]) -> dict[int, list[int]]:
+    """Where each frame number stands in a plan."""
+    places: dict[int, list[int]] = {}
+    for place, number in enumerate(numbers):
+        places.setdefault(number, []).append(place)
+    return places
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:
