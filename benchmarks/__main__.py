@@ -10,6 +10,7 @@ from fastav.errors import FastavError, did_you_mean
 
 SUITES = {
     "data": ("benchmarks.data", "decoding and loading: packed and raw, ours and what people would use instead"),
+    "nvdec": ("benchmarks.nvdec", "whole files and splices through a GPU's video decoder (checks only without one)"),
     "loader_workers": ("benchmarks.loader_workers", "threads or processes for the loader"),
 }
 

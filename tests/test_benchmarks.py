@@ -138,6 +138,15 @@ def test_the_suite_runs(tmp_path, capsys):
     assert "faster" in capsys.readouterr().out
 
 
+def test_the_nvdec_suite_checks_its_graph_without_a_gpu(capsys, monkeypatch):
+    pytest.importorskip("nvidia.dali")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["nvdec"]) == 0
+    shown = capsys.readouterr().out
+    assert "the graph shows what PyAV shows" in shown
+    assert "nothing is timed: PyTorch finds no CUDA device" in shown
+
+
 def test_wrong_words(capsys):
     assert main(["dta"]) == 2
     assert 'did you mean "data"' in capsys.readouterr().err

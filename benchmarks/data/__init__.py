@@ -23,11 +23,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from benchmarks import result as results
 from benchmarks.data.clips import PACKS, Media, make
 from benchmarks.data.loading import loading_turns, sweep_turns
-from benchmarks.data.peers import SIZE, Dump, Ours, Peer, peers_of
+from benchmarks.data.peers import SIZE, Dump, Ours, Peer, peers_of, processes
 from benchmarks.data.plot import plot
 from benchmarks.timing import Interval, Turn, interleave, median, per_cpu_second, per_second, ratio, verdict
 from fastav.clip import Clip, ClipPlan
@@ -36,6 +37,7 @@ from fastav.meter import num_cores
 from fastav.plan import random_crops, segment_frames
 
 FRAMES = 8
+_LONGER = 4
 _PLANS = 97  # another number than any of clips a turn, so that turns differ
 _RAW = "raw through torchcodec exact"
 
@@ -56,7 +58,7 @@ def main(words: Sequence[str]) -> int:
         _report(found, console, "one thread, video only", turns, per_cpu_second, "clips_per_cpu_s")
         _verdicts(found, console, turns, per_cpu_second, "clips_per_cpu_s")
         with ThreadPoolExecutor(args.workers) as pool:
-            parallel = interleave(_parallel(media, args.clips * args.workers, pool), args.rounds)
+            parallel = interleave(_parallel(media, args.clips * args.workers, args.workers, pool), args.rounds)
         name = f"{args.workers} threads, video only"
         _report(found, console, name, parallel, per_second, f"clips_per_s_{args.workers}_threads")
         _verdicts(found, console, parallel, per_second, f"clips_per_s_{args.workers}_threads")
@@ -140,8 +142,8 @@ def _decoding(media: Media, clips: int) -> dict[str, Callable[[], int]]:
     return {name: turn(clip, peer) for name, (clip, peer) in _readers(media).items()}
 
 
-def _parallel(media: Media, clips: int, pool: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:
-    """The packed files again, by as many threads as there are workers."""
+def _parallel(media: Media, clips: int, workers: int, pool: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:
+    """The packed files again, by as many threads as there are workers; and by a DataLoader's processes."""
 
     def turn(clip: Clip, peer: Peer) -> Callable[[], int]:
         plans = _plans(clip)
@@ -153,7 +155,24 @@ def _parallel(media: Media, clips: int, pool: ThreadPoolExecutor) -> dict[str, C
         return run
 
     chosen = {n: r for n, r in _readers(media).items() if n.split()[0] in ("balanced", "fast")}
-    return {name: turn(clip, peer) for name, (clip, peer) in chosen.items()}
+    turns = {name: turn(clip, peer) for name, (clip, peer) in chosen.items()}
+    for name, (clip, peer) in chosen.items():
+        if name.split(" through ")[1] in ("torchcodec approximate", "PyAV by hand"):
+            draw = planner(clip)
+            feed = processes(peer, [draw() for _ in range(_PLANS)], workers)
+            turns[f"{name}, DataLoader"] = _taking(feed, clips * _LONGER)
+    return turns
+
+
+def _taking(feed: Iterator[Tensor], clips: int) -> Callable[[], int]:
+    """A turn of worker processes: longer than others, as they go on working between turns, a few clips ahead."""
+
+    def run() -> int:
+        for _ in range(clips):
+            next(feed)
+        return clips
+
+    return run
 
 
 def _describe(found: dict[str, Any], media: Media) -> None:

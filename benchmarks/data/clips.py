@@ -66,7 +66,7 @@ def make(folder: Path, footage: Path | None, *, frames: int = 250, size: tuple[i
     folder.mkdir(parents=True, exist_ok=True)
     raw_path = folder / "raw.mp4"
     if not raw_path.exists():
-        _write_raw(raw_path, _scene(footage, frames, size), size)
+        _write_raw(raw_path, scene(footage, frames, size), size)
     info = probe(raw_path)
     span = info.cut()
     raw = Clip(
@@ -88,7 +88,7 @@ def make(folder: Path, footage: Path | None, *, frames: int = 250, size: tuple[i
     return Media(raw, packed, remuxed, quality, folder / "dump", kind)
 
 
-def _scene(footage: Path | None, frames: int, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
+def scene(footage: Path | None, frames: int, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
     """Planar 4:2:0 frames of real footage, or of moving textures."""
     width, height = size
     rng = np.random.default_rng(0)

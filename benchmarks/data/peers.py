@@ -7,8 +7,9 @@ users do, and so does `PyAVScaled`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ import av
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from fastav.augment import crop_box, resize_crop
@@ -162,6 +164,29 @@ class Dump:
         places = (plan.frames_T * count // self._num_frames).clip(0, count - 1).tolist()
         pictures = [decode_jpeg(read_file(str(self._files[p])), ImageReadMode.RGB) for p in places]
         return resize_crop(torch.stack(pictures).permute(0, 2, 3, 1).contiguous(), plan.crop, plan.flip, SIZE)
+
+
+class _Planned(IterableDataset[Tensor]):
+    """Endless clips of a reader, in each worker process from another plan on."""
+
+    def __init__(self, peer: Peer, plans: Sequence[ClipPlan]) -> None:
+        self._peer, self._plans = peer, plans
+
+    def __iter__(self) -> Iterator[Tensor]:
+        torch.set_num_threads(1)
+        told = get_worker_info()
+        start = told.id if told is not None else 0
+        for i in count(start):
+            yield self._peer.frames(self._plans[i % len(self._plans)])
+
+
+def processes(peer: Peer, plans: Sequence[ClipPlan], workers: int) -> Iterator[Tensor]:
+    """A reader in the worker processes of torch's DataLoader, as most people use one."""
+    loader = DataLoader(
+        _Planned(peer, plans), batch_size=None, num_workers=workers, prefetch_factor=2,
+        multiprocessing_context="forkserver",
+    )  # fmt: skip
+    return iter(loader)
 
 
 def peers_of(path: Path, clip: Clip) -> dict[str, Callable[[], Peer]]:

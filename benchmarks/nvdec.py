@@ -1,0 +1,244 @@
+"""What a GPU's video decoder makes of whole files and of splices: `python -m benchmarks nvdec [--footage FILE]`.
+
+For {640x360, 448x256} x {GOP 250, 8, 4, 1} x {whole file, spliced} x decoding threads: clips/s of eight frames each,
+and how busy the engines are; then the loader on a pack with 1, 2 and 3 pipelines, and how idle the GPU is. Pixels
+are held against PyAV first, in the same process. Without a GPU the graph is checked on MJPEG and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import result as results
+from benchmarks.data.clips import make, repeated, scene
+from fastav.commandline import Parser
+from fastav.decode import Dali, Read, mp4
+from fastav.decode.dali import missing
+from fastav.decode.dali_graph import Engine, Film, FilmGraph, Place
+from fastav.errors import FastavError
+from fastav.frontend import Frontend
+from fastav.loader import Loader, Loading
+from fastav.plan import Plan, Sampling, segment_frames
+from fastav.shards.layout import UnitKind
+from fastav.shards.splice import needed_units
+
+SIZES, GOPS, FRAMES, BATCH, SIDE = ((640, 360), (448, 256)), (250, 8, 4, 1), 8, 64, 224
+_ALIKE = 3.0  # levels by which the mean of two decoders may differ
+
+
+class Stream:
+    """One clip's access units."""
+
+    def __init__(self, codec: str, units: list[bytes], gop: int, size: tuple[int, int]) -> None:
+        self.codec, self.units, self.gop, self.size = codec, units, gop, size
+        kinds = [UnitKind.FRAME if i % gop else UnitKind.KEYFRAME for i in range(len(units))]
+        self.kinds: NDArray[np.int64] = np.array(kinds, np.int64)
+
+    def film(self, numbers: NDArray[np.int32], spliced: bool) -> Film:
+        """The planned frames as DALI gets them: of the whole file, or of the groups that are needed."""
+        chosen = needed_units(self.kinds, numbers.tolist()) if spliced else np.arange(len(self.units))
+        units = [self.units[i] for i in chosen.tolist()]
+        keys = [int(self.kinds[i]) == UnitKind.KEYFRAME for i in chosen.tolist()]
+        width, height = self.size
+        shown = np.searchsorted(chosen, numbers).astype(np.int32)
+        data = mp4.wrap(self.codec, units, keys, width, height)
+        places = np.arange(len(numbers), dtype=np.int32)
+        return Film(data, shown, places, ((0, 0, width, height),), (False,), 3 * width * height)
+
+    def truth(self, numbers: NDArray[np.int32]) -> NDArray[np.float64]:
+        """The same frames by PyAV, resized, [T, 3, SIDE, SIDE]."""
+        context: Any = av.CodecContext.create(self.codec, "r")
+        frames = []
+        for unit in (*self.units, None):
+            frames += context.decode(None if unit is None else av.Packet(unit))
+        made = [frames[n].reformat(SIDE, SIDE, "rgb24", interpolation="BILINEAR").to_ndarray() for n in numbers]
+        return np.stack(made).transpose(0, 3, 1, 2).astype(np.float64)
+
+
+def encode(pictures: Sequence[NDArray[np.uint8]], size: tuple[int, int], gop: int, codec: str) -> Stream:
+    """Codes planar 4:2:0 pictures as packs are coded, in groups of any length."""
+    context: Any = av.CodecContext.create("libx264" if codec == "h264" else codec, "w")
+    context.width, context.height = size
+    context.pix_fmt = "yuv420p" if codec == "h264" else "yuvj420p"
+    context.time_base, context.framerate, context.thread_count = Fraction(1, 25), Fraction(25), 1
+    if codec == "h264":
+        params = f"keyint={gop}:min-keyint={gop}:scenecut=0:bframes=0:ref=1:aud=1:repeat-headers=1:annexb=1:open-gop=0"
+        context.options = {"preset": "veryfast", "tune": "fastdecode", "crf": "23", "x264-params": params}
+    else:
+        context.options = {"qmin": "3", "qmax": "3"}
+    units = []
+    for i, picture in enumerate(pictures):
+        frame = av.VideoFrame.from_ndarray(picture, "yuv420p").reformat(*size, format=context.pix_fmt)
+        frame.pts = i
+        units += [bytes(packet) for packet in context.encode(frame)]
+    return Stream(codec, units + [bytes(packet) for packet in context.encode(None)], gop, size)
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs the suite."""
+    parser = Parser(prog="benchmarks nvdec", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--footage", type=Path, metavar="FILE", help="a real video of 10 s; default: a drawn scene")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 7, 14, 28])
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/")
+    args = parser.parse_args(words)
+    console = Console()
+    lack = missing("gpu")
+    if lack:
+        _check_on_cpu(console)
+        console.print(f"checked on the CPU with MJPEG; nothing is timed: {lack}", highlight=False, soft_wrap=True)
+        return 0
+    found = results.new("nvdec", list(words), {"size": list(SIZES), "gop": list(GOPS), "threads": args.threads})
+    table = Table(title=f"{FRAMES} frames a clip, batches of {BATCH}")
+    for column in ("size", "GOP", "read", "threads", "clips/s", "frames/s decoded", "NVDEC %"):
+        table.add_column(column, justify="right")
+    for size in SIZES:
+        pictures = scene(args.footage, 250, size)
+        for gop in GOPS:
+            stream = encode(pictures, size, gop, "h264")
+            for spliced in (False, True):
+                _check(stream, spliced, Place(torch.cuda.current_device(), 4))
+                for threads in args.threads:
+                    row = _time(stream, spliced, threads, args.seconds)
+                    found["runs"].append({"variant": f"{size[0]}x{size[1]} gop {gop}", "repeat": 0, **row})
+                    shown = ("spliced" if spliced else "whole", str(threads), f"{row['clips_per_s']:.0f}")
+                    rest = (f"{row['decoded_frames_per_s']:.0f}", f"{row['nvdec_pct']:.0f}")
+                    table.add_row(f"{size[0]}x{size[1]}", str(gop), *shown, *rest)
+    console.print(table)
+    _loaders(found, console, args.footage, args.seconds)
+    console.print(f"{results.write(found, args.out)}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _plans(stream: Stream, count: int, seed: int = 0) -> list[NDArray[np.int32]]:
+    u = np.random.default_rng(seed).random((count, FRAMES))
+    return list(segment_frames(np.full(count, len(stream.units)), u))
+
+
+def _check(stream: Stream, spliced: bool, place: Place) -> None:
+    """Holds a few clips against PyAV.
+
+    Raises:
+        FastavError: DALI shows something else, or nothing.
+    """
+    engine: Engine[Film] = Engine(FilmGraph(place, SIDE))
+    plans = _plans(stream, 3)
+    engine.start([stream.film(numbers, spliced) for numbers in plans])
+    outcome = engine.finish()
+    if outcome.failed:
+        raise FastavError(f"DALI does not decode it: {next(iter(outcome.failed.values()))}")
+    for numbers_of_part, outputs in outcome.parts:
+        for place_in_part, number in enumerate(numbers_of_part):
+            seen = outputs[0][place_in_part].cpu().double().numpy().reshape(FRAMES, -1)
+            truth = stream.truth(plans[number])
+            if seen.size == truth.size and seen.shape != truth.reshape(FRAMES, -1).shape:
+                raise FastavError("DALI gave frames of another shape")
+            flat = truth if outputs[0].shape[-1] != 3 else truth.transpose(0, 2, 3, 1)
+            off = np.abs(seen - flat.reshape(FRAMES, -1)).mean()
+            if off > _ALIKE:
+                raise FastavError(f"DALI's frames differ by {off:.1f} levels in the mean from PyAV's")
+
+
+def _check_on_cpu(console: Console) -> None:
+    pictures = scene(None, 30, (448, 256))
+    stream = encode(pictures, (448, 256), 1, "mjpeg")
+    for spliced in (False, True):
+        _check(stream, spliced, Place(None, 2))
+    console.print("MJPEG, whole and spliced: the graph shows what PyAV shows", highlight=False)
+
+
+def _time(stream: Stream, spliced: bool, threads: int, seconds: float) -> dict[str, Any]:
+    """Clips/s of one setting, after a warm-up of two batches."""
+    engine: Engine[Film] = Engine(FilmGraph(Place(torch.cuda.current_device(), threads), SIDE))
+    films = [stream.film(numbers, spliced) for numbers in _plans(stream, 4 * BATCH, seed=1)]
+    decoded = sum(int(film.frames_U[-1]) + 1 for film in films) / len(films)
+
+    def run(number: int) -> None:
+        begin = number % 4 * BATCH
+        engine.start(films[begin : begin + BATCH])
+        engine.finish()
+        torch.cuda.synchronize()
+
+    for number in range(2):
+        run(number)
+    clips, begun = 0, time.perf_counter()
+    with _watched() as use:
+        while time.perf_counter() - begun < seconds:
+            run(clips // BATCH)
+            clips += BATCH
+    rate = clips / (time.perf_counter() - begun)
+    engine.close()
+    return {
+        "spliced": spliced, "threads": threads, "clips_per_s": round(rate, 1),
+        "decoded_frames_per_s": round(rate * decoded), "nvdec_pct": use["nvdec_pct"], "sm_pct": use["sm_pct"],
+    }  # fmt: skip
+
+
+@contextmanager
+def _watched() -> Iterator[dict[str, float]]:
+    """How busy decoder and multiprocessors were meanwhile, percent, by NVML; medians of samples."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+    samples: list[tuple[float, float]] = []
+    done, use = threading.Event(), {"nvdec_pct": 0.0, "sm_pct": 0.0}
+
+    def watch() -> None:
+        while not done.wait(0.1):
+            decoder = pynvml.nvmlDeviceGetDecoderUtilization(handle)[0]
+            samples.append((float(decoder), float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield use
+    finally:
+        done.set()
+        watcher.join()
+        if samples:
+            use["nvdec_pct"], use["sm_pct"] = (statistics.median(s[i] for s in samples) for i in (0, 1))
+
+
+def _loaders(found: dict[str, Any], console: Console, footage: Path | None, seconds: float) -> None:
+    """The loader on a pack, by pipelines."""
+    frontend, sampling = Frontend(), Sampling()
+    with tempfile.TemporaryDirectory() as scratch:
+        media = make(Path(scratch), footage)
+        for pack in ("balanced", "fast"):
+            manifest = repeated(media.packed[pack], 1024, Path(scratch) / f"{pack}s.parquet")
+            for pipelines in (1, 2, 3):
+                plan = Plan(
+                    [(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s
+                )
+                decoder = Dali(device="gpu", pipelines=pipelines).build(Read(("video", "audio"), SIDE, frontend))
+                with Loader(
+                    plan, decoder, Loading(prefetch=2 + pipelines), modalities=("video", "audio"), classes=("a",),
+                    on_broken=lambda clip, error: console.print(f"{clip.id}: {error}"),
+                ) as loader:  # fmt: skip
+                    batches = iter(loader.batches(("train", i * BATCH, BATCH) for i in range(1 << 30)))
+                    next(batches)
+                    clips, begun = 0, time.perf_counter()
+                    with _watched() as use:
+                        while time.perf_counter() - begun < 2 * seconds:
+                            clips += len(next(batches))
+                    rate = clips / (time.perf_counter() - begun)
+                row = {"clips_per_s": round(rate, 1), "pipelines": pipelines, **use, "idle_pct": 100 - use["sm_pct"]}
+                found["runs"].append({"variant": f"loader {pack}", "repeat": 0, **row})
+                console.print(f"loader, {pack}, {pipelines} pipelines: {rate:.0f} clips/s, {use}", highlight=False)
