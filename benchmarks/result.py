@@ -41,7 +41,8 @@ def new(suite: str, command: list[str], varied: dict[str, list[Any]]) -> dict[st
         "schema": SCHEMA,
         "suite": suite,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": "python -m benchmarks " + " ".join([suite, *command]),
+        # Where files lie on a machine is its owner's business, and no use to others.
+        "command": " ".join(["python -m benchmarks", suite, *(Path(w).name if "/" in w else w for w in command)]),
         "git": _git(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **_versions()},
