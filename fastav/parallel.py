@@ -1,4 +1,4 @@
-"""Runs a function on many jobs in processes that may die of one: a crash is a result like any other."""
+"""Runs a function on many jobs in processes that may die of one or hang: that is a result like any other."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+PATIENCE_S = 900.0
+"""Longer than any one clip takes to be decoded and encoded."""
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -22,7 +25,7 @@ class Done(Generic[Job, Result]):
     Attributes:
         number: Of the job, counted from 0 in the order given.
         job: As given.
-        result: What the function returned; None where its process died of it.
+        result: What the function returned; None where its process died of it, or was killed as it hung.
         died: Whether it did.
     """
 
@@ -33,7 +36,12 @@ class Done(Generic[Job, Result]):
 
 
 def each(
-    jobs: Iterable[Job], do: Callable[[Job], Result], workers: int, *, ahead: int | None = None
+    jobs: Iterable[Job],
+    do: Callable[[Job], Result],
+    workers: int,
+    *,
+    ahead: int | None = None,
+    patience_s: float = PATIENCE_S,
 ) -> Iterator[Done[Job, Result]]:
     """Yields each job with its result, in the order in which they are done.
 
@@ -43,18 +51,23 @@ def each(
         workers: Processes.
         ahead: No job is begun that is this many behind the oldest unfinished one, so that results which must wait
             for their turn do not pile up.
+        patience_s: Seconds without any job getting done after which those in work are taken for hanging.
     """
     rest = enumerate(jobs)
-    while suspects := (yield from _together(rest, do, workers, ahead)):
-        # Nobody knows which of the jobs in work killed its process: each of them gets a process of its own.
+    while suspects := (yield from _together(rest, do, workers, ahead, patience_s)):
+        # Nobody knows which of the jobs in work killed its process, or hangs: each of them gets a process of its own.
         for number, job in suspects:
-            yield _alone(number, job, do)
+            yield _alone(number, job, do, patience_s)
 
 
 def _together(
-    rest: Iterator[tuple[int, Job]], do: Callable[[Job], Result], workers: int, ahead: int | None
+    rest: Iterator[tuple[int, Job]],
+    do: Callable[[Job], Result],
+    workers: int,
+    ahead: int | None,
+    patience_s: float,
 ) -> Generator[Done[Job, Result], None, list[tuple[int, Job]]]:
-    """Works until there are no more jobs, or until a process dies: then returns the jobs that were in work."""
+    """Works until there are no more jobs, or until a process dies or hangs: then returns the jobs in work."""
     running: dict[Future[Result], tuple[int, Job]] = {}
     waiting: list[tuple[int, Job]] = []
     with _pool(workers, do) as pool:
@@ -73,7 +86,11 @@ def _together(
                     waiting = []
                 if not running:
                     return []
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                done = wait(running, timeout=patience_s, return_when=FIRST_COMPLETED).done
+                if not done:
+                    _kill(pool)
+                    return list(running.values())
+                for future in done:
                     result = future.result()
                     number, what = running.pop(future)
                     yield Done(number, what, result)
@@ -83,12 +100,19 @@ def _together(
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _alone(number: int, job: Job, do: Callable[[Job], Result]) -> Done[Job, Result]:
+def _alone(number: int, job: Job, do: Callable[[Job], Result], patience_s: float) -> Done[Job, Result]:
     with _pool(1, do) as pool:
         try:
-            return Done(number, job, pool.submit(do, job).result())
-        except BrokenProcessPool:
+            return Done(number, job, pool.submit(do, job).result(timeout=patience_s))
+        except (BrokenProcessPool, TimeoutError):
+            _kill(pool)
             return Done(number, job, None, died=True)
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    """Ends the processes of a pool, whatever they are at; leaving a pool would wait for them."""
+    for process in list((pool._processes or {}).values()):  # there is no public way before Python 3.14
+        process.kill()
 
 
 def _pool(workers: int, do: Callable[..., Any]) -> ProcessPoolExecutor:

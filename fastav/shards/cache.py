@@ -7,8 +7,8 @@ processes of the machine share the folder:
   others wait for it and find it there.
 * A block is written beside and renamed, so a block file is whole or not there. Its name tells the shard, as its server
   identified it, and its place; its size is checked at every use, its content by the clips' checksums.
-* `used` says how many bytes the blocks take. It is raised before a block is written, so it is never too low, and
-  counted anew whenever it says that the cache is full; then the blocks that were used longest ago go first.
+* `used` says how many bytes the blocks take. It is raised, and the block written, by one process at a time, so it is
+  never too low; it is counted anew whenever it says that the cache is full; then the blocks that were used longest ago go first.
 
 Where the cache cannot be written (a full disk, a folder that may only be read), shards are read through it.
 """
@@ -164,27 +164,28 @@ class Cached:
         if len(data) > self._most:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room(len(data))
         beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-        try:
-            beside.write_bytes(data)
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        # Room is made and taken under one lock: a count by another process in between would miss this block.
+        with self._flocked(self._folder / "used.lock"):
+            self._make_room(len(data))
+            try:
+                beside.write_bytes(data)
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Reserves bytes, and deletes the blocks that were used longest ago until they fit."""
-        with self._flocked(self._folder / "used.lock"):
-            used_file = self._folder / "used"
-            try:
-                used = int(used_file.read_text())
-            except (OSError, ValueError):
-                used = self._most  # not known: count
-            if used + size > self._most:
-                used = self._evict(self._most - size)
-            beside = used_file.with_name(".used.tmp")
-            beside.write_text(str(used + size))
-            beside.replace(used_file)
+        """Counts bytes as used, after deleting the blocks that were used longest ago until they fit."""
+        used_file = self._folder / "used"
+        try:
+            used = int(used_file.read_text())
+        except (OSError, ValueError):
+            used = self._most  # not known: count
+        if used + size > self._most:
+            used = self._evict(self._most - size)
+        beside = used_file.with_name(".used.tmp")
+        beside.write_text(str(used + size))
+        beside.replace(used_file)
 
     def _evict(self, most: int) -> int:
         """Deletes the oldest blocks, a tenth more than is needed, until `most` bytes are left; returns what is left."""

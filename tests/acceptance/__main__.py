@@ -11,8 +11,9 @@ from pathlib import Path
 
 from tests.acceptance.pack_rows import PACK_ROWS
 from tests.acceptance.rows import ROWS
+from tests.acceptance.scale_rows import SCALE_ROWS
 
-ALL = ROWS | PACK_ROWS
+ALL = ROWS | PACK_ROWS | SCALE_ROWS
 
 FOLDER = Path("acceptance")
 
