@@ -8,7 +8,8 @@ processes of the machine share the folder:
 * A block is written beside and renamed, so a block file is whole or not there. Its name tells the shard, as its server
   identified it, and its place; its size is checked at every use, its content by the clips' checksums.
 * `used` says how many bytes the blocks take. It is raised, and the block written, by one process at a time, so it is
-  never too low; it is counted anew whenever it says that the cache is full; then the blocks that were used longest ago go first.
+  never too low; it is counted anew whenever it says that the cache is full; then the blocks that were used longest ago
+  go first.
 
 Where the cache cannot be written (a full disk, a folder that may only be read), shards are read through it.
 """
