@@ -155,7 +155,7 @@ class RunFolder:
         if not self.skipped.exists():
             return []
         with self.skipped.open(encoding="utf-8", newline="") as file:
-            return [row for row in csv.DictReader(file) if row["step"] and row["step"].isdigit()]
+            return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
 
     def cut_back_skipped(self, step: int) -> None:
         """Drops the rows of `skipped.csv` that were added after `step`."""

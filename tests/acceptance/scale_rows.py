@@ -160,8 +160,7 @@ def broken_weight(work: Path) -> Result:
         ("broken", work / "broken" / "manifest.parquet"),
         ("spared", work / "whole" / "spared.parquet"),
     ):
-        recipe = work / f"{name}.toml"
-        recipe.write_text("")
+        run = work / f"run_{name}"
         words = [
             *TINY,
             "--sampling.mixup",
@@ -173,12 +172,13 @@ def broken_weight(work: Path) -> Result:
             "--train.eval_every",
             "0",
         ]
-        words += ["--data.manifest", str(manifest), "--out", str(work / name), "--log.every", "1"]
+        words += ["--data.manifest", str(manifest), "--out", str(run), "--log.every", "1"]
         words += ["--train.threads", "1", "--frontend.mean", "-40", "--frontend.std", "20"]
-        fastav("train", str(recipe), *words, "--loading.max_broken", "0.1")
-        lines = (work / name / "metrics.jsonl").read_text().splitlines()
+        fastav("train", "launch/recipes/quickstart.toml", *words, "--loading.max_broken", "0.1")
+        lines = (run / "metrics.jsonl").read_text().splitlines()
         losses[name] = [row["loss"] for line in lines if "loss" in (row := json.loads(line))]
-    skipped = (work / "broken" / "skipped.csv").read_text() if (work / "broken" / "skipped.csv").exists() else ""
+    report = work / "run_broken" / "skipped.csv"
+    skipped = report.read_text() if report.exists() else ""
     one, two = np.array(losses["broken"]), np.array(losses["spared"])
     difference = float(np.abs(one - two).max()) if len(one) == len(two) else float("inf")
     figures = {"steps": len(one), "largest_difference": difference, "named": skipped.count(".tar")}
