@@ -32,7 +32,9 @@ SCHEMA_VERSION = 2
 
 _COPY_VERSION = 2
 _COPY_ROWS = 1 << 18  # rows of a record batch of the copy
-_PAGED_BYTES = 1 << 25  # copies larger than this are read with pread, row by row
+_PAGED_BYTES = (
+    1 << 22
+)  # copies larger than this are read with pread, row by row: what is touched of a mapping stays resident
 _DENSE = 8  # rows at random from a run at most this many times as long are read as one run
 PATHS = ("video", "audio", "image", "mel")
 TEXTS = ("id", *PATHS, "shard", "video_codec", "audio_codec", "group")
