@@ -7,8 +7,9 @@ users do, and so does `PyAVScaled`.
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from typing import Any, Protocol
@@ -190,13 +191,23 @@ def processes(peer: Peer, plans: Sequence[ClipPlan], workers: int) -> Iterator[T
 
 
 def peers_of(path: Path, clip: Clip) -> dict[str, Callable[[], Peer]]:
-    """The readers of a file, by name; those whose package is absent are left out."""
+    """The readers of a file, by name; those that cannot be loaded here are left out."""
     readers: dict[str, tuple[str, Callable[[], Peer]]] = {
-        "torchcodec exact": ("torchcodec", lambda: TorchCodec(path, "exact")),
-        "torchcodec approximate": ("torchcodec", lambda: TorchCodec(path, "approximate")),
+        "torchcodec exact": ("torchcodec.decoders", lambda: TorchCodec(path, "exact")),
+        "torchcodec approximate": ("torchcodec.decoders", lambda: TorchCodec(path, "approximate")),
         "PyAV by hand": ("av", lambda: PyAVSeek(path, clip.fps)),
-        "SPDL": ("spdl", lambda: Spdl(path, clip.width, clip.height)),
+        "SPDL": ("spdl.io", lambda: Spdl(path, clip.width, clip.height)),
         "decord": ("decord", lambda: Decord(path)),
         "PyAV linear": ("av", lambda: PyAVLinear(path)),
     }
-    return {name: make for name, (package, make) in readers.items() if find_spec(package) is not None}
+    return {name: make for name, (module, make) in readers.items() if _loads(module)}
+
+
+@functools.cache
+def _loads(module: str) -> bool:
+    """Whether a module can be imported: torchcodec, for one, needs FFmpeg's libraries installed on the system."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError):
+        return False
+    return True
