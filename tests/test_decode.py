@@ -416,6 +416,21 @@ def test_damage_met_in_a_planned_frame_is_named(made, tmp_path):
         numbers(clip, [20, 40, 90])
 
 
+def test_a_damaged_motion_jpeg_picture_is_named(tmp_path):
+    # FFmpeg shows it over what its memory held before, which depends on the frames decoded before, and flags nothing.
+    path = write_media(tmp_path / "a.avi", frames=8, codec="mjpeg", pix_fmt="yuvj420p")
+    clip = clip_of(path)
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    start, size = packets[5]
+    data[start + size * 3 // 4 : start + size * 3 // 4 + 40] = bytes(40)
+    path.write_bytes(data)
+    assert numbers(clip, [2, 4]) == [2, 4]
+    with pytest.raises(MediaError, match=r"a\.avi: video: damaged"):
+        numbers(clip, [2, 5, 7])
+
+
 def test_many_threads_see_the_same(both, made):
     decoder = PyAV().build(Read(image_size=64, window=200))
     rng = np.random.default_rng(0)

@@ -338,7 +338,8 @@ def test_stored_spectrograms(tmp_path):
     np.savez(tmp_path / "many.npz", a=np.zeros(3))
     (tmp_path / "many.npz").rename(tmp_path / "many.npy")
     _cut_file(tmp_path / "a.npy", tmp_path / "cut.npy", 0.5)
-    for name in ("double", "flat", "objects", "many", "cut", "missing"):
+    (tmp_path / "header.npy").write_bytes((tmp_path / "a.npy").read_bytes().replace(b"}", b"{", 1))
+    for name in ("double", "flat", "objects", "many", "cut", "header", "missing"):
         with pytest.raises(MediaError) as caught:
             probe_mel(tmp_path / f"{name}.npy")
         assert caught.value.stage == "mel"

@@ -203,6 +203,18 @@ def test_an_altered_table_is_named(packs, tmp_path):
             Shards(Reading()).fetch(replace(clip, shard=str(copy)), list(range(75)), (0, clip.num_samples))
 
 
+def test_an_altered_kind_is_named(packs, tmp_path):
+    clip = packs["balanced"]
+    data = bytearray(Path(clip.shard).read_bytes())
+    place, size = table_place(clip)
+    row = place + size - 12 * num_units(clip) + 12 * 6  # frame 6 is the third of its group
+    assert data[row + 4] == UnitKind.FRAME
+    data[row + 4] = UnitKind.KEYFRAME
+    (tmp_path / "kind.tar").write_bytes(data)
+    with pytest.raises(MediaError, match=r"unit 6 of clip .* was altered"):
+        Shards(Reading()).fetch(replace(clip, shard=str(tmp_path / "kind.tar")), [2, 6], None)
+
+
 def test_a_cut_off_or_missing_shard_is_named(packs, tmp_path):
     clip = packs["fast"]
     copy = tmp_path / "cut.tar"
@@ -216,7 +228,7 @@ def test_a_cut_off_or_missing_shard_is_named(packs, tmp_path):
 def test_the_table_is_plain_numpy():
     units = [(b"abc", UnitKind.KEYFRAME), (b"", UnitKind.FRAME), (b"defg", UnitKind.SOUND)]
     loaded = np.load(io.BytesIO(encode_table(units)), allow_pickle=False)
-    assert loaded.tolist() == [[3, 1, zlib.crc32(b"abc")], [0, 0, 0], [4, 2, zlib.crc32(b"defg")]]
+    assert loaded.tolist() == [[3, 1, zlib.crc32(b"abc", 1)], [0, 0, 0], [4, 2, zlib.crc32(b"defg", 2)]]
 
 
 def test_offsets_are_those_of_the_tar(tmp_path):

@@ -26,6 +26,9 @@ from fastav.errors import MediaError
 _SEEK_FROM_S = 2.0
 """Spans that start later than this are sought: about where decoding up to them costs more than the seek."""
 
+_UNFLAGGED = frozenset({"mjpeg"})
+"""Decoders that show a damaged picture over what their memory held before, and do not say so: these must refuse it."""
+
 
 class Watcher(Protocol):
     """Takes the decoded frames of a clip.
@@ -122,6 +125,8 @@ class _MediaReader:
             raise MediaError(path, f"has no {kind} stream, its row promises one", kind)
         stream.codec_context.thread_count = threads = self.threads if kind == "video" else 1
         stream.codec_context.thread_type = "AUTO" if threads > 1 else "NONE"
+        if stream.codec_context.name in _UNFLAGGED:
+            stream.codec_context.options = {"err_detect": "explode"}
         return stream
 
     def _look(self, reel: Reel | None, watcher: Watcher, path: Path) -> None:

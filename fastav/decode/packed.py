@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastav.clip import Clip
 from fastav.decode.media import Watcher
-from fastav.decode.probe import whole_mel
+from fastav.decode.probe import load_mel
 from fastav.decode.sound import mix_down, resample
 from fastav.errors import MediaError
 from fastav.shards import FLAC_BLOCK, SplicedFrames, SplicedSound
@@ -99,7 +99,4 @@ def wave_of(sound: SplicedSound, clip: Clip, rate: int) -> Tensor:
 
 def decode_mel(data: bytes, clip: Clip) -> NDArray[np.float32]:
     """Returns a stored spectrogram, float32 [1, M, L]; `MediaError` where it is none."""
-    try:
-        return whole_mel(np.load(io.BytesIO(data), allow_pickle=False), clip.source)
-    except (ValueError, EOFError) as error:
-        raise MediaError(clip.source, f"not a whole .npy array ({error})", "mel") from error
+    return load_mel(io.BytesIO(data), clip.source)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import av.container
@@ -204,16 +204,21 @@ def open_mel(path: Path) -> NDArray[np.float32]:
     Raises:
         MediaError: As `probe_mel`.
     """
+    return load_mel(path, path, mmap_mode="r")
+
+
+def load_mel(file: Any, path: Path | str, mmap_mode: Literal["r"] | None = None) -> NDArray[np.float32]:
+    """Loads a spectrogram, float32 [1, M, L], from a path or an open file; `path` is what errors name.
+
+    Raises:
+        MediaError: It cannot be read, or is something else.
+    """
     try:
-        mel_CML = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        reason = explain(error, path) if isinstance(error, OSError) else f"not a whole .npy array ({error})"
-        raise MediaError(path, reason, "mel") from error
-    return whole_mel(mel_CML, path)
-
-
-def whole_mel(mel_CML: Any, path: Path | str) -> NDArray[np.float32]:
-    """Returns what was loaded if it is a spectrogram, float32 [1, M, L]; `MediaError` otherwise."""
+        mel_CML: Any = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
+    except OSError as error:
+        raise MediaError(path, explain(error, Path(path)), "mel") from error
+    except Exception as error:  # the header is Python source: tokenizer, parser and allocator have errors of their own
+        raise MediaError(path, f"not a whole .npy array ({error})", "mel") from error
     fits = isinstance(mel_CML, np.ndarray) and mel_CML.ndim == 3 and mel_CML.shape[0] == 1 and mel_CML.size
     if not fits or mel_CML.dtype != np.float32:
         kind = f"{mel_CML.dtype} {list(mel_CML.shape)}" if isinstance(mel_CML, np.ndarray) else "an archive"

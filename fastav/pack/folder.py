@@ -116,13 +116,13 @@ class PackFolder:
         """What `pack.json` says; None where there is none.
 
         Raises:
-            UserError: It is damaged or of a newer version.
+            UserError: It is damaged or of another version.
         """
         file = self.path / PACK_FILE
         try:
             told = json.loads(file.read_text(encoding="utf-8"))
-            if told["format"] > FORMAT_VERSION:
-                raise UserError(f"{file}: pack version {told['format']}, this fastav reads up to {FORMAT_VERSION}")
+            if told["format"] != FORMAT_VERSION:
+                raise UserError(f"{file}: pack version {told['format']}, this fastav reads and writes {FORMAT_VERSION}")
             return dict(told)
         except FileNotFoundError:
             return None

@@ -2,7 +2,7 @@
 
 A clip is a run of members that share a key (a zero-padded number), in this order, those that it has:
 
-    KEY.idx.npy   uint32 [U, 3]: the clip's units in storage order: size in bytes, kind, CRC-32
+    KEY.idx.npy   uint32 [U, 3]: the clip's units in storage order: size in bytes, kind, CRC-32 begun at the kind
     KEY.h264      the video as access units one after the other (Annex B: delimiter, parameter sets at keyframes);
                   or KEY.mjpeg, JPEG pictures one after the other; or KEY.jpg, a still picture
     KEY.flac      the sound; its first unit is the stream's header, each other one a FLAC frame of `FLAC_BLOCK` samples;
@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from fastav.clip import Clip
 from fastav.errors import MediaError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the members and the table; noted in every pack."""
 
 FLAC_BLOCK = 4096
@@ -72,7 +72,7 @@ class Units:
     Attributes:
         size_U: Bytes, int64.
         kind_U: `UnitKind`, int64.
-        crc_U: CRC-32 of the bytes, int64.
+        crc_U: `unit_crc`, int64.
         at_U: Byte offset in the shard, int64.
     """
 
@@ -103,9 +103,14 @@ def table_place(clip: Clip) -> tuple[int, int]:
     return clip.shard_at + TAR_BLOCK, len(_npy_header(count)) + 12 * count
 
 
+def unit_crc(data: bytes, kind: int) -> int:
+    """Returns CRC-32 of a unit's bytes, begun at its kind: a kind that was altered is as wrong as a byte."""
+    return zlib.crc32(data, kind)
+
+
 def encode_table(units: Sequence[tuple[bytes, UnitKind]]) -> bytes:
     """Returns the `.npy` of a clip's table."""
-    table_U3 = np.array([(len(data), kind, zlib.crc32(data)) for data, kind in units], dtype="<u4").reshape(-1, 3)
+    table_U3 = np.array([(len(data), kind, unit_crc(data, kind)) for data, kind in units], dtype="<u4").reshape(-1, 3)
     return _npy_header(len(units)) + table_U3.tobytes()
 
 

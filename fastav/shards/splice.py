@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from fastav.clip import Clip
 from fastav.errors import MediaError
-from fastav.shards.layout import FLAC_BLOCK, UnitKind, Units, decode_table, table_place
+from fastav.shards.layout import FLAC_BLOCK, UnitKind, Units, decode_table, table_place, unit_crc
 from fastav.shards.store import Reading, Store
 
 
@@ -167,8 +166,9 @@ class Shards:
             for length in size[first:last].tolist():
                 data.append(run[begin : begin + length])
                 begin += length
-        for number, unit, crc in zip(chosen.tolist(), data, units.crc_U[chosen].tolist(), strict=True):
-            if zlib.crc32(unit) != crc:
+        kinds, crcs = units.kind_U[chosen].tolist(), units.crc_U[chosen].tolist()
+        for number, unit, kind, crc in zip(chosen.tolist(), data, kinds, crcs, strict=True):
+            if unit_crc(unit, kind) != crc:
                 raise _Altered(f'unit {number} of clip "{clip.id}" at byte {units.at_U[number]} was altered')
         return data
 

@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+from tests.acceptance.fuzz_rows import FUZZ_ROWS
 from tests.acceptance.pack_rows import PACK_ROWS
 from tests.acceptance.rows import ROWS
 from tests.acceptance.scale_rows import SCALE_ROWS
 
-ALL = ROWS | PACK_ROWS | SCALE_ROWS
+ALL = ROWS | PACK_ROWS | SCALE_ROWS | FUZZ_ROWS
 
 FOLDER = Path("acceptance")
 
