@@ -13,7 +13,8 @@ class RangeServer(ThreadingHTTPServer):
     """Serves the files of a folder; counts what it sends.
 
     Attributes:
-        fail_first: So many requests are answered with 503.
+        fail_first: So many requests for content are answered with 503.
+        fail_all: Those for a file's head are counted and answered likewise.
         cut_first: So many answers end early.
         ignore_ranges: Whole files are sent, whatever is asked.
         latency_s: Pause before each answer.
@@ -25,7 +26,7 @@ class RangeServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
         self.fail_first = self.cut_first = 0
-        self.ignore_ranges, self.latency_s = False, 0.0
+        self.ignore_ranges, self.fail_all, self.latency_s = False, False, 0.0
         self.lock = threading.Lock()
         self.requests, self.num_bytes = 0, 0
         self.ranges: list[tuple[str, int, int]] = []
@@ -56,7 +57,7 @@ class _Handler(BaseHTTPRequestHandler):
         time.sleep(server.latency_s)
         with server.lock:
             server.requests += 1
-            fail = with_body and server.fail_first > 0
+            fail = (with_body or server.fail_all) and server.fail_first > 0
             cut = with_body and not fail and server.cut_first > 0
             server.fail_first -= fail
             server.cut_first -= cut

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import fuzz
+from tests.make_media import numbered, write_media
 from tests.planned import clip_of
 
 
@@ -25,13 +26,14 @@ def test_damage_is_never_none_and_always_the_same(seeds):
         assert made == fuzz.damage(data, two)
 
 
-def test_other_pictures_than_ffmpeg_shows_are_seen(seeds, monkeypatch):
+def test_other_pictures_than_ffmpeg_shows_are_seen(seeds, tmp_path, monkeypatch):
     clip = clip_of(seeds["bframes.mp4"])
     assert fuzz.altered(clip) == ""
     assert fuzz.unlike(clip, replace(clip, video=seeds["silent.mp4"])) == ""  # the same pictures in another coding
-    assert "off by up to" in fuzz.unlike(clip, clip_of(seeds["picture.jpg"]))
-    other = list(fuzz._shown(str(seeds["hevc.mp4"])))
-    monkeypatch.setattr(fuzz, "_shown", lambda path: other)
+    other = write_media(tmp_path / "other.mp4", frames=24, picture=lambda *of: 255 - numbered(*of))
+    assert "off by up to" in fuzz.unlike(clip, clip_of(other))
+    shown = fuzz._shown(str(other))
+    monkeypatch.setattr(fuzz, "_shown", lambda path: shown)
     assert "of 24" in fuzz.altered(clip)
 
 

@@ -215,6 +215,17 @@ def test_an_altered_kind_is_named(packs, tmp_path):
         Shards(Reading()).fetch(replace(clip, shard=str(tmp_path / "kind.tar")), [2, 6], None)
 
 
+def test_a_zeroed_row_of_the_table_is_named(packs, tmp_path):
+    # The CRC of nothing is nought, too: a last stretch of sound would be silence.
+    clip = packs["balanced"]
+    data = bytearray(Path(clip.shard).read_bytes())
+    place, size = table_place(clip)
+    data[place + size - 12 : place + size] = bytes(12)
+    (tmp_path / "zero.tar").write_bytes(data)
+    with pytest.raises(MediaError, match=r"the table of clip .* is damaged"):
+        Shards(Reading()).fetch(replace(clip, shard=str(tmp_path / "zero.tar")), None, (0, clip.num_samples))
+
+
 def test_a_cut_off_or_missing_shard_is_named(packs, tmp_path):
     clip = packs["fast"]
     copy = tmp_path / "cut.tar"

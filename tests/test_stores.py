@@ -117,8 +117,31 @@ def test_a_replaced_file_is_seen_after_forget(tmp_path):
     assert store.read(str(path), [(0, 3)]) == [b"old"]
     (tmp_path / "y").write_bytes(b"new")
     (tmp_path / "y").replace(path)
-    store.forget(str(path))
+    store.forget(str(path), (0, 3))
     assert store.read(str(path), [(0, 3)]) == [b"new"]
+
+
+def test_a_dropped_store_closes_its_files(folder):
+    before = open_files()
+    for _ in range(5):
+        store = LocalFiles()
+        for name in ("a.tar", "b.tar"):
+            store.read(str(folder / name), [(0, 10)])
+        del store
+    assert open_files() == before
+
+
+def test_a_stale_handle_is_opened_anew(folder, monkeypatch):
+    store, pread, stale = LocalFiles(), os.pread, [True]
+
+    def once(*words):
+        if stale.pop() if stale else False:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return pread(*words)
+
+    monkeypatch.setattr(os, "pread", once)
+    assert store.read(str(folder / "a.tar"), [(5, 9)]) == expected(folder, "a.tar", [(5, 9)])
+    assert not stale
 
 
 # URLs ---------------------------------------------------------------------------------------------------------------
@@ -171,6 +194,21 @@ def test_what_does_not_pass_is_named(server):
     server.ignore_ranges = True
     assert "its server does not support ranges" in message(store.read, f"{server.url}/a.tar", [(0, 5)])
     assert "no protocol that fsspec knows" in message(store.read, "ftpx://a/b.tar", [(0, 5)])
+
+
+def test_a_server_that_is_busy_is_no_missing_shard(folder, server, tmp_path):
+    server.fail_all, server.fail_first = True, 3
+    assert cached(server, tmp_path).read(f"{server.url}/a.tar", [(7, 5)]) == expected(folder, "a.tar", [(7, 5)])
+    server.fail_first = 99
+    text = message(cached(server, tmp_path / "b").read, f"{server.url}/b.tar", [(0, 5)])
+    assert "no such shard" not in text
+    assert "tries)" in text
+    assert "no such shard" not in message(Remote(4, 1).identity, "http://127.0.0.1:9/x.tar")
+
+
+def test_a_cache_of_less_than_a_few_blocks_is_refused(tmp_path):
+    text = message(Reading(cache=str(tmp_path), cache_gib=0.001, fill_mib=4).build)
+    assert "cache_gib 0.001 holds less than four blocks of loading.shards.fill_mib 4" in text
 
 
 def test_a_missing_driver_names_its_package(monkeypatch):
@@ -294,7 +332,7 @@ def test_a_damaged_block_is_fetched_again(folder, server, tmp_path):
     assert store.read(f"{server.url}/a.tar", [(0, 100)]) == expected(folder, "a.tar", [(0, 100)])
     blocks(tmp_path)[0].write_bytes(bytes(BLOCK))  # of the right size, but wrong: only the reader's checksums see it
     assert store.read(f"{server.url}/a.tar", [(0, 100)]) == [bytes(100)]
-    store.forget(f"{server.url}/a.tar")
+    store.forget(f"{server.url}/a.tar", (0, 100))
     assert blocks(tmp_path) == []
     assert store.read(f"{server.url}/a.tar", [(0, 100)]) == expected(folder, "a.tar", [(0, 100)])
 
@@ -332,6 +370,51 @@ def test_a_cache_that_cannot_be_written_is_read_through(folder, server, tmp_path
             assert store.read(f"{server.url}/a.tar", [(5, 40_000)]) == expected(folder, "a.tar", [(5, 40_000)])
     assert len(caplog.records) == 1
     assert "shards are read through" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["EIO", "short"])
+def test_a_cache_that_cannot_be_read_is_read_past(folder, server, tmp_path, monkeypatch, caplog, fault):
+    store, pread = cached(server, tmp_path), os.pread
+    store.read(f"{server.url}/a.tar", [(0, 10)])
+
+    def broken(*words):
+        if fault == "EIO":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return pread(*words)[:-1]
+
+    monkeypatch.setattr(os, "pread", broken)
+    with caplog.at_level(logging.WARNING, "fastav.shards"):
+        assert store.read(f"{server.url}/a.tar", [(5, 40)]) == expected(folder, "a.tar", [(5, 40)])
+    assert "the cache cannot be used" in caplog.text
+
+
+def test_wrong_blocks_that_cannot_be_deleted_are_passed(folder, server, tmp_path, monkeypatch):
+    store = cached(server, tmp_path)
+    store.read(f"{server.url}/a.tar", [(0, 10)])
+    blocks(tmp_path)[0].write_bytes(bytes(BLOCK))
+
+    def fixed(self, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", fixed)
+    store.forget(f"{server.url}/a.tar", (0, 10))
+    assert store.read(f"{server.url}/a.tar", [(0, 10)]) == expected(folder, "a.tar", [(0, 10)])
+
+
+def test_a_child_forked_in_the_middle_keeps_no_lock(server, tmp_path):
+    store = cached(server, tmp_path)
+    with store._flocked(tmp_path / "a.lock"):
+        child = os.fork()
+        if not child:
+            time.sleep(20)
+            os._exit(0)
+    try:
+        asked = time.perf_counter()
+        with store._flocked(tmp_path / "a.lock"):
+            assert time.perf_counter() - asked < 10
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_packed_clips_over_http_and_the_cache(made, tmp_path):

@@ -55,6 +55,7 @@ class Cached:
         self._known: dict[str, tuple[int, str]] = {}
         self._own = Traffic()
         self._warned = False
+        self._passed: set[str] = set()  # shards whose wrong blocks cannot be deleted
 
     @property
     def traffic(self) -> Traffic:
@@ -64,9 +65,13 @@ class Cached:
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         """See `Store.read`."""
+        if name in self._passed:
+            return self._remote.read(name, ranges)
         size, digest = self._identity(name)
         for at, length in ranges:
             if at + length > size:
+                with self._lock:
+                    self._known.pop(name, None)  # it may be growing, or another one by now
                 raise MediaError(name, f"ends at byte {size}, its clips go on to {at + length}", "shard")
         numbers = sorted(
             {n for at, length in ranges for n in range(at // self._block, (at + length - 1) // self._block + 1)}
@@ -85,18 +90,25 @@ class Cached:
             if missing:
                 blocks |= self._filled(name, digest, size, missing)
             return [self._cut(blocks, at, length) for at, length in ranges]
+        except OSError as error:  # a failing disk, or a block that another machine deleted
+            self._warn(error)
+            return self._remote.read(name, ranges)
         finally:
             for block in blocks.values():
                 if not isinstance(block, bytes):
                     block.close()
 
-    def forget(self, name: str) -> None:
-        """Deletes the blocks of a shard, and asks its server again who it is."""
+    def forget(self, name: str, part: Range) -> None:
+        """Deletes the blocks of a part of a shard, and asks its server again who it is."""
         with self._lock:
             known = self._known.pop(name, None)
         if known is not None:
-            for path in (self._folder / known[1][:2]).glob(f"{known[1]}-*.block"):
-                path.unlink(missing_ok=True)
+            try:
+                for number in range(part[0] // self._block, sum(part) // self._block + 1):
+                    self._path(known[1], number).unlink(missing_ok=True)
+            except OSError as error:
+                self._warn(error)
+                self._passed.add(name)
 
     def _identity(self, name: str) -> tuple[int, str]:
         with self._lock:
@@ -125,7 +137,8 @@ class Cached:
         stat = os.fstat(file.fileno())
         if stat.st_size != size:
             file.close()
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink()
             return None
         if time.time() - stat.st_mtime > _TOUCH_S:
             with contextlib.suppress(OSError):
@@ -221,7 +234,10 @@ class Cached:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            try:
+                yield
+            finally:  # not left to close(): a child forked meanwhile has the file open, too
+                fcntl.flock(file, fcntl.LOCK_UN)
 
     def _cut(self, blocks: dict[int, bytes | BinaryIO], at: int, length: int) -> bytes:
         """Puts a range together out of blocks."""
@@ -234,6 +250,8 @@ class Cached:
                 parts.append(block[begin : begin + size])
             else:
                 parts.append(os.pread(block.fileno(), size, begin))
+                if len(parts[-1]) < size:
+                    raise OSError(errno.EIO, "a block ends early")
             at, length = at + size, length - size
         return b"".join(parts)
 
@@ -241,4 +259,4 @@ class Cached:
         if not self._warned:
             self._warned = True
             full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
-            log.warning("%s: the cache cannot be written%s, shards are read through: %s", self._folder, full, error)
+            log.warning("%s: the cache cannot be used%s, shards are read through: %s", self._folder, full, error)

@@ -137,7 +137,7 @@ def decode_table(clip: Clip, raw: bytes) -> Units:
         end = int(at_U[seen])
         at_U[seen:] += at + _padded(end - at) + TAR_BLOCK - end
     end = int(at_U[-1] + size_U[-1]) if count else 0
-    if end > clip.shard_at + clip.shard_size:
+    if end > clip.shard_at + clip.shard_size or not size_U.all():  # zeros agree with their own CRC
         raise MediaError(clip.shard, f'the table of clip "{clip.id}" at byte {clip.shard_at} is damaged', "shard")
     return Units(size_U, kind_U, crc_U, at_U)
 

@@ -17,9 +17,13 @@ from fastav.shards.store import Range, Traffic, merged
 _GAP_BYTES = 1 << 16
 """Ranges no further apart than this are one request: at 100 MB/s 64 KiB take less than a millisecond."""
 
-_FIRST_PAUSE_S = 0.2
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
              "az": "adlfs", "abfs": "adlfs"}  # fmt: skip
+
+_MARKS = ("ETag", "etag", "LastModified", "Last-Modified", "last_modified", "updated", "mtime", "created", "md5Hash",
+          "Content-MD5", "Digest")  # fmt: skip
+_STALLED_S = 30.0  # without a byte; others wait for the block meanwhile
 
 log = logging.getLogger("fastav.shards")
 
@@ -48,7 +52,7 @@ class Remote:
                 found[i] = data[at - begin : at - begin + size]
         return found
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, part: Range) -> None:
         """Keeps nothing."""
 
     def identity(self, name: str) -> tuple[int, str]:
@@ -63,10 +67,10 @@ class Remote:
                 self.traffic.requests += 1
                 break
             except Exception as error:
-                self._judge(name, error, attempt)
+                self._judge(name, _told_by_http(name, error), attempt)
         if not told.get("size"):
             raise MediaError(name, "its server does not tell its size", "shard")
-        marks = [str(told.get(key, "")) for key in ("ETag", "etag", "LastModified", "mtime", "created", "md5Hash")]
+        marks = [str(told.get(key, "")) for key in _MARKS]
         return int(told["size"]), "|".join(marks)
 
     def _fetch(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
@@ -107,7 +111,7 @@ class Remote:
             tries = f" ({attempt + 1} tries)" if attempt else ""
             raise MediaError(name, f"{reason}{tries}", "shard") from error
         log.info("%s: %s; trying again", name, reason)
-        time.sleep(_FIRST_PAUSE_S * 2**attempt)
+        time.sleep(min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
 
     def _system(self, name: str) -> Any:
         """The file system of a URL; another one after a fork, as the old one's thread is in the parent."""
@@ -116,7 +120,7 @@ class Remote:
             key = (protocol, os.getpid())
             if key not in self._systems:
                 try:
-                    self._systems[key] = fsspec.filesystem(protocol, skip_instance_cache=True)
+                    self._systems[key] = fsspec.filesystem(protocol, skip_instance_cache=True, **_options(protocol))
                 except ImportError as error:
                     package = _PACKAGES.get(protocol, f"fsspec's driver of {protocol}://")
                     raise UserError(f"{name}: reading {protocol}:// needs a package: pip install {package}") from error
@@ -125,20 +129,39 @@ class Remote:
             return self._systems[key]
 
 
-class _NoRanges(Exception):
+class _NoRanges(UserError):
     """A server that sends whole files, whatever is asked for."""
 
 
 def _wrong_length(name: str, got: int, wanted: Range) -> Exception:
     at, size = wanted
     if got > size:
-        return _NoRanges(f"{got} bytes came for a range of {size}: its server does not support ranges")
+        return _NoRanges(f"{name}: {got} bytes came for a range of {size}: its server does not support ranges")
     return ConnectionError(f"{got} bytes came for a range of {size} at byte {at}")
+
+
+def _options(protocol: str) -> dict[str, Any]:
+    """Gives up a stalled connection much sooner than aiohttp's five minutes."""
+    if protocol not in ("http", "https"):
+        return {}
+    try:
+        import aiohttp
+    except ImportError:  # fsspec tells
+        return {}
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_STALLED_S, sock_read=_STALLED_S)
+    return {"client_kwargs": {"timeout": timeout}}
+
+
+def _told_by_http(name: str, error: Exception) -> Exception:
+    """Returns what went wrong: fsspec calls every failure of an HTTP server's `info` a missing file."""
+    cause = error.__cause__
+    wrapped = name.startswith("http") and isinstance(error, FileNotFoundError) and isinstance(cause, Exception)
+    return cause if wrapped and getattr(cause, "status", 0) not in (404, 410) else error
 
 
 def _may_pass(error: Exception) -> bool:
     """Whether another try may succeed: not for what is missing, forbidden or asked wrongly."""
-    if isinstance(error, FileNotFoundError | PermissionError | _NoRanges | NotImplementedError | ValueError):
+    if isinstance(error, FileNotFoundError | PermissionError | NotImplementedError | ValueError):
         return False
     status = getattr(error, "status", None)
     return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429))

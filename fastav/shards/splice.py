@@ -116,7 +116,7 @@ class Shards:
             return self._fetch(clip, numbers, samples)
         except _Altered as first:
             # A cache may have kept, or a network delivered, something else than there is.
-            self.store.forget(clip.shard)
+            self.store.forget(clip.shard, (clip.shard_at, clip.shard_size))
             try:
                 return self._fetch(clip, numbers, samples)
             except _Altered as again:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections import OrderedDict
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from fastav.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
-from fastav.errors import MediaError
+from fastav.errors import MediaError, UserError
 
 Range = tuple[int, int]
 """Byte offset and size."""
@@ -53,8 +54,8 @@ class Store(Protocol):
         """
         ...
 
-    def forget(self, name: str) -> None:
-        """Drops what is kept of a shard, as it may be wrong."""
+    def forget(self, name: str, part: Range) -> None:
+        """Drops what is kept of a part of a shard, as it may be wrong."""
         ...
 
 
@@ -65,8 +66,8 @@ class Reading(Config, frozen=True):
         cache: Folder of this machine for blocks of shards at URLs, shared by all its processes; empty for none.
         cache_gib: Most that the cache may hold, GiB.
         fill_mib: Blocks that are fetched at once into the cache, MiB: a few clips' worth.
-        concurrency: Requests at a time, of one process.
-        retries: Further tries after a failure that may pass, such as a time-out.
+        concurrency: Requests at a time, of one decoding thread.
+        retries: Further tries after a failure that may pass, such as a time-out; they are up to 5 s apart.
         open_files: Local shards that are kept open.
     """
 
@@ -74,11 +75,20 @@ class Reading(Config, frozen=True):
     cache_gib: PositiveFloat = 100.0
     fill_mib: PositiveInt = 4
     concurrency: PositiveInt = 32
-    retries: NonNegativeInt = 3
+    retries: NonNegativeInt = 6
     open_files: PositiveInt = 64
 
     def build(self) -> Store:
-        """Returns a store that takes paths and URLs alike."""
+        """Returns a store that takes paths and URLs alike.
+
+        Raises:
+            UserError: The cache has no room for a few blocks.
+        """
+        if self.cache and self.cache_gib * 1024 < 4 * self.fill_mib:
+            raise UserError(
+                f"loading.shards.cache_gib {self.cache_gib:g} holds less than four blocks of loading.shards.fill_mib "
+                f"{self.fill_mib}: raise the one or lower the other"
+            )
         return AnyStore(self)
 
 
@@ -100,9 +110,9 @@ class AnyStore:
         """See `Store.read`."""
         return self._of(name).read(name, ranges)
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, part: Range) -> None:
         """See `Store.forget`."""
-        self._of(name).forget(name)
+        self._of(name).forget(name, part)
 
     def _of(self, name: str) -> Store:
         if "://" not in name:
@@ -148,16 +158,27 @@ class LocalFiles:
         self._lock = threading.Lock()
         self._open: OrderedDict[str, _Open] = OrderedDict()
 
+    def __del__(self) -> None:
+        for file in self._open.values():  # without readers: they would hold us
+            os.close(file.descriptor)
+
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         """See `Store.read`."""
         try:
-            file = self._take(name)
-        except OSError as error:
-            raise MediaError(name, (error.strerror or "cannot be opened").lower(), "shard") from error
-        try:
-            return self._ranges(name, file.descriptor, ranges)
+            try:
+                return self._read(name, ranges)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                self.forget(name, (0, 0))  # a network file system has replaced it
+                return self._read(name, ranges)
         except OSError as error:
             raise MediaError(name, (error.strerror or "cannot be read").lower(), "shard") from error
+
+    def _read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        file = self._take(name)
+        try:
+            return self._ranges(name, file.descriptor, ranges)
         finally:
             self._give_back(file)
 
@@ -176,7 +197,7 @@ class LocalFiles:
                 found[i] = data if length == size else data[at - begin : at - begin + length]
         return found
 
-    def forget(self, name: str) -> None:
+    def forget(self, name: str, part: Range) -> None:
         """Opens the file anew at the next read: it may have been replaced."""
         with self._lock:
             self._drop(self._open.pop(name, None))
