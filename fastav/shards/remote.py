@@ -155,8 +155,9 @@ def _options(protocol: str) -> dict[str, Any]:
 def _told_by_http(name: str, error: Exception) -> Exception:
     """Returns what went wrong: fsspec calls every failure of an HTTP server's `info` a missing file."""
     cause = error.__cause__
-    wrapped = name.startswith("http") and isinstance(error, FileNotFoundError) and isinstance(cause, Exception)
-    return cause if wrapped and getattr(cause, "status", 0) not in (404, 410) else error
+    if name.startswith("http") and isinstance(error, FileNotFoundError) and isinstance(cause, Exception):
+        return error if getattr(cause, "status", 0) in (404, 410) else cause
+    return error
 
 
 def _may_pass(error: Exception) -> bool:
