@@ -23,6 +23,8 @@ class Listing:
         notes: Lines for the report.
         cut: Turns one probed clip into the clips to keep; None where the rows are final.
         split: Assigns splits to all of them in the end; None where they have theirs.
+        published_splits: Whether the splits are the data set's own: what two of them share, or one
+            lacks, is told and ends nothing.
         metadata: Notes to keep with the manifest.
     """
 
@@ -31,4 +33,5 @@ class Listing:
     notes: Sequence[str] = ()
     cut: Callable[[Clip], list[Clip]] | None = None
     split: Callable[[list[Clip]], list[Clip]] | None = None
+    published_splits: bool = False
     metadata: dict[str, str] = field(default_factory=dict)

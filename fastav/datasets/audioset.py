@@ -92,6 +92,7 @@ def listing(args: argparse.Namespace) -> Listing:
         clips,
         found.problems,
         [*notes, *found.notes],
+        published_splits=True,
         metadata={
             "source": "fastav index audioset",
             "root": str(args.root),

@@ -80,6 +80,7 @@ def listing(args: argparse.Namespace) -> Listing:
         clips,
         [*problems, *found.problems],
         [*notes, *found.notes],
+        published_splits=True,
         metadata={
             "source": "fastav index ave",
             "root": str(args.root),

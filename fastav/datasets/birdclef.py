@@ -78,6 +78,7 @@ def listing(args: argparse.Namespace) -> Listing:
         rows.clips,
         rows.problems,
         notes,
+        published_splits=True,
         metadata={
             "source": "fastav index birdclef",
             "root": str(root),

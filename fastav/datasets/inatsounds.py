@@ -66,6 +66,7 @@ def listing(args: argparse.Namespace) -> Listing:
         rows.clips,
         rows.problems,
         [f"{root}: no {split}.json, so no {split} split" for split in SPLITS if not (root / f"{split}.json").is_file()],
+        published_splits=True,
         metadata={
             "source": "fastav index inatsounds",
             "root": str(root),

@@ -94,6 +94,7 @@ def listing(args: argparse.Namespace) -> Listing:
         found.clips,
         found.problems,
         [*notes, *found.notes],
+        published_splits=True,
         metadata={
             "source": "fastav index kinetics",
             "root": str(args.root),

@@ -84,6 +84,7 @@ def listing(args: argparse.Namespace) -> Listing:
         clips,
         found.problems,
         [*notes, *found.notes],
+        published_splits=True,
         metadata={
             "source": "fastav index llp",
             "root": str(args.root),

@@ -96,6 +96,7 @@ def listing(args: argparse.Namespace) -> Listing:
         rows.clips,
         rows.problems,
         notes,
+        published_splits=True,
         metadata={
             "source": "fastav index ssw60",
             "root": str(root),

@@ -89,6 +89,7 @@ def listing(args: argparse.Namespace) -> Listing:
         rows.clips,
         rows.problems,
         cut=None if piece_s is None else partial(cut, piece_s=piece_s),
+        published_splits=True,
         metadata={
             "source": "fastav index tau",
             "root": str(root),

@@ -44,6 +44,7 @@ def listing(args: argparse.Namespace) -> Listing:
         found.clips,
         found.problems,
         [*notes, *found.notes],
+        published_splits=True,
         metadata={
             "source": "fastav index vggsound",
             "root": str(args.root),
