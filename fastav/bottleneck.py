@@ -30,6 +30,8 @@ class BottleneckBlock(nn.Module):
         frames: How frames meet the bottleneck, see `fastav_kernels.bottleneck_attention`. With `mean` each
             frame's copy of the bottleneck passes the whole layer before the copies are averaged.
         attention: Implementation of the attention, `auto` for the best one.
+        asks: Whether somebody reads the bottleneck that this layer makes; in a last layer its rows end behind the
+            attention's keys and values.
     """
 
     norm1: Any
@@ -41,12 +43,12 @@ class BottleneckBlock(nn.Module):
     ls2: Any
     drop_path2: Any
 
-    def __init__(self, block: nn.Module, frames: Frames, attention: str) -> None:
+    def __init__(self, block: nn.Module, frames: Frames, attention: str, asks: bool = True) -> None:
         super().__init__()
         for name, child in block.named_children():
             self.add_module(name, child)
         self.frames: Frames = frames
-        self.attention = attention
+        self.attention, self.asks = attention, asks
 
     def forward(self, x_CTND: Tensor, z_CZD: Tensor, clips: int) -> tuple[Tensor, Tensor]:
         """Runs the layer.
@@ -57,7 +59,7 @@ class BottleneckBlock(nn.Module):
             clips: Clips B; stochastic depth draws once for each, for its tokens and its bottleneck together.
 
         Returns:
-            New tokens and bottleneck, in the shapes given.
+            New tokens and bottleneck, in the shapes given; the bottleneck as it was where nobody asks for it.
         """
         C, T, N, _ = x_CTND.shape
         Z = z_CZD.shape[1]
@@ -70,9 +72,14 @@ class BottleneckBlock(nn.Module):
             num_tokens=N,
             num_bottleneck=Z,
             frames=self.frames,
+            asks=self.asks,
             impl=self.attention,
         )
         branch = self.ls1(attn.proj_drop(attn.proj(heads.flatten(1))))
+        if not self.asks:
+            x = self._add_one(x_CTND, branch, self.drop_path1, clips)
+            branch = self.ls2(self.mlp(self.norm2(x).flatten(0, -2)))
+            return self._add_one(x, branch, self.drop_path2, clips), z_CZD
         z = z_CZD
         if self.frames == "mean":
             z = z_CZD.unsqueeze(1).expand(-1, T, -1, -1)
@@ -91,6 +98,13 @@ class BottleneckBlock(nn.Module):
             dx, dz = (_scaled(branch, factor_B) for branch in (dx, dz))
         return x + dx, z + dz
 
+    @staticmethod
+    def _add_one(x: Tensor, rows: Tensor, drop: nn.Module, clips: int) -> Tensor:
+        """Adds a residual branch of tokens alone."""
+        dx = rows.view(x.shape)
+        factor_B = drop.draw(clips, rows) if isinstance(drop, ClipDropPath) else None
+        return x + (dx if factor_B is None else _scaled(dx, factor_B))
+
     def flops(self, num_frames: int, num_tokens: int, num_bottleneck: int) -> int:
         """Operations of the layer for one sequence of T frames of N tokens and Z bottleneck tokens."""
         T, N, Z = num_frames, num_tokens, num_bottleneck
@@ -100,12 +114,19 @@ class BottleneckBlock(nn.Module):
         # A query of a frame's token sees N + Z keys; one of the bottleneck N + Z for each copy, or all T*N +
         # Z.
         keys = N + Z if self.frames == "mean" else T * N + Z
-        pairs = T * N * (N + Z) + copies * Z * keys
-        return block_flops(self, T * N + Z, T * N + copies * Z, pairs)
+        asked = copies * Z if self.asks else 0
+        return block_flops(self, T * N + Z, T * N + asked, T * N * (N + Z) + asked * keys)
 
 
-def enter_blocks(tower: TimmTower, start: int, frames: Frames, attention: str) -> None:
+def enter_blocks(tower: TimmTower, start: int, frames: Frames, attention: str, last_asks: bool) -> None:
     """Replaces a ViT's blocks from number `start` on by `BottleneckBlock`s.
+
+    Args:
+        tower: The ViT.
+        start: Number of the first block.
+        frames: See `BottleneckBlock`.
+        attention: Likewise.
+        last_asks: Whether the last block's bottleneck is read.
 
     Raises:
         UserError: where an attention is not plain (normalised queries, a gate, dropout), naming the tower.
@@ -125,7 +146,8 @@ def enter_blocks(tower: TimmTower, start: int, frames: Frames, attention: str) -
                 f'{tower.where}: block {number} of "{tower.name}" has normalised queries, a gate or dropout in '
                 'its attention; plain attention expected by fusion kind "bottleneck"'
             )
-        tower.replace_block(number, BottleneckBlock(block, frames, attention))
+        asks = last_asks or number + 1 < len(tower.blocks)
+        tower.replace_block(number, BottleneckBlock(block, frames, attention, asks))
 
 
 def _rows(x: Tensor, z: Tensor) -> Tensor:

@@ -182,8 +182,9 @@ class Bottleneck(Kind, frozen=True, tag="bottleneck"):
         if self.attention not in ("auto", *IMPLEMENTATIONS):
             near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])
             raise UserError(f'model.fusion.attention: "{self.attention}" is unknown{near}')
-        enter_blocks(video, self.start, self.frames, self.attention)
-        enter_blocks(audio, self.start, "joint", self.attention)
+        # Behind the last layer nobody reads the bottleneck, but its audio half reads what the video half made of it.
+        enter_blocks(video, self.start, self.frames, self.attention, last_asks=self.update == "sequential")
+        enter_blocks(audio, self.start, "joint", self.attention, last_asks=False)
         layers = depths[0] - self.start
         return BottleneckFusion(self, (video.width, audio.width), layers, num_classes, num_frames)
 

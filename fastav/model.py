@@ -33,7 +33,7 @@ from fastav.fusion import Bottleneck, Fusion, Score, Streams
 from fastav.plan import Sampling
 from fastav.towers import TimmTower, Tower
 from fastav.weights import DESCRIPTION, WEIGHTS, model_folder, read_description, read_safetensors
-from fastav_kernels.bottleneck_attention import implementation
+from fastav_kernels.bottleneck_attention import best
 
 FORMAT = 1
 
@@ -142,8 +142,15 @@ class AVModel(nn.Module):
         fusion = self.config.fusion
         if not isinstance(fusion, Bottleneck):
             return "PyTorch's"
-        asked = "chosen by auto" if fusion.attention == "auto" else "asked for"
-        return f"PyTorch's, in fusion layers {implementation(fusion.attention)} ({asked})"
+        if fusion.attention != "auto":
+            return f"PyTorch's, in fusion layers {fusion.attention} (asked for)"
+        assert self.video is not None
+        block: Any = self.video.blocks[-1]
+        device = str(next(self.parameters()).device)
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        tokens = self.video.num_prefix + self.video.num_patches
+        name = best(device, dtype, block.attn.head_dim, fusion.frames, self.inputs.frames, tokens)
+        return f"PyTorch's, in fusion layers {name} (chosen by auto)"
 
     def forward(
         self,

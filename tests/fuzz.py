@@ -231,7 +231,7 @@ def fuzz_pack(work: Path, count: int, seed: int) -> dict[str, object]:
     manifest = Manifest.open(work / "pack" / "manifest.parquet")
     before = load(manifest.path)
     rng = np.random.default_rng(seed)
-    shards = sorted((work / "pack" / "shards").iterdir())
+    shards = sorted((work.absolute() / "pack" / "shards").iterdir())
     clips = manifest.clips(range(len(manifest)))
     damaged = {clips[row].id for row in rng.choice(len(clips), size=count, replace=False)}
     for clip in clips:

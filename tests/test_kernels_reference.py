@@ -8,9 +8,10 @@ import torch
 
 import fastav_kernels
 from fastav_kernels import bottleneck_attention
-from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, implementation
-
-KINDS = ("mean", "shared", "joint")
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments, best
+from fastav_kernels.bottleneck_attention.reference import allowed
+from tests.attention_cases import KINDS, error, exact, small, words
+from tests.attention_cases import packed as packed_of
 
 
 def dense(qkv, C, T, N, Z, frames):
@@ -36,11 +37,10 @@ def dense(qkv, C, T, N, Z, frames):
 
 
 def packed(C, T, N, Z, H=2, d=4, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(C + 10 * T + 100 * N + 1000 * Z)
-    return torch.randn(C * T * N + C * Z, 3, H, d, generator=generator, dtype=torch.float64).to(dtype)
+    return packed_of(Segments(C, T, N, Z, "shared"), H, d, dtype)
 
 
-def run(qkv, C, T, N, Z, frames, impl="auto"):
+def run(qkv, C, T, N, Z, frames, impl="reference"):
     return bottleneck_attention(qkv, clips=C, num_frames=T, num_tokens=N, num_bottleneck=Z, frames=frames, impl=impl)
 
 
@@ -93,10 +93,37 @@ def test_compiles_as_one_graph():
     torch.testing.assert_close(compiled(qkv), run(qkv, 2, 3, 5, 4, "shared"))
 
 
+@pytest.mark.parametrize("impl", ["sdpa", "masked", "flex", "auto"])
+@pytest.mark.parametrize("segments", small(), ids=str)
+def test_what_is_composed_equals_the_reference(segments, impl):
+    qkv = packed_of(segments, 2, 32, torch.float32)
+    out, grad, dout = exact(qkv, segments)
+    qkv.requires_grad_(impl != "flex")  # has no gradient on a CPU
+    found = bottleneck_attention(qkv, **words(segments), impl=impl)
+    assert error(found.detach(), out) < 1e-6
+    if impl != "flex":
+        found.backward(dout.float())
+        assert error(qkv.grad, grad) < 1e-6
+
+
+def test_pairs_are_those_that_meet():
+    for segments in small():
+        per_clip = allowed(segments, torch.device("cpu")).sum().item()
+        assert segments.pairs == segments.clips * per_clip
+
+
+def test_without_the_bottlenecks_own_result():
+    for kind in KINDS:
+        qkv = packed(2, 3, 5, 4)
+        whole = run(qkv, 2, 3, 5, 4, kind)
+        tokens = bottleneck_attention(qkv, **words(Segments(2, 3, 5, 4, kind, False)), impl="reference")
+        torch.testing.assert_close(tokens, whole[:30], rtol=0, atol=1e-14)
+
+
 def test_wrong_calls_say_what_is_wrong():
     qkv = packed(2, 3, 5, 4)
-    with pytest.raises(ValueError, match=r'impl "triton" is unknown; there is: auto, reference'):
-        run(qkv, 2, 3, 5, 4, "mean", impl="triton")
+    with pytest.raises(ValueError, match=r'impl "cuda" is unknown; there is: auto, flex, masked, reference'):
+        run(qkv, 2, 3, 5, 4, "mean", impl="cuda")
     with pytest.raises(ValueError, match='frames "each" is unknown; there is: mean, shared, joint'):
         run(qkv, 2, 3, 5, 4, "each")
     with pytest.raises(ValueError, match=r"qkv is \[38, 3, 2, 4\]; \[34, 3, heads, head_dim\] expected"):
@@ -105,7 +132,7 @@ def test_wrong_calls_say_what_is_wrong():
         run(qkv, 2, 0, 5, 2, "mean")
     with pytest.raises(ValueError, match=r"torch\.int64; a floating dtype expected"):
         run(qkv.long(), 2, 3, 5, 4, "mean")
-    assert implementation("auto") in IMPLEMENTATIONS
+    assert best("cpu", "torch.float32", 64, "shared", 8, 197) in IMPLEMENTATIONS
     assert run(qkv, 2, 3, 5, 4, "mean", impl="reference").shape[0] == 54
 
 

@@ -15,33 +15,31 @@ so that a projection that makes it is a single matrix product and no row is ever
 
 With one frame all three are the same. `mean` returns the copies, row C*T*N + (c*T + t)*Z + z of each: they are
 averaged by the caller, after whatever else the layer does to them (SSW60's frames, which pass a layer one by one).
+Where nobody reads the bottleneck's result, as in the last layer, it need not be asked for: no such rows come out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
+import torch
 from torch import Tensor
 
+from fastav_kernels.bottleneck_attention.composed import flex, masked, sdpa
+from fastav_kernels.bottleneck_attention.op import kernel
+from fastav_kernels.bottleneck_attention.plans import architecture_of, read_plans
 from fastav_kernels.bottleneck_attention.reference import reference
+from fastav_kernels.bottleneck_attention.segments import Frames, Segments
 
-Frames = Literal["mean", "shared", "joint"]
+__all__ = ["IMPLEMENTATIONS", "Frames", "Segments", "best", "bottleneck_attention"]
 
-IMPLEMENTATIONS: dict[str, Callable[..., Tensor]] = {"reference": reference}
-
-
-def implementation(impl: str = "auto") -> str:
-    """Returns the implementation that `impl` stands for.
-
-    Raises:
-        ValueError: where it is unknown, with those that there are.
-    """
-    if impl == "auto":
-        return "reference"
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f'impl "{impl}" is unknown; there is: auto, {", ".join(sorted(IMPLEMENTATIONS))}')
-    return impl
+IMPLEMENTATIONS: dict[str, Callable[[Tensor, Segments], Tensor]] = {
+    "flex": flex,
+    "masked": masked,
+    "reference": reference,
+    "sdpa": sdpa,
+    "triton": kernel,
+}
 
 
 def bottleneck_attention(
@@ -52,6 +50,7 @@ def bottleneck_attention(
     num_tokens: int,
     num_bottleneck: int,
     frames: Frames,
+    asks: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Computes softmax(q k^T / sqrt(d)) v over the segments that each row may see (table at the top).
@@ -64,32 +63,44 @@ def bottleneck_attention(
         num_tokens: N tokens of a frame, at least 1.
         num_bottleneck: Z, 0 for plain attention.
         frames: Which segments there are.
-        impl: One of `IMPLEMENTATIONS`, or `auto` for the best one here.
+        asks: Whether the bottleneck's own result is wanted.
+        impl: One of `IMPLEMENTATIONS`, or `auto` for the best one here (`best`).
 
     Returns:
-        [C*T*N + C*Z, H, d] in the same order of rows; with `mean` [C*T*N + C*T*Z, H, d].
+        [C*T*N + C*Z, H, d] in the same order of rows; with `mean` [C*T*N + C*T*Z, H, d]; without the
+        bottleneck's result [C*T*N, H, d].
 
     Raises:
-        ValueError: where `impl` or `frames` is unknown or `qkv` does not have the rows that it should.
+        ValueError: where `impl` or `frames` is unknown, `qkv` does not have the rows that it should, or a forced
+            implementation cannot run, with the reason.
     """
-    attend = IMPLEMENTATIONS[implementation(impl)]
-    if frames not in ("mean", "shared", "joint"):
-        raise ValueError(f'frames "{frames}" is unknown; there is: mean, shared, joint')
-    if min(clips, num_frames, num_tokens) < 1 or num_bottleneck < 0:
-        raise ValueError(
-            f"clips {clips}, num_frames {num_frames}, num_tokens {num_tokens} must be at least 1 and "
-            f"num_bottleneck {num_bottleneck} at least 0"
-        )
-    rows = clips * (num_frames * num_tokens + num_bottleneck)
-    if qkv.ndim != 4 or qkv.shape[0] != rows or qkv.shape[1] != 3:
-        raise ValueError(f"qkv is {list(qkv.shape)}; [{rows}, 3, heads, head_dim] expected")
-    if not qkv.is_floating_point():
-        raise ValueError(f"qkv is {qkv.dtype}; a floating dtype expected")
-    return attend(
-        qkv,
-        clips=clips,
-        num_frames=num_frames,
-        num_tokens=num_tokens,
-        num_bottleneck=num_bottleneck,
-        frames=frames,
-    )
+    segments = Segments(clips, num_frames, num_tokens, num_bottleneck, frames, asks)
+    segments.check(qkv)
+    if impl == "auto":
+        impl = best(str(qkv.device), str(qkv.dtype), qkv.shape[3], segments.frames, num_frames, num_tokens)
+    elif impl not in IMPLEMENTATIONS:
+        raise ValueError(f'impl "{impl}" is unknown; there is: auto, {", ".join(IMPLEMENTATIONS)}')
+    if impl == "triton" and (reason := _why_not(str(qkv.device), str(qkv.dtype), qkv.shape[3])):
+        raise ValueError(f'impl "triton" cannot run: {reason}')
+    return IMPLEMENTATIONS[impl](qkv, segments)
+
+
+@torch.compiler.assume_constant_result
+def best(device: str, dtype: str, head_dim: int, frames: Frames, num_frames: int, num_tokens: int) -> str:
+    """Returns what `auto` stands for: `triton` where it was measured to be faster than `sdpa`, which it is else."""
+    if not device.startswith("cuda") or frames == "joint" or num_frames == 1:
+        return "sdpa"
+    for win in read_plans(architecture_of(torch.cuda.get_device_capability(device))).wins:
+        fits = (win.frames, win.head_dim, win.dtype) == (frames, head_dim, dtype.removeprefix("torch."))
+        if fits and win.min_tokens <= num_tokens <= win.max_tokens:
+            return "triton"
+    return "sdpa"
+
+
+@torch.compiler.assume_constant_result
+def _why_not(device: str, dtype: str, head_dim: int) -> str:
+    try:
+        from fastav_kernels.bottleneck_attention.launch import why_not
+    except ImportError as error:
+        return f"the package triton cannot be imported ({error})"
+    return why_not(device, dtype, head_dim)

@@ -1,28 +1,53 @@
-"""The specification of bottleneck attention: PyTorch's attention on the segments, cut out and joined again."""
+"""The specification of bottleneck attention: one softmax for each query over all keys that it may see, written out."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from fastav_kernels.bottleneck_attention.segments import Segments
 
 
-def reference(qkv: Tensor, *, clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str) -> Tensor:
-    """As `bottleneck_attention`; runs on any device and in any floating dtype, float64 included."""
-    if frames == "joint":
-        num_frames, num_tokens = 1, num_frames * num_tokens
-    first = clips * num_frames * num_tokens
-    tokens = qkv[:first].unflatten(0, (clips, num_frames, num_tokens)).permute(3, 0, 1, 4, 2, 5)
-    bottleneck = qkv[first:].unflatten(0, (clips, num_bottleneck)).permute(2, 0, 3, 1, 4)
-    # A copy of the bottleneck beside each frame: [3, C, T, H, N + Z, d].
-    copies = bottleneck.unsqueeze(2).expand(-1, -1, num_frames, -1, -1, -1)
-    q, k, v = torch.cat([tokens, copies], dim=4).flatten(1, 2)
-    if frames == "shared" and num_bottleneck:
-        out_tokens = scaled_dot_product_attention(tokens[0].flatten(0, 1), k, v)
-        # All tokens of the clip and the bottleneck, once: [3, C, H, T*N + Z, d].
-        clip = torch.cat([tokens.transpose(2, 3).flatten(3, 4), bottleneck], dim=3)
-        out_bottleneck = scaled_dot_product_attention(bottleneck[0], clip[1], clip[2])
-    else:
-        out = scaled_dot_product_attention(q, k, v)
-        out_tokens, out_bottleneck = out.split([num_tokens, num_bottleneck], dim=2)
-    return torch.cat([out_tokens.transpose(1, 2).flatten(0, 1), out_bottleneck.transpose(1, 2).flatten(0, 1)])
+def reference(qkv: Tensor, segments: Segments) -> Tensor:
+    """As `bottleneck_attention`, for any device and floating dtype, float64 included; memory grows as rows squared."""
+    q, k, v = by_clip(qkv, segments)
+    scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
+    weights = scores.masked_fill(~allowed(segments, qkv.device), float("-inf")).softmax(-1)
+    return to_rows(weights @ v, segments)
+
+
+def allowed(segments: Segments, device: torch.device) -> Tensor:
+    """Returns which query of a clip sees which key, bool [queries, keys], tokens first."""
+    T, N, Z = segments.num_frames, segments.num_tokens, segments.num_bottleneck
+    everything = -1  # no frame's own
+    frames_T = torch.arange(T, device=device)
+    token_frames = frames_T.repeat_interleave(N)
+    keys = torch.cat([token_frames, token_frames.new_full((Z,), everything)])
+    queries = token_frames
+    if segments.asks and segments.frames == "mean":
+        queries = torch.cat([token_frames, frames_T.repeat_interleave(Z)])
+    elif segments.asks:
+        queries = keys
+    if segments.frames == "joint":
+        queries = torch.full_like(queries, everything)
+    return (queries[:, None] == keys) | (queries[:, None] == everything) | (keys == everything)
+
+
+def by_clip(qkv: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns queries, keys and values [C, H, rows of a clip, d], tokens first; with `mean` a query for each copy."""
+    s = segments
+    tokens = qkv[: s.token_rows].unflatten(0, (s.clips, s.num_frames * s.num_tokens))
+    bottleneck = qkv[s.token_rows :].unflatten(0, (s.clips, s.num_bottleneck))
+    q, k, v = torch.cat([tokens, bottleneck], dim=1).permute(2, 0, 3, 1, 4)
+    if not s.asks:
+        q = q[:, :, : tokens.shape[1]]
+    elif s.frames == "mean":
+        q = torch.cat([q, *[q[:, :, tokens.shape[1] :]] * (s.num_frames - 1)], dim=2)
+    return q, k, v
+
+
+def to_rows(out: Tensor, segments: Segments) -> Tensor:
+    """Returns results [C, H, queries of a clip, d] as rows of the output."""
+    tokens = segments.num_frames * segments.num_tokens
+    rows = out.transpose(1, 2)
+    return torch.cat([rows[:, :tokens].flatten(0, 1), rows[:, tokens:].flatten(0, 1)])

@@ -1,0 +1,76 @@
+"""Bottleneck attention put together from PyTorch's own attentions.
+
+They are what the kernel is measured against, and what is used where it is not faster.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from fastav_kernels.bottleneck_attention.reference import allowed, by_clip, to_rows
+from fastav_kernels.bottleneck_attention.segments import Segments
+
+
+def sdpa(qkv: Tensor, segments: Segments) -> Tensor:
+    """As `bottleneck_attention`, by one SDPA, or, kind `shared`, by two; the bottleneck is copied beside each frame."""
+    T, N, Z = segments.num_frames, segments.num_tokens, segments.num_bottleneck
+    if segments.frames == "joint":
+        T, N = 1, T * N
+    first = segments.token_rows
+    tokens = qkv[:first].unflatten(0, (segments.clips, T, N)).permute(3, 0, 1, 4, 2, 5)
+    bottleneck = qkv[first:].unflatten(0, (segments.clips, Z)).permute(2, 0, 3, 1, 4)
+    # A copy of the bottleneck beside each frame: [3, C, T, H, N + Z, d].
+    copies = bottleneck.unsqueeze(2).expand(-1, -1, T, -1, -1, -1)
+    q, k, v = torch.cat([tokens, copies], dim=4).flatten(1, 2)
+    if not Z or not segments.asks:
+        out = scaled_dot_product_attention(tokens[0].flatten(0, 1), k, v)
+        return out.transpose(1, 2).flatten(0, 1)
+    if segments.frames == "shared" and T > 1:
+        out_tokens = scaled_dot_product_attention(tokens[0].flatten(0, 1), k, v)
+        # All tokens of the clip and the bottleneck, once: [3, C, H, T*N + Z, d].
+        clip = torch.cat([tokens.transpose(2, 3).flatten(3, 4), bottleneck], dim=3)
+        out_bottleneck = scaled_dot_product_attention(bottleneck[0], clip[1], clip[2])
+    else:
+        out_tokens, out_bottleneck = scaled_dot_product_attention(q, k, v).split([N, Z], dim=2)
+    return torch.cat([out_tokens.transpose(1, 2).flatten(0, 1), out_bottleneck.transpose(1, 2).flatten(0, 1)])
+
+
+def masked(qkv: Tensor, segments: Segments) -> Tensor:
+    """As `bottleneck_attention`, by one SDPA of the whole clip under a dense mask."""
+    q, k, v = by_clip(qkv, segments)
+    return to_rows(scaled_dot_product_attention(q, k, v, attn_mask=allowed(segments, qkv.device)), segments)
+
+
+def flex(qkv: Tensor, segments: Segments) -> Tensor:
+    """As `bottleneck_attention`, by FlexAttention; compiled on a GPU, without which it would write out all scores."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    q, k, v = by_clip(qkv, segments)
+    attend: Any = _compiled_flex() if qkv.is_cuda else flex_attention
+    return to_rows(attend(q, k, v, block_mask=_block_mask(segments, str(qkv.device))), segments)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+@functools.lru_cache(maxsize=64)
+def _block_mask(segments: Segments, device: str) -> Any:
+    """The sparsity of a clip, made once: making it costs more than using it."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    pairs = allowed(segments, torch.device(device))
+
+    def sees(b: Any, h: Any, query: Any, key: Any) -> Any:
+        return pairs[query, key]
+
+    queries, keys = pairs.shape
+    return create_block_mask(sees, None, None, queries, keys, device=device)

@@ -1,0 +1,168 @@
+"""Launches the kernels: which of them, on what grid, with which tiles and buffers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from fastav_kernels.bottleneck_attention import triton_kernels as kernels
+from fastav_kernels.bottleneck_attention.plans import HEAD_DIMS, Chip, Plan, architecture_of, plan_for
+from fastav_kernels.bottleneck_attention.segments import Segments
+
+_BLOCK_Z = 16
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(device: str, dtype: str, head_dim: int) -> str:
+    """Returns why the kernels cannot run on such a matrix; nothing where they can."""
+    if dtype not in map(str, _DTYPES):
+        return f"it takes float32, float16 and bfloat16, not {dtype}"
+    if head_dim not in HEAD_DIMS:
+        return f"it takes heads of {', '.join(map(str, HEAD_DIMS))} channels, not {head_dim}"
+    if device.startswith("cuda"):
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+    elif not triton.knobs.runtime.interpret:
+        return f"it needs an NVIDIA GPU, the tensors are on {device}"
+    return ""
+
+
+def run_forward(qkv: Tensor, segments: Segments, chip: Chip | None = None) -> tuple[Tensor, Tensor]:
+    """Returns the output [out rows, H, d] and its log-sum-exp, base 2, float32 [H, out rows].
+
+    Args:
+        qkv: Contiguous, as `Segments.check` wants it.
+        segments: Its sizes.
+        chip: Whose plans; None for the device's.
+    """
+    H, D = qkv.shape[2:]
+    call, chip = Call(segments, H, D, qkv.dtype), chip or chip_of(qkv.device)
+    out = qkv.new_empty(segments.out_rows, H, D)
+    lse = qkv.new_empty(H, segments.out_rows, dtype=torch.float32)
+    parts = (call.sequences, call.bottleneck, H, D) if call.merges else (0, 0, 0, 0)
+    part_out = qkv.new_empty(parts, dtype=torch.float32)
+    part_lse = qkv.new_empty(parts[:3], dtype=torch.float32)
+    plan = call.surely("forward", chip)
+    kernels.forward[(call.sequences * H * call.tiles(plan),)](
+        qkv, out, lse, part_out, part_lse, call.scale, call.frames, segments.token_rows, segments.out_rows,
+        call.tokens // plan.block_n, **call.constants(plan), **_options(plan),
+    )  # fmt: skip
+    if call.merges:
+        grid = segments.clips * H * triton.cdiv(call.bottleneck, _BLOCK_Z)
+        kernels.merge_parts[(grid,)](
+            part_out, part_lse, out, lse, segments.token_rows, segments.out_rows,
+            H=H, D=D, Z=call.bottleneck, FRAMES=call.frames, BLOCK_Z=_BLOCK_Z, num_warps=1,
+        )  # fmt: skip
+    return out, lse
+
+
+def run_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, segments: Segments, chip: Chip | None = None
+) -> Tensor:
+    """Returns the gradient of the packed matrix, of its dtype.
+
+    Args:
+        dout: Gradient of the output, contiguous.
+        qkv: As it was.
+        out: As it came out.
+        lse: Likewise.
+        segments: Sizes.
+        chip: Whose plans; None for the device's.
+    """
+    H, D = qkv.shape[2:]
+    call, chip = Call(segments, H, D, qkv.dtype), chip or chip_of(qkv.device)
+    dqkv = torch.empty_like(qkv)
+    if call.bottleneck and not call.split and not call.queries:
+        dqkv[segments.token_rows :, 0].zero_()
+    parts = (call.sequences, call.bottleneck, 3, H, D) if call.split else (0,)
+    sums = qkv.new_empty(parts, dtype=torch.float32)
+    whole = call.plan("backward_whole", chip)
+    plans = [whole] if whole else [call.surely(name, chip) for name in ("backward_keys", "backward_queries")]
+    for plan in plans:
+        getattr(kernels, plan.kernel)[(call.sequences * H * call.tiles(plan),)](
+            qkv, out, dout, lse, dqkv, sums, call.scale, call.unit, call.frames, segments.token_rows,
+            segments.out_rows, **call.constants(plan), **_options(plan),
+        )  # fmt: skip
+    if call.split:
+        grid = segments.clips * 3 * H * triton.cdiv(call.bottleneck, _BLOCK_Z)
+        kernels.sum_parts[(grid,)](
+            sums, dqkv, segments.token_rows, H=H, D=D, Z=call.bottleneck, FRAMES=call.frames, QUERIES=call.queries,
+            BLOCK_Z=_BLOCK_Z, num_warps=1,
+        )  # fmt: skip
+    return dqkv
+
+
+class Call:
+    """What the kernels are compiled for and told; a clip that is one sequence has one frame of all its tokens.
+
+    Args:
+        segments: Sizes.
+        heads: H.
+        dim: d.
+        dtype: Of the packed matrix.
+    """
+
+    def __init__(self, segments: Segments, heads: int, dim: int, dtype: torch.dtype) -> None:
+        self.segments, self.heads, self.dim, self.dtype = segments, heads, dim, dtype
+        self.frames = 1 if segments.alone else segments.num_frames
+        self.tokens = segments.num_tokens * segments.num_frames // self.frames
+        self.sequences = segments.clips * self.frames
+        self.bottleneck = segments.num_bottleneck
+        self.queries = self.bottleneck if segments.asks else 0
+        self.keys = self.tokens + self.bottleneck
+        self.split = self.bottleneck > 0 and self.frames > 1
+        self.scale, self.unit = math.log2(math.e) / math.sqrt(dim), 1 / math.sqrt(dim)
+        self.kind = kernels.ALONE.value
+        if not segments.alone:
+            self.kind = (kernels.COPIES if segments.frames == "mean" else kernels.PARTS).value
+        self.merges = self.kind == kernels.PARTS.value and self.queries > 0
+
+    def tiles(self, plan: Plan) -> int:
+        """Programs for one head of a sequence."""
+        if plan.kernel == "backward_whole":
+            return 1
+        if plan.kernel == "backward_keys":
+            return triton.cdiv(self.keys, plan.block_n)
+        return triton.cdiv(self.tokens + self.queries, plan.block_m)
+
+    def constants(self, plan: Plan) -> dict[str, Any]:
+        """What a kernel is compiled for."""
+        told: dict[str, Any] = {
+            "H": self.heads, "D": self.dim, "N": self.tokens, "Z": self.bottleneck, "QUERIES": self.queries,
+            "KIND": self.kind, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32", "BLOCK_M": plan.block_m,
+        }  # fmt: skip
+        if plan.kernel == "forward":
+            left = self.keys - self.tokens // plan.block_n * plan.block_n
+            tail = min(plan.block_n, max(16, triton.next_power_of_2(left)))  # as few columns as the tensor cores take
+            told |= {"TAIL": tail, "TRIPS": not triton.knobs.runtime.interpret}
+        else:
+            told |= {"SPLIT": self.split}
+        if plan.kernel == "backward_whole":
+            return told | {"KEYS": plan.block_n}
+        return told | {"BLOCK_N": plan.block_n, "TILES": self.tiles(plan)}
+
+    def plan(self, kernel: str, chip: Chip) -> Plan | None:
+        """The tiles of a kernel."""
+        return plan_for(kernel, chip, self.dim, self.dtype.itemsize, self.keys)
+
+    def surely(self, kernel: str, chip: Chip) -> Plan:
+        """The same, where every file has tiles for sequences of any length."""
+        plan = self.plan(kernel, chip)
+        assert plan is not None, f"no plan of {kernel} for heads of {self.dim} in {self.dtype} on {chip}"
+        return plan
+
+
+def chip_of(device: torch.device) -> Chip:
+    """Returns whose plans a device uses; the interpreter those of sm_90."""
+    if device.type != "cuda":
+        return Chip("sm_90")
+    told: Any = torch.cuda.get_device_properties(device)
+    return Chip(architecture_of((told.major, told.minor)), told.shared_memory_per_block_optin)
+
+
+def _options(plan: Plan) -> dict[str, int]:
+    return {"num_warps": plan.num_warps, "num_stages": plan.num_stages}

@@ -1,0 +1,327 @@
+"""The Triton kernels of bottleneck attention, and nothing else: who calls them with what is `launch`'s concern.
+
+One program works on one head of one sequence, which is a frame (kinds `mean` and `shared`) or a clip (`joint`, and any
+kind with a single frame). Local row i < N of a sequence is its token i, row N + z is bottleneck token z: rows of the
+packed matrix follow by index arithmetic, so that nothing is gathered, joined or copied. The few bottleneck queries ride
+in the padding of the last tile of rows.
+
+`KIND` says what a sequence's bottleneck queries mean:
+
+    ALONE   the sequence is the whole clip: their result is final
+    COPIES  kind `mean`: each frame's copy has a row of its own in the output
+    PARTS   kind `shared`: each frame gives a part, a softmax over its own keys with its log-sum-exp; `merge_parts`
+            joins them (only the first frame sees the bottleneck's keys, so that each key counts once)
+
+Log-sum-exps are to base 2, of scores that are scaled by log2(e) / sqrt(d): exp2 is what the hardware has.
+
+The gradients of a clip's bottleneck rows are sums over its frames. Every program writes its own part in float32, and
+`sum_parts` adds them in a fixed order: no atomics, two runs give the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ALONE, COPIES, PARTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+
+
+@triton.jit
+def _sequence(TILES: tl.constexpr, H: tl.constexpr, frames):
+    """Tile, head, sequence and clip that this program works on; tiles of a head are neighbours, they share its keys."""
+    pid = tl.program_id(0)
+    seq = (pid // TILES // H).to(tl.int64)
+    return pid % TILES, (pid // TILES) % H, seq, seq // frames
+
+
+@triton.jit
+def _count(known: tl.constexpr, trips, TRIPS: tl.constexpr):
+    """How often a loop goes round: `known`, or `trips`, which says the same where the compiler cannot see it.
+
+    It would unroll three rounds, for 140 registers instead of 99 on sm_90. Only the interpreter needs to know.
+    """
+    return trips if TRIPS else known
+
+
+@triton.jit
+def _in_rows(local, seq, clip, first, N: tl.constexpr, Z: tl.constexpr):
+    """Rows of the packed input of local rows."""
+    return tl.where(local < N, seq * N + local, first + clip * Z + local - N)
+
+
+@triton.jit
+def _out_rows(local, seq, clip, first, N: tl.constexpr, Z: tl.constexpr, KIND: tl.constexpr):
+    """Rows of the output of local rows; with `PARTS` those of the merged bottleneck."""
+    if KIND == COPIES:
+        return tl.where(local < N, seq * N + local, first + seq * Z + local - N)
+    return tl.where(local < N, seq * N + local, first + clip * Z + local - N)
+
+
+@triton.jit
+def _visible(row, col, is_first, N: tl.constexpr, Z: tl.constexpr, KIND: tl.constexpr):
+    """Which pairs of local rows and columns meet; both are given with their axes in place."""
+    there = (row >= 0) & (col < N + Z)
+    if KIND == PARTS:
+        there = there & ((row < N) | (col < N) | is_first)
+    return there
+
+
+@triton.jit
+def _attend(q, k, v, acc, top, total, keep, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+    """One step of the running softmax over a tile of keys and values [columns, d]."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    if MASKED:
+        s = tl.where(keep, s, float("-inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    p = tl.exp2(s - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    acc = acc * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+    return acc, new_top, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def forward(
+    qkv, out, lse, part_out, part_lse, scale, frames, first, num_out, trips,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
+    TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+    TRIPS: tl.constexpr,
+):  # fmt: skip
+    """Writes a tile of output rows and their log-sum-exp.
+
+    Pointers: qkv [rows, 3, H, D]; out [num_out, H, D]; lse float32 [H, num_out]; with `PARTS` also float32
+    part_out [sequences, Z, H, D] and part_lse [sequences, Z, H]. `first`: rows of tokens. `QUERIES`: Z, or 0 where
+    the bottleneck's own result is not wanted. Columns: full tiles of tokens without a mask, then tiles of TAIL.
+    """
+    tile, head, seq, clip = _sequence(TILES, H, frames)
+    is_first = seq % frames == 0
+    row_size: tl.constexpr = 3 * H * D
+    dim = tl.arange(0, D)
+    local = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = local < N + QUERIES
+    rows = _in_rows(local, seq, clip, first, N, Z)
+    q = tl.load(qkv + rows[:, None] * row_size + head * D + dim[None, :], mask=real[:, None], other=0.0)
+    keys = qkv + H * D + head * D
+    token_keys = keys + seq * N * row_size  # offsets from here fit into 32 bits: fewer registers
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    full: tl.constexpr = N // BLOCK_N
+    for j in range(_count(full, trips, TRIPS)):
+        at = token_keys + (j * BLOCK_N + tl.arange(0, BLOCK_N))[:, None] * row_size + dim[None, :]
+        k = tl.load(at)
+        v = tl.load(at + H * D)
+        acc, top, total = _attend(q, k, v, acc, top, total, 0, scale, False, PRECISION)
+    for j in range((N + Z - full * BLOCK_N + TAIL - 1) // TAIL):
+        col = full * BLOCK_N + j * TAIL + tl.arange(0, TAIL)
+        at = keys + _in_rows(col, seq, clip, first, N, Z)[:, None] * row_size + dim[None, :]
+        there = (col < N + Z)[:, None]
+        k = tl.load(at, mask=there, other=0.0)
+        v = tl.load(at + H * D, mask=there, other=0.0)
+        keep = _visible(local[:, None], col[None, :], is_first, N, Z, KIND)
+        acc, top, total = _attend(q, k, v, acc, top, total, keep, scale, True, PRECISION)
+    acc = acc / total[:, None]
+    log = top + tl.log2(total)
+    local = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    if KIND == PARTS:
+        final = local < N
+        part = seq * Z + local - N
+        at_part = part_out + (part[:, None] * H + head) * D + dim[None, :]
+        tl.store(at_part, acc, mask=(real & (local >= N))[:, None])
+        tl.store(part_lse + part * H + head, log, mask=real & (local >= N))
+    else:
+        final = real
+    to = _out_rows(local, seq, clip, first, N, Z, KIND)
+    tl.store(out + (to[:, None] * H + head) * D + dim[None, :], acc.to(out.dtype.element_ty), mask=final[:, None])
+    tl.store(lse + head * num_out + to, log, mask=final)
+
+
+@triton.jit
+def merge_parts(
+    part_out, part_lse, out, lse, first, num_out,
+    H: tl.constexpr, D: tl.constexpr, Z: tl.constexpr, FRAMES: tl.constexpr, BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    """Joins the frames' parts of a clip's bottleneck queries, weighted by their share of the softmax."""
+    tiles: tl.constexpr = (Z + BLOCK_Z - 1) // BLOCK_Z
+    tile, head, clip, _ = _sequence(tiles, H, 1)
+    dim = tl.arange(0, D)
+    z = tile * BLOCK_Z + tl.arange(0, BLOCK_Z)
+    real = z < Z
+    top = tl.full([BLOCK_Z], float("-inf"), tl.float32)
+    for f in range(FRAMES):
+        part = (clip * FRAMES + f) * Z + z
+        top = tl.maximum(top, tl.load(part_lse + part * H + head, mask=real, other=0.0))
+    total = tl.zeros([BLOCK_Z], tl.float32)
+    acc = tl.zeros([BLOCK_Z, D], tl.float32)
+    for f in range(FRAMES):
+        part = (clip * FRAMES + f) * Z + z
+        share = tl.exp2(tl.load(part_lse + part * H + head, mask=real, other=0.0) - top)
+        o = tl.load(part_out + (part[:, None] * H + head) * D + dim[None, :], mask=real[:, None], other=0.0)
+        total += share
+        acc += share[:, None] * o
+    to = first + clip * Z + z
+    acc = acc / total[:, None]
+    tl.store(out + (to[:, None] * H + head) * D + dim[None, :], acc.to(out.dtype.element_ty), mask=real[:, None])
+    tl.store(lse + head * num_out + to, top + tl.log2(total), mask=real)
+
+
+@triton.jit
+def _queries(
+    qkv, out, dout, lse, local, seq, clip, head, first, num_out,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """Loads a tile of queries with their gradients: q, dout [rows, d], log-sum-exp and rowsum(out * dout) [rows]."""
+    dim = tl.arange(0, D)
+    real = local < N + QUERIES
+    rows = _in_rows(local, seq, clip, first, N, Z)
+    to = _out_rows(local, seq, clip, first, N, Z, KIND)
+    q = tl.load(qkv + rows[:, None] * (3 * H * D) + head * D + dim[None, :], mask=real[:, None], other=0.0)
+    at = (to[:, None] * H + head) * D + dim[None, :]
+    do = tl.load(dout + at, mask=real[:, None], other=0.0)
+    o = tl.load(out + at, mask=real[:, None], other=0.0)
+    log = tl.load(lse + head * num_out + to, mask=real, other=0.0)
+    return q, do, log, tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+
+
+@triton.jit
+def _store_rows(
+    dqkv, parts, which, value, local, seq, clip, head, first, limit,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Writes gradients [rows, d] of q, k or v (`which` 0, 1, 2) of local rows below `limit`.
+
+    With `SPLIT`, those of the bottleneck go to this sequence's part, float32 [sequences, Z, 3, H, D].
+    """
+    dim = tl.arange(0, D)
+    rows = _in_rows(local, seq, clip, first, N, Z)
+    at = dqkv + rows[:, None] * (3 * H * D) + (which * H + head) * D + dim[None, :]
+    if SPLIT:
+        tl.store(at, value.to(dqkv.dtype.element_ty), mask=((local < N) & (local < limit))[:, None])
+        part = ((seq * Z + local[:, None] - N) * 3 + which) * (H * D) + head * D + dim[None, :]
+        tl.store(parts + part, value, mask=((local >= N) & (local < limit))[:, None])
+    else:
+        tl.store(at, value.to(dqkv.dtype.element_ty), mask=(local < limit)[:, None])
+
+
+@triton.jit
+def backward_whole(
+    qkv, out, dout, lse, dqkv, parts, scale, unit, frames, first, num_out,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
+    SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one head of one short sequence; its N + Z <= KEYS keys and values stay on the chip.
+
+    Scores are kept transposed, keys by queries, so that the tensor cores get the many keys as their rows. Five matrix
+    products a tile, against seven of two kernels; rowsum(out * dout) is made on the way, as each query has one program.
+    `scale` is log2(e) / sqrt(d), `unit` 1 / sqrt(d).
+    """
+    _, head, seq, clip = _sequence(1, H, frames)
+    is_first = seq % frames == 0
+    dim = tl.arange(0, D)
+    col = tl.arange(0, KEYS)
+    there = (col < N + Z)[:, None]
+    at = _in_rows(col, seq, clip, first, N, Z)[:, None] * (3 * H * D) + head * D + dim[None, :]
+    k = tl.load(qkv + H * D + at, mask=there, other=0.0)
+    v = tl.load(qkv + 2 * H * D + at, mask=there, other=0.0)
+    dk = tl.zeros([KEYS, D], tl.float32)
+    dv = tl.zeros([KEYS, D], tl.float32)
+    for i in range((N + QUERIES + BLOCK_M - 1) // BLOCK_M):
+        local = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        q, do, log, delta = _queries(
+            qkv, out, dout, lse, local, seq, clip, head, first, num_out, H, D, N, Z, QUERIES, KIND
+        )
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        keep = _visible(local[None, :], col[:, None], is_first, N, Z, KIND)
+        p = tl.where(keep, tl.exp2(s - log[None, :]), 0.0)
+        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :]) * unit).to(q.dtype)
+        dk += tl.dot(ds, q, input_precision=PRECISION)
+        if D < 64:  # the tensor cores of sm_90 want 64 rows of a product: channels, or queries
+            dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+        else:
+            dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
+        _store_rows(dqkv, parts, 0, dq, local, seq, clip, head, first, N + QUERIES, H, D, N, Z, SPLIT)
+    _store_rows(dqkv, parts, 1, dk, col, seq, clip, head, first, N + Z, H, D, N, Z, SPLIT)
+    _store_rows(dqkv, parts, 2, dv, col, seq, clip, head, first, N + Z, H, D, N, Z, SPLIT)
+
+
+@triton.jit
+def backward_keys(
+    qkv, out, dout, lse, dqkv, parts, scale, unit, frames, first, num_out,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
+    SPLIT: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values of a sequence of any length; as `backward_whole`, without the queries'."""
+    tile, head, seq, clip = _sequence(TILES, H, frames)
+    is_first = seq % frames == 0
+    dim = tl.arange(0, D)
+    col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    there = (col < N + Z)[:, None]
+    at = _in_rows(col, seq, clip, first, N, Z)[:, None] * (3 * H * D) + head * D + dim[None, :]
+    k = tl.load(qkv + H * D + at, mask=there, other=0.0)
+    v = tl.load(qkv + 2 * H * D + at, mask=there, other=0.0)
+    dk = tl.zeros([BLOCK_N, D], tl.float32)
+    dv = tl.zeros([BLOCK_N, D], tl.float32)
+    for i in range((N + QUERIES + BLOCK_M - 1) // BLOCK_M):
+        local = i * BLOCK_M + tl.arange(0, BLOCK_M)
+        q, do, log, delta = _queries(
+            qkv, out, dout, lse, local, seq, clip, head, first, num_out, H, D, N, Z, QUERIES, KIND
+        )
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        keep = _visible(local[None, :], col[:, None], is_first, N, Z, KIND)
+        p = tl.where(keep, tl.exp2(s - log[None, :]), 0.0)
+        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = p * (dp - delta[None, :]) * unit
+        dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+    _store_rows(dqkv, parts, 1, dk, col, seq, clip, head, first, N + Z, H, D, N, Z, SPLIT)
+    _store_rows(dqkv, parts, 2, dv, col, seq, clip, head, first, N + Z, H, D, N, Z, SPLIT)
+
+
+@triton.jit
+def backward_queries(
+    qkv, out, dout, lse, dqkv, parts, scale, unit, frames, first, num_out,
+    H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
+    SPLIT: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of queries of a sequence of any length."""
+    tile, head, seq, clip = _sequence(TILES, H, frames)
+    is_first = seq % frames == 0
+    dim = tl.arange(0, D)
+    local = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q, do, log, delta = _queries(qkv, out, dout, lse, local, seq, clip, head, first, num_out, H, D, N, Z, QUERIES, KIND)
+    dq = tl.zeros([BLOCK_M, D], tl.float32)
+    for j in range((N + Z + BLOCK_N - 1) // BLOCK_N):
+        col = j * BLOCK_N + tl.arange(0, BLOCK_N)
+        there = (col < N + Z)[:, None]
+        at = _in_rows(col, seq, clip, first, N, Z)[:, None] * (3 * H * D) + head * D + dim[None, :]
+        k = tl.load(qkv + H * D + at, mask=there, other=0.0)
+        v = tl.load(qkv + 2 * H * D + at, mask=there, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        keep = _visible(local[:, None], col[None, :], is_first, N, Z, KIND)
+        p = tl.where(keep, tl.exp2(s - log[:, None]), 0.0)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = p * (dp - delta[:, None]) * unit
+        dq += tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
+    _store_rows(dqkv, parts, 0, dq, local, seq, clip, head, first, N + QUERIES, H, D, N, Z, SPLIT)
+
+
+@triton.jit
+def sum_parts(
+    parts, dqkv, first,
+    H: tl.constexpr, D: tl.constexpr, Z: tl.constexpr, FRAMES: tl.constexpr, QUERIES: tl.constexpr,
+    BLOCK_Z: tl.constexpr,
+):  # fmt: skip
+    """Adds the frames' parts of the gradients of a clip's bottleneck rows, in their order."""
+    tiles: tl.constexpr = (Z + BLOCK_Z - 1) // BLOCK_Z
+    tile, column, clip, _ = _sequence(tiles, 3 * H, 1)
+    dim = tl.arange(0, D)
+    z = tile * BLOCK_Z + tl.arange(0, BLOCK_Z)
+    real = (z < Z)[:, None]
+    acc = tl.zeros([BLOCK_Z, D], tl.float32)
+    if (QUERIES > 0) | (column >= H):  # queries that were not asked have no gradient
+        for f in range(FRAMES):
+            part = ((clip * FRAMES + f) * Z + z[:, None]) * (3 * H) + column
+            acc += tl.load(parts + part * D + dim[None, :], mask=real, other=0.0)
+    to = ((first + clip * Z + z)[:, None] * (3 * H) + column) * D + dim[None, :]
+    tl.store(dqkv + to, acc.to(dqkv.dtype.element_ty), mask=real)
