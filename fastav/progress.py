@@ -13,8 +13,8 @@ _PLAIN_EVERY_S = 5.0
 
 
 @contextmanager
-def progress(console: Console, doing: str, total: int, things: str) -> Iterator[Callable[[], None]]:
-    """Yields what to call after each thing is done.
+def progress(console: Console, doing: str, total: int, things: str) -> Iterator[Callable[..., None]]:
+    """Yields what to call after a thing is done, or with how many.
 
     Args:
         console: Where to show it.
@@ -26,19 +26,20 @@ def progress(console: Console, doing: str, total: int, things: str) -> Iterator[
         columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(things), TimeRemainingColumn())
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(doing, total=total)
-            yield lambda: bar.advance(task)
+            yield lambda num=1: bar.advance(task, num)
         return
     first = said = time.monotonic()
-    done = 0
+    begun = done = 0
 
-    def advance() -> None:
-        nonlocal done, first, said
-        done += 1
+    def advance(num: int = 1) -> None:
+        nonlocal begun, done, first, said
+        done += num
         now = time.monotonic()
-        if done == 1:
-            first = now  # the start of the processes is in the time of the first one, and would spoil the guess
-        elif now - said >= _PLAIN_EVERY_S or done == total:
-            left_s = (now - first) / (done - 1) * (total - done)
+        if done == num:
+            # The start of the processes is in the time of the first ones, and would spoil the guess.
+            first, begun = now, done
+        if done == total or (done > begun and now - said >= _PLAIN_EVERY_S):
+            left_s = (now - first) / max(done - begun, 1) * (total - done)
             console.print(f"{doing}: {done}/{total} {things}, {left_s:.0f} s left", highlight=False)
             said = now
 

@@ -19,9 +19,7 @@ import json
 import multiprocessing
 import re
 import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,7 +27,6 @@ import msgspec
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastav.clip import Clip
 from fastav.config import Config, NonNegativeInt, PositiveInt
@@ -38,6 +35,7 @@ from fastav.files import write_text
 from fastav.index import build_manifest
 from fastav.manifest import Manifest, Problem
 from fastav.meter import num_cores
+from fastav.progress import progress
 from fastav.synth_render import (
     CALLS,
     PATTERNS,
@@ -55,7 +53,6 @@ NUM_RECORDERS = {"train": 16, "test": 5}
 SILENT_SHARE, BROKEN_SHARE = 0.02, 0.01
 MIN_FOR_BROKEN = 24  # below, a single broken clip is more than the share a run tolerates by default
 UNREADABLE: tuple[Damage, ...] = ("cut", "empty")
-PLAIN_EVERY_S = 5.0
 HABITATS = ("forest", "marsh", "meadow", "coast")
 
 
@@ -197,32 +194,9 @@ def _test(settings: Synth, out: Path) -> Planned:
     return Planned(jobs, clips, {})
 
 
-@contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what counts written files: a bar on a terminal, a plain line every few seconds elsewhere."""
-    if console.is_terminal:
-        columns = (TextColumn("making clips"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=console) as bar:
-            task = bar.add_task("making clips", total=total)
-            yield lambda num: bar.advance(task, num)
-        return
-    started = said = time.monotonic()
-    done = 0
-
-    def advance(num: int) -> None:
-        nonlocal done, said
-        done += num
-        now = time.monotonic()
-        if now - said >= PLAIN_EVERY_S or done == total:
-            console.print(f"made {done}/{total} files in {now - started:.0f} s", highlight=False)
-            said = now
-
-    yield advance
-
-
 def _run(jobs: list[Job], workers: int, console: Console) -> None:
     """Runs the jobs, in this process when there is one worker only."""
-    with _progress(console, sum(len(job.outputs) for job in jobs)) as advance:
+    with progress(console, "making", sum(len(job.outputs) for job in jobs), "files") as advance:
         if workers == 1:
             for job in jobs:
                 advance(run_job(job))

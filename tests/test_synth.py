@@ -15,6 +15,7 @@ from rich.console import Console
 from fastav import synth, synth_render
 from fastav.errors import FastavError, UserError
 from fastav.manifest import Manifest
+from fastav.progress import progress
 from fastav.synth import Synth, combinations, lay_out, make
 from fastav.synth_render import CALLS, PATTERNS, Recorder, draw_frames, draw_wave
 
@@ -251,7 +252,7 @@ def test_another_data_set_is_not_overwritten_without_force(tmp_path: Path, capsy
     out = tmp_path / "data"
     make(out, TINY, workers=1)
     text = capsys.readouterr().out
-    assert "made 18/18 files in " in text
+    assert "making: 18/18 files, 0 s left" in text
     assert "8 training and 8 test clips of 8 classes" in text
     assert "0 break while they are decoded and 2 cannot be opened" in text
     (out / "notes.txt").write_text("mine")
@@ -330,7 +331,8 @@ def test_a_file_or_a_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.Ca
 
 def test_progress_is_a_bar_on_a_terminal() -> None:
     text = io.StringIO()
-    with synth._progress(Console(file=text, force_terminal=True, width=100), 3) as advance:
-        advance(3)
-    assert "making clips" in text.getvalue()
+    with progress(Console(file=text, force_terminal=True, width=100), "making", 3, "files") as advance:
+        advance(2)
+        advance()
+    assert "making" in text.getvalue()
     assert "3/3" in text.getvalue()

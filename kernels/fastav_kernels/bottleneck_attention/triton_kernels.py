@@ -203,6 +203,18 @@ def _store_rows(
 
 
 @triton.jit
+def _key_gradients(q, do, log, delta, k, v, dk, dv, keep, scale, unit, PRECISION: tl.constexpr):
+    """Adds a tile of queries to the gradients of keys and values; also returns those of the scores, [keys, queries]."""
+    s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+    p = tl.where(keep, tl.exp2(s - log[None, :]), 0.0)
+    dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
+    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+    ds = (p * (dp - delta[None, :]) * unit).to(q.dtype)
+    dk += tl.dot(ds, q, input_precision=PRECISION)
+    return dk, dv, ds
+
+
+@triton.jit
 def backward_whole(
     qkv, out, dout, lse, dqkv, parts, scale, unit, frames, first, num_out,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
@@ -229,13 +241,8 @@ def backward_whole(
         q, do, log, delta = _queries(
             qkv, out, dout, lse, local, seq, clip, head, first, num_out, H, D, N, Z, QUERIES, KIND
         )
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         keep = _visible(local[None, :], col[:, None], is_first, N, Z, KIND)
-        p = tl.where(keep, tl.exp2(s - log[None, :]), 0.0)
-        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = (p * (dp - delta[None, :]) * unit).to(q.dtype)
-        dk += tl.dot(ds, q, input_precision=PRECISION)
+        dk, dv, ds = _key_gradients(q, do, log, delta, k, v, dk, dv, keep, scale, unit, PRECISION)
         if D < 64:  # the tensor cores of sm_90 want 64 rows of a product: channels, or queries
             dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
         else:
@@ -267,13 +274,8 @@ def backward_keys(
         q, do, log, delta = _queries(
             qkv, out, dout, lse, local, seq, clip, head, first, num_out, H, D, N, Z, QUERIES, KIND
         )
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         keep = _visible(local[None, :], col[:, None], is_first, N, Z, KIND)
-        p = tl.where(keep, tl.exp2(s - log[None, :]), 0.0)
-        dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
-        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - delta[None, :]) * unit
-        dk += tl.dot(ds.to(q.dtype), q, input_precision=PRECISION)
+        dk, dv, _ = _key_gradients(q, do, log, delta, k, v, dk, dv, keep, scale, unit, PRECISION)
     _store_rows(dqkv, parts, 1, dk, col, seq, clip, head, first, N + Z, H, D, N, Z, SPLIT)
     _store_rows(dqkv, parts, 2, dv, col, seq, clip, head, first, N + Z, H, D, N, Z, SPLIT)
 
