@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -122,9 +124,17 @@ def _pool(workers: int, do: Callable[..., Any]) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("forkserver" if server else "spawn")
     function = do.func if isinstance(do, functools.partial) else do
     context.set_forkserver_preload(["__main__", function.__module__])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupts)
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
-def _ignore_interrupts() -> None:
-    """Leaves Ctrl-C to the parent, which then stops giving out jobs."""
+def _start_worker() -> None:
+    """Leaves Ctrl-C to the parent, which then stops giving out jobs, and ends with the parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, name="fastav-parent", daemon=True).start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +20,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+import fastav.pack
 from fastav.__main__ import main
 from fastav.decode import PyAV, Read
+from fastav.decode.packed import decode_sound
 from fastav.errors import UserError
 from fastav.frontend import Frontend
 from fastav.manifest import Manifest, check, write_manifest
 from fastav.pack import build_pack
 from fastav.pack.encode import encode_flac
-from fastav.pack.folder import plan_shards
+from fastav.pack.folder import PackFolder, plan_shards
 from fastav.pack.quality import psnr_db
 from fastav.pack.settings import PackSettings
 from fastav.pack.transcode import Order, pack_clip
@@ -324,6 +327,55 @@ def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(made, tmp_path):
     assert "is packed already" in again.stdout
 
 
+def test_a_shard_that_was_lost_is_packed_again(made, tmp_path, capsys):
+    settings = PackSettings(shard_mib=1)
+    manifest = Manifest.open(made)
+    straight = build_pack(manifest, tmp_path / "straight", settings, workers=1)
+    out = PackFolder(tmp_path / "lost")
+    two = plan_shards(manifest, settings)[:2]
+    with out.locked():
+        out.begin(manifest, settings)
+        fastav.pack._pack_shards(manifest, out, two, settings, 1, lambda: None, False)
+    assert all(out.has(shard) for shard in two)
+    (out.path / "shards" / "000001.tar").unlink()
+    build_pack(manifest, out.path, settings, workers=1)
+    assert "1 of " in capsys.readouterr().out
+    assert digests(out.path) == digests(straight.root)
+
+
+def test_files_that_are_gone_leave_their_shards_open(tmp_path, capsys):
+    here = tmp_path / "media"
+    here.mkdir()
+    for name in ("a", "b", "c"):
+        write_media(here / f"{name}.mp4", frames=12)
+    words = ["index", "folder", str(here), "--classes", "file", "--out", str(tmp_path / "m.parquet")]
+    assert main(words) == 0
+    (here / "b.mp4").rename(tmp_path / "b.mp4")
+    pack = ["pack", str(tmp_path / "m.parquet"), str(tmp_path / "p"), "--workers", "1"]
+    assert main(pack) == 2
+    told = capsys.readouterr().err
+    assert "1 of the media files of" in told
+    assert "b.mp4" in told
+    assert "--skip-missing" in told
+    (tmp_path / "b.mp4").rename(here / "b.mp4")
+    assert main(pack) == 0
+    assert len(Manifest.open(tmp_path / "p" / "manifest.parquet")) == 3
+    (here / "b.mp4").unlink()
+    assert main([*pack[:2], str(tmp_path / "q"), "--workers", "1", "--skip-missing"]) == 3  # a third is left out
+    assert "1 of 3 clips had to be left out, more than the share 0.05 of --max-broken" in capsys.readouterr().err
+    assert main([*pack[:2], str(tmp_path / "q"), "--skip-missing", "--max-broken", "0.5"]) == 0
+
+
+def test_a_killed_parent_takes_its_workers_along(made, tmp_path):
+    words = [sys.executable, "-m", "fastav", "pack", str(made), str(tmp_path / "p"), "--workers", "2"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not list((tmp_path / "p").glob("shards/.*.tmp")):
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=60)  # ends when the last process that holds its output does
+
+
 def refused(manifest, out, settings):
     with pytest.raises(UserError) as error:
         build_pack(manifest, out, settings, workers=1)
@@ -343,13 +395,11 @@ def test_another_pack_is_never_overwritten(mixed, pack, tmp_path):
 
 
 def test_packed_clips_are_not_packed_again(pack, tmp_path):
-    assert "none of the 6 clips" in refused(pack, tmp_path / "twice", PackSettings())
-    assert "is packed already; pack the media it was made of" in (tmp_path / "twice" / "skipped.csv").read_text()
+    assert "is the manifest of a pack; pack the media" in refused(pack, tmp_path / "twice", PackSettings())
+    assert not (tmp_path / "twice").exists()
 
 
 def test_two_at_once_are_refused(mixed, tmp_path):
-    from fastav.pack.folder import PackFolder
-
     with PackFolder(tmp_path / "p").locked():
         assert "another process is packing" in refused(mixed, tmp_path / "p", PackSettings())
 
@@ -362,12 +412,48 @@ def test_two_at_once_are_refused(mixed, tmp_path):
         (["--verify", "nowhere"], "no finished pack"),
         (["a.parquet", "o", "--preset", "fats"], 'did you mean "fast"'),
         (["a.parquet", "o", "--workers", "-1"], "--workers -1"),
-        (["a.parquet", "o", "--short-side", "8"], "short_side"),
+        (["a.parquet", "o", "--short-side", "8"], "fastav pack --short-side 8: expected int >= 48"),
     ],
 )
 def test_wrong_words(words, message, capsys):
     assert main(["pack", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_verify_finds_what_only_other_readers_see(mixed, tmp_path, capsys):
+    made = build_pack(mixed, tmp_path / "p", PackSettings(), workers=1)
+    shard = Path(made.clip(0).shard)
+    whole = shard.read_bytes()
+    assert main(["pack", "--verify", str(tmp_path / "p")]) == 0
+    with tarfile.open(shard) as tar:
+        headers = [member.offset for member in tar if member.name.endswith(".json")]
+    for at in (headers[0] + 130, headers[0] + 512 + 5, len(whole) - 3):  # a size, a letter, the padding at the end
+        altered = bytearray(whole)
+        altered[at] ^= 1
+        shard.write_bytes(altered)
+        capsys.readouterr()
+        assert main(["pack", "--verify", str(tmp_path / "p")]) == 1
+        assert "000000.tar: its content was altered since it was packed" in capsys.readouterr().out
+
+
+def test_odd_folders_and_manifests_are_refused(mixed, pack, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert "is a file; give a folder" in refused(mixed, tmp_path / "file", PackSettings())
+    shutil.copytree(pack.root, tmp_path / "p")
+    (tmp_path / "p" / "manifest.arrow").unlink()
+    data = bytearray((tmp_path / "p" / "manifest.parquet").read_bytes())
+    data[4:200] = bytes(196)
+    (tmp_path / "p" / "manifest.parquet").write_bytes(data)
+    assert main(["pack", "--verify", str(tmp_path / "p")]) == 2
+    assert "the manifest is damaged" in capsys.readouterr().err
+
+
+def test_quiet_recordings_keep_their_24_bits(tmp_path):
+    quiet = (3e-5 * np.random.default_rng(0).normal(size=(1, 16_000))).astype(np.float32)
+    path = write_media(tmp_path / "q.wav", wave=quiet, rate=RATE, audio_codec="pcm_s24le", layout="mono")
+    clip = packed(path, tmp=tmp_path)
+    wave_S = decode_sound(Shards(Reading()).fetch(clip, None, (0, clip.num_samples)).sound, clip)
+    assert np.abs(wave_S - quiet[0]).max() < 2**-22
 
 
 def test_verify_finds_what_was_altered(mixed, tmp_path, capsys):

@@ -265,9 +265,12 @@ def open_store(path: Path) -> Store:
         try:
             with written_beside(copy) as made, pa.OSFile(str(made), "wb") as sink:
                 write_copy(path, parquet, sink, source)
-        except OSError:  # a folder that may only be read, or a full disk
+        except (OSError, pa.ArrowException):  # a folder that may only be read, or a full disk
             memory = pa.BufferOutputStream()
-            write_copy(path, parquet, memory, source)
+            try:
+                write_copy(path, parquet, memory, source)
+            except (OSError, pa.ArrowException) as error:
+                raise UserError(f"{path}: the manifest is damaged ({error})") from None
             return Store(path, memory.getvalue(), source, None)
     # Another process may have put its copy there in the meantime; it is checked like any other.
     store = _map_copy(copy, path)

@@ -25,6 +25,9 @@ _MJPEG_SCALE = "3"  # FFmpeg's quantiser scale
 _FLAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1", 7: "6.1", 8: "7.1"}
 _CHUNK = 1 << 16
 
+MOST_CHANNELS = max(_FLAC_LAYOUTS)
+"""That a FLAC stream can have."""
+
 
 class VideoEncoder:
     """Encodes upright frames of one size, BT.601 in limited range (JPEG: in full range), into access units.

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -97,6 +97,14 @@ class PackFolder:
         """Where a finished shard's rows are kept until the end."""
         return self.path / "parts" / f"{shard.number:06d}.parquet"
 
+    def has(self, shard: Shard) -> bool:
+        """Whether a shard was finished before and is still there, to the byte."""
+        try:
+            note = _note(pq.read_schema(self.part(shard)))
+            return (self.path / shard.name).stat().st_size == note["bytes"]
+        except (OSError, pa.ArrowException, ValueError, KeyError):
+            return False
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps a second process from packing into the same folder.
@@ -104,6 +112,8 @@ class PackFolder:
         Raises:
             UserError: One is at it.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path}: is a file; give a folder that is new or empty")
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
             try:
@@ -157,28 +167,44 @@ class PackFolder:
         return bool(there.get("finished"))
 
     def finish(self, manifest: Manifest, settings: PackSettings, shards: Sequence[Shard]) -> Manifest:
-        """Merges what the shards' parts say into manifest, index, skipped clips and totals."""
-        parts = [pq.read_table(self.part(shard)) for shard in shards]
-        notes = [json.loads(part.schema.metadata[b"fastav.part"]) for part in parts]
-        bare = [part.replace_schema_metadata(None) for part in parts]
-        whole = pa.concat_tables(bare)
+        """Merges what the shards' parts say into manifest, index, skipped clips and totals.
+
+        The index is many times the manifest's size, so that it goes through part by part.
+        """
+        notes = [_note(pq.read_schema(self.part(shard))) for shard in shards]
         skipped = [tuple(entry) for note in notes for entry in note["skipped"]]
         self._write_skipped(skipped)
+        rows, totals = [], _Totals()
+        index_schema = INDEX_SCHEMA.with_metadata({"fastav.format": str(FORMAT_VERSION)})
+        with (
+            written_beside(self.path / INDEX_FILE) as beside,
+            pq.ParquetWriter(beside, index_schema, compression="zstd") as writer,
+        ):
+            for shard in shards:
+                part = pq.read_table(self.part(shard)).replace_schema_metadata(None)
+                rows.append(part.select([name for name in SCHEMA.names if name in part.column_names]).cast(SCHEMA))
+                index = part.select(INDEX_SCHEMA.names).cast(index_schema)
+                totals.add(index)
+                if len(index):
+                    writer.write_table(index, row_group_size=4096)
+        whole = pa.concat_tables(rows)
         if not whole.num_rows:
+            shutil.rmtree(self.path / "parts")  # whoever has put the files right wants them tried again
             raise UserError(
                 f"none of the {len(manifest)} clips of {manifest.path} could be packed (see {self.path / SKIPPED_FILE})"
             )
-        with written_beside(self.path / INDEX_FILE) as beside:
-            index = whole.select(INDEX_SCHEMA.names).replace_schema_metadata({"fastav.format": str(FORMAT_VERSION)})
-            pq.write_table(index, beside, row_group_size=4096, compression="zstd")
-        made = write_table(
-            self.path / MANIFEST_FILE,
-            whole.select([name for name in SCHEMA.names if name in whole.column_names]).cast(SCHEMA),
-            manifest.classes,
-            {**manifest.metadata, "pack": json.dumps(msgspec.to_builtins(settings))},
-        )
-        told = _described(manifest, settings) | {"finished": True, "totals": _totals(self.path, shards, whole, skipped)}
+        metadata = {**manifest.metadata, "pack": json.dumps(msgspec.to_builtins(settings))}
+        made = write_table(self.path / MANIFEST_FILE, whole, manifest.classes, metadata)
+        told = _described(manifest, settings) | {"finished": True}
+        told["totals"] = {
+            "clips": whole.num_rows, "skipped": len(skipped), "shards": len(shards),
+            "bytes": sum(note["bytes"] for note in notes), **totals.told(),
+        }  # fmt: skip
         told["quality"] = _quality(notes)
+        told["shards"] = {
+            shard.name: {"bytes": note["bytes"], "sha256": note["sha256"]}
+            for shard, note in zip(shards, notes, strict=True)
+        }
         write_text(self.path / PACK_FILE, json.dumps(told, indent=1))
         shutil.rmtree(self.path / "parts")
         return made
@@ -236,6 +262,7 @@ class ShardBuild:
         self._writer.close()
         self._file.close()
         flush(self._beside)
+        num_bytes, digest = self._beside.stat().st_size, sha256(self._beside)
         self._beside.replace(self.folder.path / self.shard.name)
         table = clips_table(self.rows, self.folder.path.absolute()) if self.rows else SCHEMA.empty_table()
         for name in INDEX_SCHEMA.names:
@@ -243,6 +270,8 @@ class ShardBuild:
                 values = pa.array([entry[name] for entry in self.entries], INDEX_SCHEMA.field(name).type)
                 table = table.append_column(INDEX_SCHEMA.field(name), values)
         note = {
+            "bytes": num_bytes,
+            "sha256": digest,
             "skipped": self.skipped,
             "quality": [(q.squared_error, q.ssim, q.num_frames) for q in self.qualities],
         }
@@ -286,25 +315,34 @@ def _described(manifest: Manifest, settings: PackSettings) -> dict[str, Any]:
     }
 
 
-def _totals(path: Path, shards: Sequence[Shard], whole: pa.Table, skipped: Sequence[Any]) -> dict[str, Any]:
-    sizes = {"video": 0, "sound": 0, "picture": 0, "mel": 0}
-    for members in whole.column("members").to_pylist():
-        for member in members:
-            kind = {"h264": "video", "mjpeg": "video", "flac": "sound", "jpg": "picture"}
-            extension = member["name"].split(".", 1)[1]
-            if extension in kind:
-                sizes[kind[extension]] += member["size"]
-            elif extension == "npy":
-                sizes["mel"] += member["size"]
-    sources = {s["path"]: s["bytes"] for entry in whole.column("sources").to_pylist() for s in entry}
-    return {
-        "clips": whole.num_rows,
-        "skipped": len(skipped),
-        "shards": len(shards),
-        "bytes": sum((path / shard.name).stat().st_size for shard in shards),
-        "source_bytes": sum(sources.values()),
-        **{f"{kind}_bytes": size for kind, size in sizes.items()},
-    }
+def _note(schema: pa.Schema) -> dict[str, Any]:
+    """What a part says of its shard besides its rows."""
+    return dict(json.loads((schema.metadata or {})[b"fastav.part"]))
+
+
+class _Totals:
+    """Adds up bytes by kind, and those of the sources, each file once."""
+
+    _kinds: ClassVar = {"h264": "video", "mjpeg": "video", "flac": "sound", "jpg": "picture", "npy": "mel"}
+
+    def __init__(self) -> None:
+        self._sizes = dict.fromkeys(("video", "sound", "picture", "mel"), 0)
+        self._sources: dict[str, int] = {}
+
+    def add(self, index: pa.Table) -> None:
+        """Takes some clips' entries of the index."""
+        for members in index.column("members").to_pylist():
+            for member in members:
+                kind = self._kinds.get(member["name"].split(".", 1)[1])
+                if kind is not None:
+                    self._sizes[kind] += member["size"]
+        for sources in index.column("sources").to_pylist():
+            self._sources.update((source["path"], source["bytes"]) for source in sources)
+
+    def told(self) -> dict[str, int]:
+        """The sums."""
+        sizes = {f"{kind}_bytes": size for kind, size in self._sizes.items()}
+        return {"source_bytes": sum(self._sources.values()), **sizes}
 
 
 def _quality(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import io
 import json
@@ -21,12 +22,17 @@ from fastav.decode.pyav import read_image
 from fastav.decode.sound import Sound
 from fastav.errors import MediaError
 from fastav.files import sha256
-from fastav.pack.encode import Unit, VideoEncoder, encode_flac, encode_jpeg
+from fastav.pack.encode import MOST_CHANNELS, Unit, VideoEncoder, encode_flac, encode_jpeg
 from fastav.pack.quality import Quality, compare
 from fastav.pack.settings import PackSettings
 from fastav.shards.layout import TABLE_EXTENSION, VIDEO_EXTENSIONS, Member, UnitKind, encode_table
 
 _SAMPLED_FRAMES = 4  # of a clip whose quality is looked at
+
+MISSING = "missing"
+"""Stage of a clip whose file cannot be opened now, and may be later: the file is gone, or its disk is."""
+
+_LATER = frozenset({errno.ENOENT, errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN, errno.EMFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +91,9 @@ def pack_clip(order: Order) -> PackedClip | tuple[str, str, str]:
     try:
         return _pack(order)
     except MediaError as error:
-        return error.path, error.reason, error.stage
+        cause = error.__cause__
+        later = isinstance(cause, OSError) and cause.errno in _LATER
+        return error.path, error.reason, MISSING if later else error.stage
     except Exception as error:  # whatever it is, it is about this clip, and the others must go on
         return order.clip.source, f"{type(error).__name__}: {error}", "pack"
 
@@ -236,7 +244,9 @@ def _flac(sound: Sound, out: Clip, settings: PackSettings) -> tuple[Clip, list[U
     keep = settings.audio == "keep"
     rate = out.sample_rate if keep else settings.sample_rate
     wave_CS = sound.wave(rate).numpy()
-    units = encode_flac(wave_CS, rate, sound.bits if keep else 16)
+    if len(wave_CS) > MOST_CHANNELS:
+        raise MediaError(out.source, f"has {len(wave_CS)} channels, FLAC keeps up to {MOST_CHANNELS}", "audio")
+    units = encode_flac(wave_CS, rate, sound.bits)  # of quiet recordings, 16 bits would keep little
     channels, samples = wave_CS.shape
     return replace(out, num_samples=samples, sample_rate=rate, channels=channels, audio_codec="flac"), units
 
