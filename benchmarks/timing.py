@@ -95,6 +95,11 @@ def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
     return Interval(float(np.median(one) / np.median(other)), *map(float, np.percentile(ratios, [2.5, 97.5])))
 
 
+def paired_ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
+    """Returns the median of the ratios of pairs and its interval: turn n of one was beside turn n of the other."""
+    return median(one / other)
+
+
 def verdict(found: Interval) -> str:
     """Returns `faster`, `slower` or `no difference`, from the interval of a ratio alone."""
     return "faster" if found.low > 1 else "slower" if found.high < 1 else "no difference"

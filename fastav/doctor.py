@@ -23,7 +23,7 @@ from rich.table import Table
 
 from fastav.clip import Clip, PlanBatch
 from fastav.decode import Census, Dali, PyAV, choose, sampled
-from fastav.decode.dali import missing
+from fastav.decode.dali import missing, takes
 from fastav.decode.pyav import PyAVDecoder
 from fastav.errors import MediaError, UserError
 from fastav.examine import Disk, Fact, disk, gpus, host, packages
@@ -138,12 +138,14 @@ def _stages(recipe: Recipe, source: Source, seconds: float) -> Iterator[Speed]:
     picked = plan.train(0, _PLANNED)
     rows = source.manifests[0][0].clips(picked.row_B)
     torch.set_num_threads(1)
-    for what in used:
+    has = {"video": any(clip.has_video for clip in rows), "audio": any(clip.has_audio for clip in rows)}
+    for what in (what for what in used if has[what]):
         decoder = PyAV().build(decoder_read(recipe, (what,)))
         yield _timed(f"decode {what}, PyAV, one thread", seconds, _decoding(decoder, rows, picked))
     yield _loading("PyAV", PyAV(), recipe, source, seconds)
     device: Literal["gpu", "cpu"] = "gpu" if torch.cuda.is_available() else "cpu"
-    if not missing(device):
+    census = Census.of(rows)
+    if not missing(device) and any(takes(device, *size) for size in census.sizes):
         yield _loading(f"DALI on the {device.upper()}", Dali(device=device), recipe, source, seconds)
 
 
@@ -231,6 +233,8 @@ def _advice(
 ) -> Iterator[str]:
     """What to change, the most useful first."""
     choice = choose(recipe.decode, census, "video" in modalities(recipe))
+    if model is None:
+        yield "which stage will bind: give --recipe FILE, and its model is measured beside the loader"
     yield f"decoder: {type(choice.config).__name__.lower()} ({choice.reason})"
     loaders = [speed for speed in speeds if speed.stage.startswith("loader")]
     best = max(loaders, key=lambda speed: speed.clips_per_s)

@@ -19,6 +19,7 @@ from fastav.loader import Loader
 from fastav.manifest import Manifest
 from fastav.plan import Plan
 from fastav.recipe import Recipe, to_table
+from fastav.shards import Shards
 from fastav.weights import model_folder, read_description
 
 MEASURED_CLIPS = 64  # enough for mean and deviation of a spectrogram to a few tenths of a dB
@@ -61,6 +62,8 @@ def training_source(recipe: Recipe) -> Source:
     others = ((Manifest.open(mix.manifest).with_shards(mix.shards), mix.weight) for mix in data.mix)
     parts = [(main, data.weight), *others]
     chosen = tuple((_usable(manifest.split(data.train), recipe), weight) for manifest, weight in parts)
+    for manifest, _ in chosen:
+        _reach_shards(manifest, recipe)
     aliases = (Path(data.aliases),) if data.aliases else ()
     files = (*(manifest.path for manifest, _ in chosen), *aliases)
     return Source(chosen, main.classes, read_aliases(data.aliases), files)
@@ -77,7 +80,7 @@ def evaluation_source(
     Args:
         recipe: The run's recipe.
         manifest: Another manifest; None for the recipe's.
-        split: Another split; None for the recipe's `data.test`.
+        split: Another split; None for the recipe's `data.test`, or the only one of another manifest.
         classes: The model's classes; None for those of the manifest.
 
     Raises:
@@ -86,7 +89,11 @@ def evaluation_source(
     opened = Manifest.open(manifest or recipe.data.manifest)
     if manifest is None:
         opened = opened.with_shards(recipe.data.shards)
-    chosen = _usable(opened.split(split or recipe.data.test), recipe)
+    name = split or recipe.data.test
+    if manifest is not None and split is None and name not in opened.splits and len(opened.splits) == 1:
+        (name,) = opened.splits  # new clips, which nobody has held out from anything
+    chosen = _usable(opened.split(name), recipe)
+    _reach_shards(chosen, recipe)
     return Source(((chosen, 1.0),), classes or opened.classes, read_aliases(recipe.data.aliases))
 
 
@@ -204,6 +211,24 @@ def describe_decoder(recipe: Recipe, source: Source) -> str:
 def choose_pin_memory(device: torch.device) -> bool:
     """Page-locked batches pay where a copy engine fetches them."""
     return device.type == "cuda"
+
+
+def _reach_shards(manifest: Manifest, recipe: Recipe) -> None:
+    """Reads one clip's table: a server or folder of shards that is not there ends the run before it begins.
+
+    Raises:
+        UserError: The shard cannot be read.
+    """
+    clip = manifest.clip(0)
+    if not clip.shard:
+        return
+    try:
+        Shards(recipe.loading.shards).units(clip)
+    except MediaError as error:
+        raise UserError(
+            f"{manifest.path}: its shards cannot be read ({error}); where they have been moved, name their folder or "
+            "URL by --data.shards"
+        ) from None
 
 
 def _usable(manifest: Manifest, recipe: Recipe) -> Manifest:

@@ -45,9 +45,27 @@ def test_without_a_gpu_it_is_pyav_and_says_why(monkeypatch):
 )
 def test_with_a_gpu_it_goes_by_codec_and_size(monkeypatch, clips, looks, kind, reason):
     monkeypatch.setattr("fastav.decode.choice.missing", lambda device: "")
+    monkeypatch.setattr("fastav.decode.choice.ailing", lambda device: "")
     choice = choose(Auto(), Census.of(clips), looks)
     assert isinstance(choice.config, kind)
     assert reason in choice.reason
+
+
+def test_a_gpu_that_shows_other_pictures_is_left_alone(monkeypatch):
+    monkeypatch.setattr("fastav.decode.choice.missing", lambda device: "")
+    monkeypatch.setattr("fastav.decode.choice.ailing", lambda device: "spliced groups come out grey")
+    choice = choose(Auto(), Census.of([video("h264")]), True)
+    assert isinstance(choice.config, PyAV)
+    assert choice.reason == "DALI does not work here: spliced groups come out grey"
+
+
+def test_dali_that_could_decode_nothing_is_refused():
+    with pytest.raises(UserError, match=r"dali on the cpu was asked for and can decode none .*MJPEG pack"):
+        choose(Dali(device="cpu"), Census.of([video("h264")] * 3), True)
+    half = choose(Dali(device="cpu"), Census.of([video("h264"), video("mjpeg")]), True)
+    assert half.reason == "asked for; 50 % of the clips are left to PyAV"
+    assert choose(Dali(device="cpu"), Census.of([video("mjpeg")]), True).reason == "asked for"
+    assert choose(Dali(device="cpu"), Census.of([video("h264")]), False).reason == "asked for"
 
 
 def test_what_is_asked_for_is_taken(monkeypatch):

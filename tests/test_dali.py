@@ -153,6 +153,17 @@ def test_a_dali_that_does_not_work_is_found_when_the_decoder_is_built(monkeypatc
     cpu(reading(("audio",)))  # which needs no film
 
 
+@needs_dali
+def test_a_dali_that_shows_other_pictures_is_found_when_the_decoder_is_built(monkeypatch):
+    assert dali.ailing("cpu") == ""
+    monkeypatch.setattr(dali, "_TRIAL_GREYS", (40, 90, 140, 190))
+    made = dali._made_film("mjpeg")
+    monkeypatch.setattr(dali, "_made_film", lambda codec: made)
+    monkeypatch.setattr(dali, "_TRIAL_GREYS", (40, 90, 40, 90))  # as if the second group were the first one again
+    with pytest.raises(FastavError, match=r"spliced groups of grey 40, 90, 40, 90 come out as 4\d, 9\d, 1\d\d, 1\d\d"):
+        cpu(reading(("video",)))
+
+
 # Frames
 
 

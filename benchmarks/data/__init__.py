@@ -1,8 +1,9 @@
 """Decoding and loading: `python -m benchmarks data [--footage FILE]`.
 
 Measures, interleaved in one process: the raw web clip through torchcodec; the same clip packed, through ours and
-through what people would use on the same access units; ten JPEGs a clip, as people dump them today; then the loader on
-raw and packed clips with both modalities, `repeat`, and (with --sweep) workers and resolutions. Prints medians with
+through what people would use on the same access units; ten JPEGs a clip, as people dump them today; then ours against
+the fastest of these, two at a time, by CPU time and, with a thread a core, by the clock; then the loader on raw and
+packed clips with both modalities, `repeat`, and (with --sweep) workers and resolutions. Prints medians with
 95 % intervals, writes JSON and a plot.
 """
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from benchmarks import result as results
 from benchmarks.data.clips import PACKS, Media, make
+from benchmarks.data.duels import duels
 from benchmarks.data.loading import loading_turns, sweep_turns
 from benchmarks.data.peers import SIZE, Dump, Ours, Peer, peers_of, processes
 from benchmarks.data.plot import plot
@@ -61,7 +63,8 @@ def main(words: Sequence[str]) -> int:
             parallel = interleave(_parallel(media, args.clips * args.workers, args.workers, pool), args.rounds)
         name = f"{args.workers} threads, video only"
         _report(found, console, name, parallel, per_second, f"clips_per_s_{args.workers}_threads")
-        _verdicts(found, console, parallel, per_second, f"clips_per_s_{args.workers}_threads")
+        for duel in duels(_readers(media), _plans, turns, list(PACKS), args.workers, args.rounds, args.clips * 2):
+            _verdict(found, console, *duel)
         loading_turns(found, console, media, folder, args.workers, args.rounds, args.clips)
         if args.sweep:
             sweep_turns(found, console, media, folder, args.rounds)
@@ -226,14 +229,12 @@ def _verdicts(
     found: dict[str, Any], console: Console, turns: dict[str, list[Turn]],
     measure: Callable[[Sequence[Turn]], Any], metric: str,
 ) -> None:  # fmt: skip
-    """Ours against the fastest peer on the same files, and against the raw clip."""
+    """Ours against the raw clip and the dump."""
     for pack in PACKS:
         ours = f"{pack} through ours"
         if ours not in turns:
             continue
-        others = [n for n in turns if n.startswith(f"{pack} through ") and n != ours]
-        best = max(others, key=lambda n: float(np.median(measure(turns[n]))), default=None)
-        for other in [name for name in (best, _RAW, "ten JPEGs") if name in turns and name is not None]:
+        for other in [name for name in (_RAW, "ten JPEGs") if name in turns]:
             _verdict(found, console, (ours, other), ratio(measure(turns[ours]), measure(turns[other])), metric)
 
 

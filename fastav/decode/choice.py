@@ -10,8 +10,9 @@ import numpy as np
 
 from fastav.clip import Clip
 from fastav.config import Kind
-from fastav.decode.dali import Dali, missing, takes
+from fastav.decode.dali import Dali, ailing, device_kind, missing, takes
 from fastav.decode.pyav import PyAV
+from fastav.errors import UserError
 from fastav.manifest import Manifest
 
 SAMPLED = 256
@@ -81,14 +82,19 @@ def sampled(manifests: Sequence[Manifest]) -> list[Clip]:
 
 
 def choose(config: Auto | PyAV | Dali, census: Census, looks: bool) -> Choice:
-    """Decides what `auto` means here; what is asked for by name is taken.
+    """Decides what `auto` means here; what is asked for by name is taken, if it can do anything.
 
     Args:
         config: Of the recipe.
         census: Of the clips.
         looks: Whether the run looks at video at all.
+
+    Raises:
+        UserError: DALI is asked for and can decode none of the clips.
     """
-    if not isinstance(config, Auto):
+    if isinstance(config, Dali):
+        return Choice(config, _asked(config, census, looks))
+    if isinstance(config, PyAV):
         return Choice(config, "asked for")
     lack = missing("gpu")
     if lack:
@@ -99,4 +105,23 @@ def choose(config: Auto | PyAV | Dali, census: Census, looks: bool) -> Choice:
     share = able / len(census.sizes)
     if share < _ENOUGH:
         return Choice(PyAV(), f"the GPU can decode {100 * share:.0f} % of the clips ({census.told()})")
+    ill = ailing("gpu")
+    if ill:
+        return Choice(PyAV(), f"DALI does not work here: {ill}")
     return Choice(Dali(device="gpu"), f"the GPU can decode {100 * share:.0f} % of the clips ({census.told()})")
+
+
+def _asked(config: Dali, census: Census, looks: bool) -> str:
+    """Why DALI, where it was asked for, and what is left to PyAV."""
+    if not looks or not census.sizes:
+        return "asked for"
+    kind = device_kind(config.device)
+    able = sum(takes(kind, codec, width, height) for codec, width, height in census.sizes)
+    if not able:
+        packing = "an MJPEG pack (fastav pack --codec mjpeg)" if kind == "cpu" else "an H.264 pack"
+        raise UserError(
+            f"decode.kind: dali on the {kind} was asked for and can decode none of the clips "
+            f'({census.told()}); expected {packing}, or decode.kind "auto"'
+        )
+    left = 100 * (1 - able / len(census.sizes))
+    return f"asked for; {left:.0f} % of the clips are left to PyAV" if left else "asked for"

@@ -250,7 +250,9 @@ def open_store(path: Path) -> Store:
     """Maps the copy where it is fresh; otherwise makes it anew, in memory where it cannot be written."""
     if path.is_dir() or not path.exists():
         what = "is a folder" if path.is_dir() else "no such file"
-        within = sorted(path.glob("*.parquet")) if path.is_dir() else []
+        # A pack's folder has an index beside its manifest, a run's has predictions.
+        within = sorted(path.glob("*.parquet"), key=lambda file: ("manifest" not in file.name, file.name))
+        within = [file for file in within if file.name not in ("index.parquet", "predictions.parquet")]
         beside = [p.name for p in path.parent.glob("*.parquet")] if path.parent.is_dir() else []
         near = f'; did you mean "{within[0]}"?' if within else did_you_mean(path.name, beside)
         raise UserError(f"manifest {path}: {what}, expected a .parquet file{near}")
