@@ -14,7 +14,17 @@ from benchmarks.__main__ import main
 from benchmarks.data import peers, planner
 from benchmarks.data.clips import PACKS, make
 from benchmarks.data.peers import Dump, Ours, PyAVLinear, peers_of
-from benchmarks.timing import Interval, Turn, interleave, median, per_cpu_second, per_second, ratio, verdict
+from benchmarks.timing import (
+    Interval,
+    Turn,
+    interleave,
+    median,
+    paired_ratio,
+    per_cpu_second,
+    per_second,
+    ratio,
+    verdict,
+)
 from fastav.errors import UserError
 
 
@@ -105,6 +115,10 @@ def test_intervals_and_verdicts():
     assert verdict(found) == "faster"
     assert verdict(ratio(slow, fast)) == "slower"
     assert verdict(ratio(slow, slow)) == "no difference"
+    drift = np.linspace(1, 3, 20)  # of the machine, which both feel
+    paired = paired_ratio(fast * drift, slow * drift)
+    assert paired.high - paired.low < 0.1
+    assert abs(paired.median - 1.5) < 0.05
     whole = median(slow)
     assert whole.low <= whole.median <= whole.high
     assert str(Interval(12.34, 11.0, 13.0)) == "12.3 (11.0 to 13.0)"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from fastav.__main__ import main
-from fastav.manifest import Manifest
+from fastav.manifest import Manifest, write_manifest
 from fastav.pack import build_pack
 from fastav.pack.settings import PackSettings
 from fastav.pipeline import make_loader, make_plan, training_source
@@ -100,5 +101,20 @@ def test_a_blocked_epoch_visits_every_clip_once(pack, tiny, tmp_path):
 
 def test_shards_that_are_gone_are_an_error_of_the_run(pack, tiny, tmp_path, capsys):
     words = recipe_of(pack, tiny, tmp_path / "a", "--data.shards", str(tmp_path / "nowhere"))
-    assert trained(tmp_path, [*words]) == 3
-    assert "nowhere/shards/000000.tar: shard: no such file" in capsys.readouterr().err
+    assert trained(tmp_path, [*words]) == 2
+    told = capsys.readouterr().err
+    assert "nowhere/shards/000000.tar: shard: no such file" in told
+    assert "name their folder or URL by --data.shards" in told
+    dead = [*words, "--data.shards", "http://127.0.0.1:9/pack", "--loading.shards.retries", "0"]
+    assert trained(tmp_path, dead) == 2
+    assert "its shards cannot be read (http://127.0.0.1:9/pack/shards/000000.tar" in capsys.readouterr().err
+
+
+def test_new_clips_of_one_split_are_evaluated(pack, tiny, tmp_path):
+    assert trained(tmp_path, recipe_of(pack, tiny, tmp_path / "run")) == 0
+    only = pack.split("test")
+    write_manifest(tmp_path / "new.parquet", only.clips(range(len(only))), pack.classes)
+    assert main(["evaluate", str(tmp_path / "run"), str(tmp_path / "new.parquet")]) == 0
+    train = [replace(clip, split="train") for clip in only.clips(range(len(only)))]
+    write_manifest(tmp_path / "train.parquet", train, pack.classes)
+    assert main(["evaluate", str(tmp_path / "run"), str(tmp_path / "train.parquet")]) == 0
