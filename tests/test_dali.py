@@ -160,9 +160,7 @@ def test_a_dali_that_shows_other_pictures_is_found_when_the_decoder_is_built(mon
     made = dali._made_film("mjpeg")
     monkeypatch.setattr(dali, "_made_film", lambda codec: made)
     monkeypatch.setattr(dali, "_TRIAL_GREYS", (40, 90, 40, 90))  # as if the second group were the first one again
-    with pytest.raises(
-        FastavError, match=r"of grey 40, 90, 40, 90 come out as \d\d, \d\d, 1\d\d, 1\d\d"
-    ):
+    with pytest.raises(FastavError, match=r"of grey 40, 90, 40, 90 come out as \d\d, \d\d, 1\d\d, 1\d\d"):
         cpu(reading(("video",)))
 
 
