@@ -28,7 +28,7 @@ from fastav.decode.pyav import PyAVDecoder
 from fastav.errors import MediaError, UserError
 from fastav.examine import Disk, Fact, disk, gpus, host, packages
 from fastav.files import write_text
-from fastav.loader import Loader
+from fastav.loader import Loader, Worker
 from fastav.manifest import Manifest
 from fastav.meter import num_cores
 from fastav.model import AVModel
@@ -47,7 +47,7 @@ class Speed:
     Attributes:
         stage: What was done.
         clips_per_s: How fast.
-        clips_per_cpu_s: For one core; None for what a GPU does.
+        clips_per_cpu_s: For one core; None for what a GPU or other processes do.
     """
 
     stage: str
@@ -142,24 +142,31 @@ def _stages(recipe: Recipe, source: Source, seconds: float) -> Iterator[Speed]:
     for what in (what for what in used if has[what]):
         decoder = PyAV().build(decoder_read(recipe, (what,)))
         yield _timed(f"decode {what}, PyAV, one thread", seconds, _decoding(decoder, rows, picked))
-    yield _loading("PyAV", PyAV(), recipe, source, seconds)
+    for worker in _WORKERS if recipe.loading.num_workers() > 1 else _WORKERS[:1]:
+        yield _loading("PyAV", PyAV(), recipe, source, seconds, worker)
     device: Literal["gpu", "cpu"] = "gpu" if torch.cuda.is_available() else "cpu"
     census = Census.of(rows)
     if not missing(device) and any(takes(device, *size) for size in census.sizes):
         yield _loading(f"DALI on the {device.upper()}", Dali(device=device), recipe, source, seconds)
 
 
-def _loading(name: str, kind: PyAV | Dali, recipe: Recipe, source: Source, seconds: float) -> Speed:
+def _loading(
+    name: str, kind: PyAV | Dali, recipe: Recipe, source: Source, seconds: float, worker: Worker = "thread"
+) -> Speed:
     """A whole loader with one decoder."""
     used, batch = modalities(recipe), 16
     broken: set[str] = set()
     with Loader(
-        make_plan(recipe, source), kind.build(decoder_read(recipe, used)), recipe.loading, modalities=used,
+        make_plan(recipe, source), kind.build(decoder_read(recipe, used)),
+        msgspec.structs.replace(recipe.loading, worker=worker), modalities=used,
         classes=source.classes, on_broken=lambda clip, error: broken.add(clip.id),
     ) as loader:  # fmt: skip
         batches = iter(loader.batches(("train", i * batch, batch) for i in range(1 << 30)))
         next(batches)
-        found = _timed(f"loader, {name}, {recipe.loading.num_workers()} threads", seconds, lambda: len(next(batches)))
+        workers = f"{recipe.loading.num_workers()} {'threads' if worker == 'thread' else 'processes'}"
+        found = _timed(f"loader, {name}, {workers}", seconds, lambda: len(next(batches)))
+    if worker == "process":
+        found = replace(found, clips_per_cpu_s=None)  # the time of other processes is not known here
     if broken:
         few = "clip" if len(broken) == 1 else "clips"
         found = replace(found, stage=f"{found.stage} ({len(broken)} {few} cannot be read, such as {min(broken)})")
@@ -238,12 +245,16 @@ def _advice(
     yield f"decoder: {type(choice.config).__name__.lower()} ({choice.reason})"
     loaders = [speed for speed in speeds if speed.stage.startswith("loader")]
     best = max(loaders, key=lambda speed: speed.clips_per_s)
+    threads, processes = (max((s.clips_per_s for s in loaders if kind in s.stage), default=0.0) for kind in _KINDS)
+    if processes > _WORTH_A_PROCESS * max(threads, 1e-9):
+        yield f'loading.worker = "process" is {processes / threads:.2f} times as fast as threads here'
     if model is not None and model.clips_per_s > 0:
         ratio = best.clips_per_s / model.clips_per_s
         binds = "the loader" if ratio < 1 else "the model" if ratio > _COMFORT else "both alike"
         yield f"{binds} will bind: {best.stage} makes {ratio:.2f} times the clips that the model takes"
-        if ratio < _COMFORT and best.clips_per_cpu_s:
-            need = _COMFORT * model.clips_per_s / best.clips_per_cpu_s
+        per_core = max(speed.clips_per_cpu_s or 0.0 for speed in loaders)
+        if ratio < _COMFORT and per_core:
+            need = _COMFORT * model.clips_per_s / per_core
             yield f"to feed this model with a margin takes {need:.0f} cores at this decoder's speed (loading.workers)"
     raw = sum(not clip.shard for clip in clips)
     videos = sum(clip.has_video and not clip.shard for clip in clips)
@@ -263,6 +274,9 @@ def _advice(
         yield 'the disk is slow at random places: sampling.order = "blocked", or a faster disk'
 
 
+_WORKERS: tuple[Worker, ...] = ("thread", "process")
+_KINDS = ("threads", "processes")
+_WORTH_A_PROCESS = 1.1  # of its memory
 _MODEL_CLIPS = 16
 _MODEL_INPUTS = (
     "frames_BTCHW", "mel_BWCML", "window_BW", "has_video_B", "has_audio_B", "band_B2", "mix_B", "partner_B",

@@ -48,6 +48,9 @@ class MediaError(FastavError):
         self.path, self.reason, self.stage = str(path), " ".join(reason.split()), stage
         super().__init__(f"{self.path}: {self.stage}: {self.reason}")
 
+    def __reduce__(self) -> tuple[type[MediaError], tuple[str, str, str]]:
+        return type(self), (self.path, self.reason, self.stage)  # between processes
+
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
     """Returns `; did you mean "x"?` for the nearest option, or the options when none is near, or nothing."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
 
 PATIENCE_S = 900.0
@@ -118,16 +119,23 @@ def _kill(pool: ProcessPoolExecutor) -> None:
 
 
 def _pool(workers: int, do: Callable[..., Any]) -> ProcessPoolExecutor:
-    # Not forked from here: a fork of a process with threads (torch's, Arrow's) may hang. Forked from a server that has
-    # imported the function's module once and has none; or spawned, where there is no such thing.
-    server = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if server else "spawn")
     function = do.func if isinstance(do, functools.partial) else do
-    context.set_forkserver_preload(["__main__", function.__module__])
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    return ProcessPoolExecutor(workers, mp_context=server(function.__module__), initializer=start_worker)
 
 
-def _start_worker() -> None:
+def server(module: str) -> BaseContext:
+    """Returns the way in which processes are started that run functions of a module.
+
+    Not forked from here: a fork of a process with threads (torch's, Arrow's) may hang. Forked from a server that has
+    imported the module once and has none; or spawned, where there is no such thing.
+    """
+    there = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if there else "spawn")
+    context.set_forkserver_preload(["__main__", module])
+    return context
+
+
+def start_worker() -> None:
     """Leaves Ctrl-C to the parent, which then stops giving out jobs, and ends with the parent, however that ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

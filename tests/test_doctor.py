@@ -104,8 +104,9 @@ def test_on_clips(made, tmp_path, capsys):
     assert found["census"] == {"h264": 64}
 
 
-def advice(clips, loader, model, sound=16_000):
+def advice(clips, loader, model, processes=None):
     speeds = [Speed("loader, PyAV, 2 threads", loader, loader / 2)]
+    speeds += [Speed("loader, PyAV, 2 processes", processes)] if processes else []
     disk = Disk(100.0, 50.0)
     return list(doctor._advice(clips, Census.of(clips), speeds, Speed("model", model), disk, load(None, [])))
 
@@ -122,7 +123,17 @@ def test_advice():
     assert "the model will bind" in fast
     assert "raw" not in fast.replace("the clips are raw", "")
     assert 'sampling.order = "blocked"' in fast
+    assert "loading.worker =" not in slow + fast
     assert "both alike will bind" in " ".join(advice([packed], 110.0, 100.0))
+
+
+def test_processes_are_advised_where_they_pay():
+    packed = Clip(id="b", num_frames=5, width=64, height=64, video_codec="h264", shard="a.tar")
+    found = " ".join(advice([packed], 100.0, 300.0, processes=150.0))
+    assert 'loading.worker = "process" is 1.50 times as fast' in found
+    assert "loader, PyAV, 2 processes makes 0.50 times" in found
+    assert "takes 8 cores" in found  # by the threads' CPU time
+    assert "loading.worker =" not in " ".join(advice([packed], 100.0, 300.0, processes=105.0))
 
 
 def test_a_recipe_needs_clips(capsys):

@@ -70,6 +70,12 @@ class Decoder(Protocol):
         ...
 
 
+class Reader(Decoder, Protocol):
+    """A decoder that says what it reads: the shape and the floor of a spectrogram that is missing."""
+
+    read: Read
+
+
 @runtime_checkable
 class BatchDecoder(Protocol):
     """Decodes whole batches, on a device, of what was read clip by clip.

@@ -32,6 +32,9 @@ class KeptDecoders(threading.local):
     def __init__(self) -> None:
         self._contexts: dict[str, Any] = {}
 
+    def __reduce__(self) -> tuple[type[KeptDecoders], tuple[()]]:
+        return KeptDecoders, ()  # another process opens its own
+
     def watch(self, spliced: SplicedFrames, watcher: Watcher, clip: Clip) -> None:
         """Decodes a splice and hands the wanted frames over, ascending.
 

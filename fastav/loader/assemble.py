@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastav.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
-from fastav.decode.base import BatchDecoder, Decoder, Read
+from fastav.decode.base import BatchDecoder, Reader
 from fastav.errors import MediaError, TooManyBroken
 
 if TYPE_CHECKING:
@@ -22,12 +22,6 @@ Request = tuple[str, int, int]
 """`train` or `evaluate`, first sample, how many."""
 
 _NAMED = 3  # reasons that an error lists
-
-
-class Reader(Decoder, Protocol):
-    """A decoder that says what it reads: the shape and the floor of a spectrogram that is missing."""
-
-    read: Read
 
 
 @dataclass(eq=False, slots=True)
