@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -24,10 +25,10 @@ import fastav.pack
 from fastav.__main__ import main
 from fastav.decode import PyAV, Read
 from fastav.decode.packed import decode_sound
-from fastav.errors import UserError
+from fastav.errors import MediaError, UserError
 from fastav.frontend import Frontend
 from fastav.manifest import Manifest, check, write_manifest
-from fastav.pack import build_pack
+from fastav.pack import build_pack, transcode
 from fastav.pack.encode import encode_flac
 from fastav.pack.folder import PackFolder, plan_shards
 from fastav.pack.quality import psnr_db
@@ -364,6 +365,19 @@ def test_files_that_are_gone_leave_their_shards_open(tmp_path, capsys):
     assert main([*pack[:2], str(tmp_path / "q"), "--workers", "1", "--skip-missing"]) == 3  # a third is left out
     assert "1 of 3 clips had to be left out, more than the share 0.05 of --max-broken" in capsys.readouterr().err
     assert main([*pack[:2], str(tmp_path / "q"), "--skip-missing", "--max-broken", "0.5"]) == 0
+
+
+def test_damage_that_ffmpeg_calls_an_io_error_is_damage(tmp_path, monkeypatch):
+    file = tmp_path / "a.mkv"
+    file.write_bytes(b"whatever")
+
+    def fail(order):
+        raise MediaError(file, "input/output error", "video") from OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(transcode, "_pack", fail)
+    assert transcode.pack_clip(None)[2] == "video"
+    file.unlink()
+    assert transcode.pack_clip(None)[2] == transcode.MISSING
 
 
 def test_a_killed_parent_takes_its_workers_along(made, tmp_path):

@@ -93,9 +93,22 @@ def pack_clip(order: Order) -> PackedClip | tuple[str, str, str]:
     except MediaError as error:
         cause = error.__cause__
         later = isinstance(cause, OSError) and cause.errno in _LATER
+        if isinstance(cause, OSError) and cause.errno == errno.EIO:
+            later = not _readable(error.path)  # FFmpeg says EIO of damage, too: only the file itself can tell
         return error.path, error.reason, MISSING if later else error.stage
     except Exception as error:  # whatever it is, it is about this clip, and the others must go on
         return order.clip.source, f"{type(error).__name__}: {error}", "pack"
+
+
+def _readable(path: str) -> bool:
+    """Returns whether every byte of a file can be read."""
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 20):
+                pass
+    except OSError:
+        return False
+    return True
 
 
 def _pack(order: Order) -> PackedClip:
