@@ -103,7 +103,7 @@ def pack_clip(order: Order) -> PackedClip | tuple[str, str, str]:
 def _readable(path: str) -> bool:
     """Returns whether every byte of a file can be read."""
     try:
-        with open(path, "rb") as file:
+        with Path(path).open("rb") as file:
             while file.read(1 << 20):
                 pass
     except OSError:
