@@ -29,7 +29,7 @@ from fastav.config import Config, PositiveInt
 from fastav.errors import UserError
 from fastav.files import flush
 from fastav.frontend import Frontend
-from fastav.fusion import Bottleneck, Fusion, Score, Streams
+from fastav.fusion import MBT, Bottleneck, Fusion, Score, Streams
 from fastav.plan import Sampling
 from fastav.towers import TimmTower, Tower
 from fastav.weights import DESCRIPTION, WEIGHTS, model_folder, read_description, read_safetensors
@@ -140,7 +140,7 @@ class AVModel(nn.Module):
     def attention(self) -> str:
         """Which implementation of the attention is in force, and where."""
         fusion = self.config.fusion
-        if not isinstance(fusion, Bottleneck):
+        if not isinstance(fusion, Bottleneck | MBT) or not hasattr(self.fusion, "bottleneck"):
             return "PyTorch's"
         if fusion.attention != "auto":
             return f"PyTorch's, in fusion layers {fusion.attention} (asked for)"
@@ -148,8 +148,11 @@ class AVModel(nn.Module):
         block: Any = self.video.blocks[-1]
         device = str(next(self.parameters()).device)
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
-        tokens = self.video.num_prefix + self.video.num_patches
-        name = best(device, dtype, block.attn.head_dim, fusion.frames, self.inputs.frames, tokens)
+        if isinstance(fusion, MBT):
+            name = best(device, dtype, block.attn.head_dim, "joint", 1, self.fusion.position["video"].shape[1])
+        else:
+            tokens = self.video.num_prefix + self.video.num_patches
+            name = best(device, dtype, block.attn.head_dim, fusion.frames, self.inputs.frames, tokens)
         return f"PyTorch's, in fusion layers {name} (chosen by auto)"
 
     def forward(
@@ -222,7 +225,7 @@ class AVModel(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Returns names of parameters with several axes that should not decay: embeddings and bottleneck."""
-        names = {f"fusion.{name}" for name in ("bottleneck", "time_embed") if hasattr(self.fusion, name)}
+        names = {f"fusion.{name}" for name in ("bottleneck", "time_embed", *getattr(self.fusion, "decay_free", ()))}
         for modality, tower in (("video", self.video), ("audio", self.audio)):
             if tower is not None and hasattr(tower.net, "no_weight_decay"):
                 names |= {f"{modality}.net.{name}" for name in tower.net.no_weight_decay()}
@@ -303,9 +306,11 @@ class AVModel(nn.Module):
 
 def _without_sources(config: Model) -> Model:
     """Returns the config with towers that start from nothing: they are filled afterwards."""
-    empty = {
+    empty: dict[str, Any] = {
         name: msgspec.structs.replace(getattr(config, name), weights="", init_from="") for name in ("video", "audio")
     }
+    if isinstance(config.fusion, MBT):
+        empty["fusion"] = msgspec.structs.replace(config.fusion, image_vit="")
     return msgspec.structs.replace(config, **empty)
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from msgspec import Meta
 from torch import Tensor
 from torch.nn import functional
@@ -39,6 +40,32 @@ class AnyTask(Kind, frozen=True):
     name: ClassVar[TaskName]
     label_smoothing: Smoothing = 0.0
 
+    def loss(self, logits_BK: Tensor, targets_BK: Tensor, weight_B: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
+        """Sum over the rows of weight x the task's loss with smoothed and mixed targets, a float32 scalar.
+
+        Mixup (Zhang et al., 2018, eq. 1): the target is mix x own + (1 - mix) x the partner's.
+
+        Args:
+            logits_BK: Any float dtype, computed in float32; or [B, M, K], of which the mean of M losses is taken
+                (one for each modality's class token, as in MBT's code).
+            targets_BK: One-hot or multi-hot.
+            weight_B: 0 for placeholders and padding.
+            mix_B: Weight of the row itself; 1 for no mixup.
+            partner_B: Row it is mixed with.
+        """
+        heads = logits_BK.float().unbind(1) if logits_BK.ndim == 3 else [logits_BK.float()]
+        target_BK = self._target(targets_BK.float(), mix_B, partner_B)
+        loss_B = torch.stack([self._loss(head_BK, target_BK) for head_BK in heads]).mean(0)
+        return (loss_B * weight_B).sum()
+
+    def _target(self, targets_BK: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
+        """Smoothed and mixed targets."""
+        raise NotImplementedError
+
+    def _loss(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
+        """The loss of each row."""
+        raise NotImplementedError
+
     @property
     def main(self) -> str:
         """Key of the metric that ranks runs; higher is better."""
@@ -60,26 +87,14 @@ class SingleLabel(AnyTask, frozen=True, tag="single_label"):
 
     name: ClassVar[TaskName] = "single_label"
 
-    def loss(self, logits_BK: Tensor, targets_BK: Tensor, weight_B: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
-        """Sum over the rows of weight x cross-entropy with smoothed and mixed targets, a float32 scalar.
-
-        Mixup (Zhang et al., 2018, eq. 1): the target is mix x own + (1 - mix) x the partner's. A row without
-        a label has a target of zeros, smoothed or not, and adds nothing.
-
-        Args:
-            logits_BK: Any float dtype; computed in float32.
-            targets_BK: One-hot.
-            weight_B: 0 for placeholders and padding.
-            mix_B: Weight of the row itself; 1 for no mixup.
-            partner_B: Row it is mixed with.
-        """
-        targets_BK = targets_BK.float()
+    def _target(self, targets_BK: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
+        """A row without a label has a target of zeros, smoothed or not, and adds nothing."""
         labelled_B1 = targets_BK.sum(dim=1, keepdim=True)
         smooth = self.label_smoothing
-        targets_BK = targets_BK * (1 - smooth) + labelled_B1 * (smooth / targets_BK.shape[1])
-        targets_BK = mix_targets(targets_BK, mix_B, partner_B)
-        loss_B = -(targets_BK * functional.log_softmax(logits_BK.float(), dim=1)).sum(dim=1)
-        return (loss_B * weight_B).sum()
+        return mix_targets(targets_BK * (1 - smooth) + labelled_B1 * (smooth / targets_BK.shape[1]), mix_B, partner_B)
+
+    def _loss(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
+        return -(target_BK * functional.log_softmax(logits_BK, dim=1)).sum(dim=1)
 
     def probabilities(self, logits_BK: Tensor) -> Tensor:
         """Softmax, float32."""
@@ -97,22 +112,14 @@ class MultiLabel(AnyTask, frozen=True, tag="multi_label"):
     name: ClassVar[TaskName] = "multi_label"
     reduce: Literal["sum", "mean"] = "sum"
 
-    def loss(self, logits_BK: Tensor, targets_BK: Tensor, weight_B: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
-        """Sum over the rows of weight x binary cross-entropy, targets smoothed and mixed; a float32 scalar.
-
-        Args:
-            logits_BK: Any float dtype; computed in float32.
-            targets_BK: Multi-hot; a row of zeros has no label and is a negative of every class.
-            weight_B: 0 for placeholders and padding.
-            mix_B: Weight of the row itself; 1 for no mixup.
-            partner_B: Row it is mixed with.
-        """
-        targets_BK = targets_BK.float()
+    def _target(self, targets_BK: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
+        """A row of zeros has no label and is a negative of every class."""
         smooth = self.label_smoothing
-        targets_BK = mix_targets(targets_BK * (1 - smooth) + smooth / targets_BK.shape[1], mix_B, partner_B)
-        loss_BK = functional.binary_cross_entropy_with_logits(logits_BK.float(), targets_BK, reduction="none")
-        loss_B = loss_BK.sum(dim=1) if self.reduce == "sum" else loss_BK.mean(dim=1)
-        return (loss_B * weight_B).sum()
+        return mix_targets(targets_BK * (1 - smooth) + smooth / targets_BK.shape[1], mix_B, partner_B)
+
+    def _loss(self, logits_BK: Tensor, target_BK: Tensor) -> Tensor:
+        loss_BK = functional.binary_cross_entropy_with_logits(logits_BK, target_BK, reduction="none")
+        return loss_BK.sum(dim=1) if self.reduce == "sum" else loss_BK.mean(dim=1)
 
     def probabilities(self, logits_BK: Tensor) -> Tensor:
         """Sigmoid, float32."""

@@ -125,12 +125,14 @@ class ClipDropPath(nn.Module):
     Args:
         rate: Share of the clips whose residual branch is dropped; the others are scaled by 1 / (1 - rate).
         rows_per_clip: Consecutive rows (frames, windows) of one clip.
+        rescale: Whether they are; MBT's code leaves them as they are.
     """
 
-    def __init__(self, rate: float, rows_per_clip: int = 1) -> None:
+    def __init__(self, rate: float, rows_per_clip: int = 1, rescale: bool = True) -> None:
         super().__init__()
         self.rate = rate
         self.rows_per_clip = rows_per_clip
+        self.rescale = rescale
 
     def draw(self, clips: int, like: Tensor) -> Tensor | None:
         """Returns the factor of each clip's branch [clips], or None where nothing is dropped."""
@@ -138,7 +140,7 @@ class ClipDropPath(nn.Module):
             return None
         keep = 1.0 - self.rate
         factor_B = like.new_empty(clips).bernoulli_(keep)
-        return factor_B.div_(keep) if keep > 0.0 else factor_B
+        return factor_B.div_(keep) if keep > 0.0 and self.rescale else factor_B
 
     def forward(self, x: Tensor) -> Tensor:
         """Drops whole clips of a branch [clips * rows_per_clip, ...]."""
@@ -251,6 +253,19 @@ class TimmTower(nn.Module):
         self.net.norm, self.net.fc_norm, self.net.head = nn.Identity(), nn.Identity(), nn.Identity()
         self.net.attn_pool = None
         self.settle()
+
+    def keep_blocks(self, count: int) -> None:
+        """Removes all of a ViT but its first so many blocks."""
+        self.net.blocks = nn.Sequential(*self.blocks[:count])
+        for name in ("patch_embed", "norm", "fc_norm", "head"):
+            setattr(self.net, name, nn.Identity())
+        self.net.cls_token = self.net.reg_token = self.net.pos_embed = self.net.attn_pool = None
+        self.settle()
+
+    def rescale(self, kept: bool) -> None:
+        """Says whether stochastic depth scales up the branches that it keeps."""
+        for drop in self._drop_paths:
+            drop.rescale = kept
 
     def freeze(self, blocks: int) -> None:
         """Keeps the embedding and the first blocks (-1: all but the head; see `Tower.freeze`) as they are.

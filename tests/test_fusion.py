@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastav.bottleneck import BottleneckBlock
 from fastav.errors import UserError
-from fastav.fusion import Audio, Bottleneck, Early, Late, Score, Streams, Video, over_windows
+from fastav.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Streams, Video, over_windows
 from fastav.towers import Tower
 
 B, T, W, K = 2, 3, 2, 5
@@ -27,8 +27,13 @@ ALL = [
         for update in ("sequential", "mean")
     ),
     Bottleneck(start=2, head="concat", frames="shared"),
+    MBT(start=1, patch=8, tubelet=3),
+    MBT(start=1, patch=8, sampled=2, head="gap", hidden=7, shared=True),
+    MBT(start=1, patch=8, tubelet=1, head="gmp", mixing="cross"),
+    MBT(start=1, patch=8, tubelet=3, head="gsp", mixing="joint", shared=True),
 ]
-NAMES = [f"{type(c).__name__}-{getattr(c, 'frames', '')}-{getattr(c, 'update', '')}" for c in ALL]
+PARTS = ("frames", "update", "mixing", "head")
+NAMES = ["-".join([type(c).__name__, *(str(getattr(c, part)) for part in PARTS if hasattr(c, part))]) for c in ALL]
 
 
 class Fused(nn.Module):

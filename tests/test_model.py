@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastav.errors import UserError
 from fastav.frontend import Frontend
-from fastav.fusion import Audio, Bottleneck, Early, Late, Score, Video
+from fastav.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Video
 from fastav.model import AVModel, Inputs, Model
 from fastav.plan import Sampling
 from fastav.towers import Tower
@@ -26,7 +26,9 @@ TINY = Tower(name="vit_tiny_patch16_224", args=ARGS)
 SAMPLING = Sampling(frames=T, image_size=16, window=24)
 FRONTEND = Frontend(num_mels=16, mean=-40.0, std=20.0)
 CLASSES = ("coot", "crow", "gull")
-FUSIONS = [Video(), Audio(), Late(), Score(), Early(), Bottleneck(start=1, frames="shared")]
+FUSIONS = [
+    Video(), Audio(), Late(), Score(), Early(), Bottleneck(start=1, frames="shared"), MBT(start=1, patch=8),
+]  # fmt: skip
 
 
 def make(fusion, classes=CLASSES, sampling=SAMPLING, **towers):

@@ -52,6 +52,14 @@ def test_mixed_targets_give_the_mixed_loss(task):
     assert torch.allclose(task.loss(**{**given, "mix_B": mix}), own + task.loss(**swapped))
 
 
+@pytest.mark.parametrize("task", [SingleLabel(label_smoothing=0.1), MultiLabel()])
+def test_several_heads_have_the_mean_of_their_losses(task):
+    given = batch()
+    other = {**given, "logits_BK": torch.randn_like(given["logits_BK"])}
+    both = {**given, "logits_BK": torch.stack([given["logits_BK"], other["logits_BK"]], 1)}
+    torch.testing.assert_close(task.loss(**both), (task.loss(**given) + task.loss(**other)) / 2)
+
+
 def test_loss_in_pieces_is_the_loss_of_the_whole():
     given = batch()
     pieces = [

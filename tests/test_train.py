@@ -171,6 +171,15 @@ def test_every_fusion_trains(kind, tiny, tmp_path):
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 
 
+def test_mbt_trains_a_loss_for_each_modality(tiny, tmp_path):
+    words = ["--model.fusion.patch", "8", "--model.fusion.start", "1", "--train.epochs", "0.5"]
+    evaluation = run(tiny("mbt", tmp_path / "run", *words))
+    assert evaluation is not None
+    assert evaluation.metrics["num_clips"] == 16
+    model = AVModel.from_pretrained(tmp_path / "run")
+    assert model.fusion.head.weight.abs().sum() > 0
+
+
 def test_score_fusion_trains_nothing_and_is_the_mean_of_the_two_runs(tiny, tmp_path):
     for kind in ("video", "audio"):
         run(tiny(kind, tmp_path / kind, "--train.epochs", "0.5"))

@@ -15,10 +15,11 @@ from __future__ import annotations
 from fastav.fusion.bottleneck import Bottleneck
 from fastav.fusion.early import Early
 from fastav.fusion.late import Late
+from fastav.fusion.mbt import MBT
 from fastav.fusion.score import Score
 from fastav.fusion.single import Audio, Video
 from fastav.fusion.streams import Streams, over_windows
 
-__all__ = ["Audio", "Bottleneck", "Early", "Fusion", "Late", "Score", "Streams", "Video", "over_windows"]
+__all__ = ["MBT", "Audio", "Bottleneck", "Early", "Fusion", "Late", "Score", "Streams", "Video", "over_windows"]
 
-Fusion = Video | Audio | Late | Score | Early | Bottleneck
+Fusion = Video | Audio | Late | Score | Early | Bottleneck | MBT
