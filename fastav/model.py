@@ -45,11 +45,14 @@ class Model(Config, frozen=True):
         video: Of the frames; unused by fusion kind `audio`.
         audio: Of the spectrogram; unused by fusion kind `video`.
         fusion: How they meet.
+        init_from: A run or a saved model, of the same towers, fusion and sizes, that all of it starts from; the heads
+            where its classes are the same.
     """
 
     video: Tower = Tower()
     audio: Tower = Tower()
     fusion: Fusion = Bottleneck()
+    init_from: str = ""
 
 
 class Inputs(Config, frozen=True):
@@ -134,7 +137,16 @@ class AVModel(nn.Module):
             num_mels=frontend.num_mels,
             window=sampling.window,
         )
-        return cls(config, classes, inputs, frontend)
+        if not config.init_from:
+            return cls(config, classes, inputs, frontend)
+        for key in ("model.video", "model.audio"):
+            tower: Tower = getattr(config, key.rpartition(".")[2])
+            if tower.weights or tower.init_from:
+                raise UserError(f"model.init_from and a start of {key} are both given, one of them expected")
+        model = cls(_without_sources(config), classes, inputs, frontend)
+        model.config = config
+        _start_from(model, config.init_from)
+        return model
 
     @property
     def attention(self) -> str:
@@ -306,12 +318,35 @@ class AVModel(nn.Module):
 
 def _without_sources(config: Model) -> Model:
     """Returns the config with towers that start from nothing: they are filled afterwards."""
-    empty: dict[str, Any] = {
+    empty: dict[str, Any] = {"init_from": ""} | {
         name: msgspec.structs.replace(getattr(config, name), weights="", init_from="") for name in ("video", "audio")
     }
     if isinstance(config.fusion, MBT):
         empty["fusion"] = msgspec.structs.replace(config.fusion, image_vit="")
     return msgspec.structs.replace(config, **empty)
+
+
+def _start_from(model: AVModel, source: str) -> None:
+    """Fills a model from a saved one; heads are left alone where the classes are others.
+
+    Raises:
+        UserError: There is no such model, or it is another one.
+    """
+    where = "model.init_from"
+    folder = model_folder(_folder_of(source))
+    same = tuple(read_description(folder, where).get("classes", ())) == model.classes
+    state, own = read_safetensors(folder / WEIGHTS, where), model.state_dict()
+    wanted = {name: value for name, value in own.items() if same or ".head." not in name}
+    wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
+    wrong += [name for name in state if name not in own]
+    if wrong:
+        there = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
+        here = tuple(own[wrong[0]].shape) if wrong[0] in own else "nothing"
+        raise UserError(
+            f'{where}: the model in "{folder}" is another one: {len(wrong)} parameters differ, such as {wrong[0]}: '
+            f"{there} given, {here} expected"
+        )
+    model.load_state_dict({name: state[name] for name in wanted}, strict=False)
 
 
 def _check_score(config: Model, classes: tuple[str, ...]) -> None:

@@ -1,15 +1,18 @@
-"""The names and layouts of scenic's MBT: from the authors' parameter tree to the parameters of kind `mbt`.
+"""Scenic's MBT: from the authors' checkpoint to a parameter tree, and from that to the parameters of kind `mbt`.
 
-A tree is flat here: `Transformer/encoderblock_0/LayerNorm_0/scale` -> array. What is of the spectrogram ends in
-`spectrogram` there; linear kernels are [in, out], convolutions [..., in, out], attention is split by head.
+A checkpoint is one msgpack map, as flax writes it; it is read without flax or jax, and nothing in it is run. A tree is
+flat here: `Transformer/encoderblock_0/LayerNorm_0/scale` -> array. What is of the spectrogram ends in `spectrogram`
+there; linear kernels are [in, out], convolutions [..., in, out], attention is split by head.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -47,6 +50,69 @@ _IN_BLOCK = {
 _LINEAR_IN_BLOCK = {"MlpBlock_0/Dense_0/kernel": "mlp.fc1.weight", "MlpBlock_0/Dense_1/kernel": "mlp.fc2.weight"}
 _ATTENTION = "MultiHeadDotProductAttention_0/"
 _PARTS = ("query", "key", "value")
+
+
+_ARRAY, _COMPLEX, _SCALAR = 1, 2, 3  # flax's msgpack extensions
+_PLACES = (("optimizer", "target", "params"), ("optimizer", "target"), ("params", "params"), ("params",), ())
+_CHUNKED = "__msgpack_chunked_array__"
+
+
+def read_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
+    """Reads the parameters of a checkpoint of flax, wherever its version keeps them.
+
+    Returns:
+        The flat tree.
+
+    Raises:
+        UserError: It is no such file, or holds no transformer.
+    """
+    try:
+        whole = msgspec.msgpack.decode(path.read_bytes(), ext_hook=_extension)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path}: no checkpoint of flax (msgpack): {error}") from None
+    for place in _PLACES:
+        found = whole
+        for key in place:
+            found = found.get(key) if isinstance(found, dict) else None
+        if isinstance(found, dict) and isinstance(found.get("Transformer"), dict):
+            try:
+                return dict(_flat(found, ""))
+            except (ValueError, TypeError, KeyError) as error:
+                raise UserError(f"{path}: a broken array: {error}") from None
+    keys = ", ".join(map(str, whole)) if isinstance(whole, dict) else type(whole).__name__
+    raise UserError(f"{path}: no parameters with a Transformer in it; it holds: {keys or 'nothing'}")
+
+
+def _extension(code: int, data: memoryview) -> Any:
+    """Returns an array or a scalar of flax."""
+    if code == _COMPLEX:
+        return complex(*msgspec.msgpack.decode(data))
+    if code not in (_ARRAY, _SCALAR):
+        raise ValueError(f"an extension of kind {code}")
+    shape, name, raw = msgspec.msgpack.decode(data)
+    if name == "bfloat16":  # NumPy has none: the upper half of a float32
+        values = np.frombuffer(raw, np.uint16).astype(np.uint32) << 16
+        return values.view(np.float32).reshape(shape)
+    dtype = np.dtype(name)
+    if dtype.kind not in "fiubc":
+        raise ValueError(f"an array of {name}")
+    return np.frombuffer(raw, dtype).reshape(shape)
+
+
+def _flat(tree: Mapping[str, Any], place: str) -> Iterator[tuple[str, NDArray[Any]]]:
+    for name, value in tree.items():
+        if isinstance(value, dict) and _CHUNKED in value:  # flax cuts arrays of more than a gibibyte
+            chunks, shape = value["chunks"], value["shape"]
+            joined = np.concatenate([chunks[str(i)] for i in range(len(chunks))])
+            yield place + name, joined.reshape([int(shape[str(i)]) for i in range(len(shape))])
+        elif isinstance(value, dict):
+            yield from _flat(value, f"{place}{name}/")
+        elif isinstance(value, np.ndarray):
+            yield place + name, value
+        else:
+            raise ValueError(f"{place}{name} is a {type(value).__name__}")
 
 
 def mbt_state(tree: Tree) -> dict[str, Tensor]:

@@ -156,7 +156,7 @@ def judge(files: Sequence[Path], manifest: Path, pack: Path, seen: Mapping[str, 
     Returns:
         Figures; `silent` and `changed` must be empty.
     """
-    fastav("pack", manifest, pack)
+    fastav("pack", manifest, pack, "--max-broken", 1)
     raw, packed = load(manifest), load(pack / "manifest.parquet", manifest)
     indexed, skipped = named_in(manifest.with_suffix(".problems.csv")), named_in(pack / "skipped.csv")
     counts: Counter[str] = Counter()
@@ -184,7 +184,7 @@ def judge(files: Sequence[Path], manifest: Path, pack: Path, seen: Mapping[str, 
 
 def digests(manifest: Path, pack: Path) -> dict[str, str]:
     """Packs and loads whole files; returns the digests for `judge`."""
-    fastav("pack", manifest, pack)
+    fastav("pack", manifest, pack, "--max-broken", 1)
     raw, packed = load(manifest), load(pack / "manifest.parquet", manifest)
     assert all(len(found) == 2 for found in (*raw.values(), *packed.values())), (raw, packed)
     return {name: found["frames"] for name, found in raw.items()} | {
@@ -227,7 +227,7 @@ def fuzz_pack(work: Path, count: int, seed: int) -> dict[str, object]:
         source = seeds[number % len(seeds)]
         shutil.copyfile(source, folder / f"{number:04d}_{source.stem}{source.suffix}")
     fastav("index", "folder", work / "raw", "--classes", "folder", "--out", work / "raw.parquet")
-    fastav("pack", work / "raw.parquet", work / "pack", "--shard-mib", "1")
+    fastav("pack", work / "raw.parquet", work / "pack", "--shard-mib", "1", "--max-broken", 1)
     manifest = Manifest.open(work / "pack" / "manifest.parquet")
     before = load(manifest.path)
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.data.clips import Media, repeated
-from benchmarks.timing import interleave, median, per_cpu_second, per_second, ratio, verdict
+from benchmarks.timing import interleave, median, paired_ratio, per_cpu_second, per_second, verdict
 from fastav.decode.base import Read
 from fastav.decode.pyav import PyAV
 from fastav.frontend import Frontend
@@ -31,7 +31,7 @@ class Feed:
         plan = Plan([(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
         read = Read(modalities, size, frontend, sampling.window)
         self.loader = Loader(
-            plan, PyAV().build(read), Loading(workers=workers, prefetch=1), modalities=modalities, classes=("a",),
+            plan, PyAV().build(read), Loading(workers=workers), modalities=modalities, classes=("a",),
             on_broken=_refuse,
         )  # fmt: skip
         self._at = 0
@@ -80,7 +80,9 @@ def loading_turns(
         found["runs"].append({"variant": f"loader {name}", "repeat": 0, "stages": stages, "decode_busy_pct": busy})
     console.print(table)
     for one, other in (("balanced", "raw"), ("balanced, repeat 2", "balanced"), ("raw, repeat 2", "raw")):
-        interval = ratio(per_second(turns[one]), per_second(turns[other]))
+        # Two at a time, as in `duels`: turns of all of them are too far apart on a shared machine.
+        both = interleave({name: feeds[name].turn(max(2, batches)) for name in (one, other)}, rounds)
+        interval = paired_ratio(per_second(both[one]), per_second(both[other]))
         middle, low, high = interval.rounded()
         found["verdicts"].append(
             {"a": one, "b": other, "metric": "loader_clips_per_s", "ratio": middle, "ci95": [low, high],

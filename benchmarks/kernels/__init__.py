@@ -1,0 +1,194 @@
+"""Bottleneck attention, every implementation: `python -m benchmarks kernels [--tune]`.
+
+First each implementation is held against float64, in the same process; one that is wrong is not timed. Then all take
+turns on the shapes of `cases.CASES`: forward, backward and both, as time, as useful TFLOP/s (pairs that meet alone) and
+as a share of the measured ceilings. `--tune` times the candidates of every tile plan and writes the plans and the
+wins that `impl = "auto"` goes by. Without a GPU everything is checked and nothing is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import result as results
+from benchmarks.kernels.cases import CASES, Case, Found, check, implementations
+from benchmarks.kernels.ceilings import Ceiling, ceilings, timed
+from benchmarks.timing import Interval, interleave, median, paired_ratio, per_second, verdict
+from fastav.commandline import Parser
+from fastav.errors import FastavError, UserError
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
+
+PASSES = ("forward", "backward", "both")
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """Reads the suite's options."""
+    parser = Parser(prog="python -m benchmarks kernels", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--rounds", type=int, default=15, help="that count (15)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose name has this text")
+    parser.add_argument("--tune", action="store_true", help="time candidate tile plans and write them first")
+    parser.add_argument("--check", action="store_true", help="check, and time nothing")
+    parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
+    args = parser.parse_args(words)
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: expected 1 or more")
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the suite."""
+    args, console = arguments(words), Console()
+    gpu = torch.cuda.is_available()
+    if args.tune and not gpu:
+        raise UserError("--tune times kernels: a CUDA device expected, none found")
+    chosen = [case for case in CASES if args.only in case.name]
+    if not chosen:
+        raise UserError(f'--only "{args.only}": no case has this in its name')
+    found = results.new("kernels", list(words or []), {"case": [case.name for case in chosen], "pass": list(PASSES)})
+    if args.tune:
+        from benchmarks.kernels.tune import tune
+
+        found["notes"] += tune(console, args.rounds)
+    wrong = _check(found, console, chosen, "cuda" if gpu else "cpu")
+    if gpu and not args.check:
+        _time(found, console, chosen, wrong, args.rounds)
+    else:
+        found["notes"].append("checked only" if gpu else "no GPU: everything was checked, nothing timed")
+        console.print(found["notes"][-1])
+    if gpu or args.out:
+        console.print(f"wrote {results.write(found, args.out)}", highlight=False)
+    if wrong:
+        raise FastavError(f"{len(wrong)} of the checks failed: {', '.join(sorted(map(str, wrong)))}")
+    return 0
+
+
+def _check(found: dict[str, Any], console: Console, chosen: Sequence[Case], device: str) -> set[tuple[str, str, str]]:
+    """Holds everything against float64; returns which case, implementation and dtype is wrong."""
+    table = Table(title="relative error against float64")
+    for column in ("case", "implementation", "dtype", "forward", "backward", "allowed", "repeats"):
+        table.add_column(column, justify="left" if column in ("case", "implementation", "dtype") else "right")
+    wrong = set()
+    for case in chosen:
+        for dtype in _DTYPES.values() if device == "cuda" else [torch.float32]:
+            for one in check(case, dtype, device):
+                _note(found, table, one)
+                if not one.good:
+                    wrong.add((one.case, one.impl, one.dtype))
+    console.print(table)
+    return wrong
+
+
+def _note(found: dict[str, Any], table: Table, one: Found) -> None:
+    shown = [one.case, one.impl, one.dtype, *(f"{x:.1e}" for x in (one.forward, one.backward, one.allowed))]
+    table.add_row(*shown, "yes" if one.repeats else "no", style="" if one.good else "red")
+    found["runs"].append(
+        {"variant": f"{one.case}: {one.impl}, {one.dtype}", "repeat": 0, "error_forward": one.forward,
+         "error_backward": one.backward, "allowed": one.allowed, "repeats": one.repeats, "good": one.good}
+    )  # fmt: skip
+
+
+def _time(
+    found: dict[str, Any], console: Console, chosen: Sequence[Case], wrong: set[tuple[str, str, str]], rounds: int
+) -> None:
+    """Times what is right, in bfloat16, beside the ceilings."""
+    tops = ceilings(chosen[0].segments.in_rows, chosen[0].heads * chosen[0].dim, rounds)
+    for top in tops:
+        console.print(f"ceiling: {top.name}: {top.rate} {top.unit}", highlight=False)
+        _summarise(found, f"ceiling: {top.name}", top.unit, top.rate)
+    for case in chosen:
+        right = [name for name in implementations(case, "cuda") if (case.name, name, "bfloat16") not in wrong]
+        _time_case(found, console, case, right, tops, rounds)
+
+
+def _time_case(
+    found: dict[str, Any], console: Console, case: Case, names: Sequence[str], tops: Sequence[Ceiling], rounds: int
+) -> None:
+    """All implementations of a case in turns, for each pass."""
+    copy = next(top.rate.median for top in tops if top.name == "copy") * 1e9
+    least = dict(zip(PASSES, (*case.bytes(2), sum(case.bytes(2))), strict=True))
+    work = dict(zip(PASSES, (case.flops, 2.5 * case.flops, 3.5 * case.flops), strict=True))
+    table = Table(title=case.name)
+    for column in ("pass", "implementation", "ms", "TFLOP/s", "GB/s", "of the copy ceiling", "peak MiB"):
+        table.add_column(column, justify="left" if column in ("pass", "implementation") else "right")
+    for what in PASSES:
+        turns, peaks = {}, {}
+        for name in names:
+            try:
+                run = _runner(case, name, what)
+                peaks[name] = _peak(run)
+                turns[name] = timed(run)
+            except (RuntimeError, ValueError) as error:  # out of memory, or an implementation that has no such shape
+                found["notes"].append(f"{case.name}: {name}, {what}: {' '.join(str(error).split())[:200]}")
+        made = interleave(turns, rounds)
+        times = {name: median(1e3 / per_second(one)) for name, one in made.items()}
+        for name, ms in times.items():
+            floor = least[what] / copy * 1e3
+            table.add_row(
+                what, name, str(ms), f"{work[what] / ms.median / 1e9:.0f}", f"{least[what] / ms.median / 1e6:.0f}",
+                f"{100 * floor / ms.median:.0f} %", f"{peaks[name]:.0f}",
+            )  # fmt: skip
+            _summarise(found, f"{case.name}: {name}", f"{what}_ms", ms)
+            found["runs"].append(
+                {"variant": f"{case.name}: {name}", "repeat": 0, "pass": what, "peak_mib": round(peaks[name], 1),
+                 "tflops": work[what] / ms.median / 1e9, "gb_per_s": least[what] / ms.median / 1e6}
+            )  # fmt: skip
+        _verdicts(found, console, case, what, {name: per_second(one) for name, one in made.items()})
+        turns.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+    console.print(table)
+
+
+def _runner(case: Case, impl: str, what: str) -> Callable[[], object]:
+    """Returns a function that does one pass on the GPU, in bfloat16."""
+    qkv = case.inputs(torch.bfloat16, "cuda")
+    attend = IMPLEMENTATIONS[impl]
+    if what == "forward":
+        return lambda: attend(qkv, case.segments)
+    out = attend(qkv, case.segments)
+    dout = torch.randn_like(out)
+    if what == "backward":
+        return lambda: torch.autograd.grad(out, qkv, dout, retain_graph=True)
+    return lambda: torch.autograd.grad(attend(qkv, case.segments), qkv, dout)
+
+
+def _peak(run: Callable[[], object]) -> float:
+    """MiB that a pass takes beyond what is there before it."""
+    run()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def _summarise(found: dict[str, Any], variant: str, metric: str, interval: Interval) -> None:
+    middle, low, high = interval.rounded()
+    found["summary"].append({"variant": variant, "metric": metric, "median": middle, "ci95": [low, high]})
+
+
+def _verdicts(found: dict[str, Any], console: Console, case: Case, what: str, rates: dict[str, Any]) -> None:
+    """The kernel against each other implementation, by the pairs of turns."""
+    if "triton" not in rates:
+        return
+    for name in rates:
+        if name == "triton":
+            continue
+        interval = paired_ratio(rates["triton"], rates[name])
+        middle, low, high = interval.rounded()
+        found["verdicts"].append(
+            {"a": f"{case.name}: triton", "b": f"{case.name}: {name}", "metric": f"{what}_per_s", "ratio": middle,
+             "ci95": [low, high], "verdict": verdict(interval)}
+        )  # fmt: skip
+        console.print(f"{case.name}, {what}: triton / {name}: {interval} ({verdict(interval)})", highlight=False)

@@ -1,0 +1,134 @@
+"""The shapes that are measured, and how each implementation is held against the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments
+from fastav_kernels.bottleneck_attention.reference import reference
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
+"""Largest relative error against float64 where SDPA's own is not the measure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One shape of attention in a model.
+
+    Attributes:
+        name: What it is.
+        segments: Sizes.
+        heads: H.
+        dim: d.
+        against: Other implementations that can be expected to be of use: not the dense mask where it takes too long.
+    """
+
+    name: str
+    segments: Segments
+    heads: int = 12
+    dim: int = 64
+    against: tuple[str, ...] = ("sdpa", "masked", "flex")
+
+    def small(self) -> Case:
+        """The same in small: one or two clips, two heads, for checking on any machine."""
+        clips = 1 if self.segments.num_frames * self.segments.num_tokens > 1000 else 2
+        return replace(self, segments=replace(self.segments, clips=clips), heads=2)
+
+    def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+        """Random queries, keys and values that want a gradient."""
+        generator = torch.Generator(device).manual_seed(seed)
+        shape = (self.segments.in_rows, 3, self.heads, self.dim)
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype).requires_grad_()
+
+    @property
+    def flops(self) -> float:
+        """Of the forward pass, pairs that meet alone; the backward pass has 2.5 times as many."""
+        return 4.0 * self.dim * self.heads * self.segments.pairs
+
+    def bytes(self, itemsize: int) -> tuple[float, float]:
+        """Least bytes of the forward and of the backward pass: each input read once, each output written once."""
+        row = self.heads * self.dim * itemsize
+        qkv, out = 3 * self.segments.in_rows * row, self.segments.out_rows * row
+        return qkv + out, 2 * qkv + 2 * out
+
+
+CASES = (
+    Case("8 frames of 197, bottleneck 4, shared", Segments(64, 8, 197, 4, "shared")),
+    Case("the same in the last layer", Segments(64, 8, 197, 4, "shared", asks=False)),
+    Case("8 frames of 197, bottleneck 4, mean", Segments(64, 8, 197, 4, "mean")),
+    Case("spectrogram of 201, bottleneck 4", Segments(64, 1, 201, 4, "joint"), against=("sdpa",)),
+    Case("8 frames of 197, no bottleneck", Segments(64, 8, 197, 0, "shared"), against=("sdpa",)),
+    Case("8 frames of 196 joint, bottleneck 4", Segments(64, 8, 196, 4, "joint"), against=("sdpa",)),
+    Case("8 frames of 65, bottleneck 4, shared", Segments(64, 8, 65, 4, "shared")),
+    Case("8 frames of 197, bottleneck 4, shared, heads of 32", Segments(64, 8, 197, 4, "shared"), heads=24, dim=32),
+    Case("8 frames of 197, bottleneck 4, shared, heads of 128", Segments(64, 8, 197, 4, "shared"), heads=6, dim=128),
+)
+
+
+def implementations(case: Case, device: str) -> list[str]:
+    """Which implementations are measured on a case; the kernel needs a GPU, the dense float64 reference is not one."""
+    return [*(["triton"] if device.startswith("cuda") else []), *case.against]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How far an implementation is from float64, relative to the norm.
+
+    Attributes:
+        case: Its name.
+        impl: Which.
+        dtype: Such as `bfloat16`.
+        forward: Of the output.
+        backward: Of the gradient.
+        allowed: Most of either.
+        repeats: Whether two runs gave the same bits.
+    """
+
+    case: str
+    impl: str
+    dtype: str
+    forward: float
+    backward: float
+    allowed: float
+    repeats: bool
+
+    @property
+    def good(self) -> bool:
+        """Whether both are allowed, and the kernel, which promises it, repeats."""
+        return max(self.forward, self.backward) <= self.allowed and (self.repeats or self.impl != "triton")
+
+
+def check(case: Case, dtype: torch.dtype, device: str) -> Iterator[Found]:
+    """Holds each implementation of a case, in small, against float64.
+
+    On a GPU in half precision at most twice SDPA's own error is allowed, the rule of FlashAttention's tests.
+    """
+    small = case.small()
+    qkv = small.inputs(dtype, device)
+    exact = qkv.detach().double().requires_grad_()
+    out = reference(exact, small.segments)
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float32).to(device, dtype)
+    (grad,) = torch.autograd.grad(out, exact, dout.double())
+    errors: dict[str, tuple[float, float, bool]] = {}
+    for impl in sorted(implementations(small, device), key=lambda name: name != "sdpa"):
+        runs = []
+        for _ in range(2):
+            made = IMPLEMENTATIONS[impl](qkv, small.segments)
+            runs.append((made.detach(), torch.autograd.grad(made, qkv, dout)[0]))
+        repeats = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+        errors[impl] = (_apart(runs[0][0], out.detach()), _apart(runs[0][1], grad), repeats)
+        allowed = TOLERANCE[dtype]
+        if device.startswith("cuda") and dtype != torch.float32:
+            allowed = 2 * max(errors["sdpa"][:2])
+        yield Found(case.name, impl, str(dtype).removeprefix("torch."), *errors[impl][:2], allowed, repeats)
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    """Relative distance; infinite where something was not written."""
+    if not found.isfinite().all():
+        return float("inf")
+    return float((found.double() - expected).norm() / expected.norm())
