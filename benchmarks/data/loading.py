@@ -12,10 +12,12 @@ from rich.table import Table
 
 from benchmarks.data.clips import Media, repeated
 from benchmarks.timing import interleave, median, paired_ratio, per_cpu_second, per_second, verdict
+from fastav.decode import Dali
 from fastav.decode.base import Read
-from fastav.decode.pyav import PyAV
+from fastav.decode.dali import missing
+from fastav.decode.pyav import PyAV, PyAVDecoder
 from fastav.frontend import Frontend
-from fastav.loader import Loader, Loading
+from fastav.loader import Loader, Loading, Worker
 from fastav.plan import Plan, Sampling
 
 BATCH = 8
@@ -25,16 +27,32 @@ _COPIES = 64
 class Feed:
     """A loader that is kept open, and hands out batches when it is its turn."""
 
-    def __init__(self, manifest: Any, workers: int, *, repeat: int = 1, size: int = 224, audio: bool = True) -> None:
+    def __init__(
+        self,
+        manifest: Any,
+        workers: int,
+        *,
+        repeat: int = 1,
+        size: int = 224,
+        audio: bool = True,
+        kind: PyAV | Dali | None = None,
+        worker: Worker = "thread",
+    ) -> None:
         frontend, sampling = Frontend(), Sampling(image_size=size, repeat=repeat)
         modalities: Any = ("video", "audio") if audio else ("video",)
         plan = Plan([(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
         read = Read(modalities, size, frontend, sampling.window)
+        self._decoder = (kind or PyAV()).build(read)
         self.loader = Loader(
-            plan, PyAV().build(read), Loading(workers=workers), modalities=modalities, classes=("a",),
+            plan, self._decoder, Loading(workers=workers, worker=worker), modalities=modalities, classes=("a",),
             on_broken=_refuse,
         )  # fmt: skip
         self._at = 0
+
+    @property
+    def mb_read(self) -> float:
+        """MB of shards that were read so far, here and not in other processes."""
+        return self._decoder.traffic.num_bytes / 1e6 if isinstance(self._decoder, PyAVDecoder) else 0.0
 
     def turn(self, batches: int) -> Callable[[], int]:
         """Returns a function that makes so many batches, from request to batch, and returns the clips."""
@@ -62,9 +80,10 @@ def loading_turns(
     feeds["balanced, repeat 2"] = Feed(manifests["balanced"], workers, repeat=2)
     feeds["raw, repeat 2"] = Feed(manifests["raw"], workers, repeat=2)
     batches = max(1, clips // 3)
+    before = {name: feed.mb_read for name, feed in feeds.items()}
     turns = interleave({name: feed.turn(batches) for name, feed in feeds.items()}, rounds)
     table = Table(title=f"loader, video and audio, {workers} threads")
-    for column in ("", "clips/s", "clips per CPU-s", "decode busy %", "decode waits for work %"):
+    for column in ("", "clips/s", "clips per CPU-s", "MB/s of shards", "decode busy %", "decode waits for work %"):
         table.add_column(column, justify="right" if column else "left")
     for name, made in turns.items():
         stats = feeds[name].loader.stats()
@@ -72,12 +91,23 @@ def loading_turns(
         total = max(decode.busy_s + decode.put_wait_s + decode.get_wait_s, 1e-9)
         speed, cpu = median(per_second(made)), median(per_cpu_second(made))
         busy, waits = 100 * decode.busy_s / total, 100 * decode.get_wait_s / total
-        table.add_row(name, str(speed), str(cpu), f"{busy:.0f}", f"{waits:.0f}")
+        # One round of `interleave` is not among the turns.
+        seconds = sum(turn.wall_s for turn in made) * (rounds + 1) / rounds
+        mb = (feeds[name].mb_read - before[name]) / seconds
+        table.add_row(name, str(speed), str(cpu), f"{mb:.1f}" if mb else "", f"{busy:.0f}", f"{waits:.0f}")
         for metric, interval in (("loader_clips_per_s", speed), ("loader_clips_per_cpu_s", cpu)):
             middle, low, high = interval.rounded()
             found["summary"].append({"variant": name, "metric": metric, "median": middle, "ci95": [low, high]})
         stages = {stage: {k: round(v, 3) for k, v in asdict(s).items()} for stage, s in stats.items()}
-        found["runs"].append({"variant": f"loader {name}", "repeat": 0, "stages": stages, "decode_busy_pct": busy})
+        found["runs"].append(
+            {
+                "variant": f"loader {name}",
+                "repeat": 0,
+                "stages": stages,
+                "decode_busy_pct": busy,
+                "mb_per_s_of_shards": round(mb, 2),
+            }
+        )
     console.print(table)
     for one, other in (("balanced", "raw"), ("balanced, repeat 2", "balanced"), ("raw, repeat 2", "raw")):
         # Two at a time, as in `duels`: turns of all of them are too far apart on a shared machine.
@@ -94,7 +124,7 @@ def loading_turns(
 
 
 def sweep_turns(found: dict[str, Any], console: Console, media: Media, folder: Path, rounds: int) -> None:
-    """Measures the loader over workers and resolutions, on raw and packed clips."""
+    """Measures the loader over workers, resolutions and decoders, on raw and packed clips."""
     manifests = {
         "raw": repeated(media.raw, _COPIES, folder / "raws.parquet"),
         "balanced": repeated(media.packed["balanced"], _COPIES, folder / "balanceds.parquet"),
@@ -105,15 +135,24 @@ def sweep_turns(found: dict[str, Any], console: Console, media: Media, folder: P
         for name, manifest in manifests.items()
         for workers, size in ((1, 224), (2, 224), (4, 224), (2, 112), (2, 336))
     }
-    found["varied"] |= {"loader_workers": [1, 2, 4], "image_size": [112, 224, 336]}
+    feeds["balanced, 2 workers that are processes, 224 px"] = Feed(manifests["balanced"], 2, worker="process")
+    still = repeated(media.packed["mjpeg"], _COPIES, folder / "mjpegs.parquet")
+    feeds["mjpeg, 2 workers, 224 px"] = Feed(still, 2)
+    if reason := missing("cpu"):
+        found["notes"].append(f"DALI is not measured: {reason}")
+    else:
+        feeds["mjpeg by DALI on the CPU, 2 workers, 224 px"] = Feed(still, 2, kind=Dali(device="cpu"))
+    found["varied"] |= {"loader_workers": [1, 2, 4], "image_size": [112, 224, 336], "decoder": ["pyav", "dali"]}
     turns = interleave({name: feed.turn(1) for name, feed in feeds.items()}, rounds)
     table = Table(title="loader, sweep")
     for column in ("", "clips/s", "clips per CPU-s"):
         table.add_column(column, justify="right" if column else "left")
     for name, made in turns.items():
-        speed, cpu = median(per_second(made)), median(per_cpu_second(made))
-        table.add_row(name, str(speed), str(cpu))
-        for metric, interval in (("loader_clips_per_s", speed), ("loader_clips_per_cpu_s", cpu)):
+        measured = {"loader_clips_per_s": median(per_second(made))}
+        if "processes" not in name:  # whose CPU time is not this one's
+            measured["loader_clips_per_cpu_s"] = median(per_cpu_second(made))
+        table.add_row(name, *map(str, measured.values()))
+        for metric, interval in measured.items():
             middle, low, high = interval.rounded()
             found["summary"].append({"variant": name, "metric": metric, "median": middle, "ci95": [low, high]})
         feeds[name].loader.close()

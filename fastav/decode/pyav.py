@@ -37,7 +37,7 @@ from fastav.decode.media import blame, read_media
 from fastav.decode.packed import KeptDecoders, decode_mel, wave_of
 from fastav.decode.probe import explain, open_mel
 from fastav.errors import MediaError
-from fastav.shards import Shards
+from fastav.shards import Shards, Traffic
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -76,6 +76,11 @@ class PyAVDecoder:
         self._log_mel = read.frontend.build()
         self._shards = Shards(read.reading)
         self._decoders = KeptDecoders()
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was read of shards so far; not of media files, which FFmpeg reads."""
+        return self._shards.store.traffic
 
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
         """See `Decoder.decode`: frames uint8 [T, 3, size, size], mel float32 [W, C, M, window] in dB."""

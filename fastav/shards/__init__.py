@@ -6,3 +6,4 @@ from fastav.shards.splice import Shards as Shards
 from fastav.shards.splice import SplicedFrames as SplicedFrames
 from fastav.shards.splice import SplicedSound as SplicedSound
 from fastav.shards.store import Reading as Reading
+from fastav.shards.store import Traffic as Traffic
