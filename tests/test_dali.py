@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import replace
+from unittest.mock import patch
 
 import av
 import msgspec
@@ -366,9 +367,13 @@ def poisoned(prepared, part):
     return replace(prepared, wave=replace(prepared.wave, data=prepared.wave.data[:300]))
 
 
+def unreadable(clip, plans):
+    raise MediaError(clip.shard, "PyAV cannot either", "video")
+
+
 @needs_dali
 @pytest.mark.parametrize("part", ["film", "no film", "wave"])
-def test_a_poisoned_clip_is_named_and_the_others_come_out_as_without_it(wide, tall, webm, part):
+def test_a_poisoned_clip_is_pyavs_or_named_and_the_others_come_out_as_without_it(wide, tall, webm, part, caplog):
     read = reading()
     decoder = cpu(read)
     plans = [
@@ -379,17 +384,31 @@ def test_a_poisoned_clip_is_named_and_the_others_come_out_as_without_it(wide, ta
     clean = decoder.decode(prepared, rows, **shape)
     assert clean.errors == [None] * 4
     bad = [*prepared[:2], poisoned(prepared[2], part), prepared[3]]
+
+    def others_are_clean(made):
+        for row in (0, 2, 3):
+            assert torch.equal(made.frames_BTCHW[row], clean.frames_BTCHW[row])
+            assert torch.equal(made.mel_BWCML[row], clean.mel_BWCML[row])
+
     for _ in range(2):  # and again, with the pipelines of before
         made = decoder.decode(bad, rows, **shape)
+        others_are_clean(made)
+        assert made.errors == [None] * 4
+        assert "DALI: " in caplog.text
+        assert "PyAV reads it" in caplog.text
+        (sample,) = PyAV().build(read).decode(wide, [plans[2]])
+        assert torch.equal(made.frames_BTCHW[1], sample.frames_TCHW)
+        if sample.mel_WCML is not None:
+            assert torch.equal(made.mel_BWCML[1], sample.mel_WCML)
+        with patch.object(decoder._second, "decode", unreadable):
+            made = decoder.decode(bad, rows, **shape)
+        others_are_clean(made)
         assert [error is not None for error in made.errors] == [False, False, True, False]
         error = made.errors[2]
         assert (error.path, error.stage) == (wide.shard, "audio" if part == "wave" else "video")
         assert error.reason.startswith('clip "wide": DALI: ')
         assert len(error.reason) > len('clip "wide": DALI: ') + 10
         assert not any(word in error.reason for word in ("traceback", "/opt", "Current pipeline"))
-        for row in (0, 2, 3):
-            assert torch.equal(made.frames_BTCHW[row], clean.frames_BTCHW[row])
-            assert torch.equal(made.mel_BWCML[row], clean.mel_BWCML[row])
         assert made.has_video_B.tolist() == [True, False, True, True]
         assert made.has_audio_B.tolist() == [False, False, False, True]
         assert made.frames_BTCHW[1].max() == 0
@@ -405,6 +424,7 @@ def test_where_all_clips_fail_a_made_one_tells_whether_dali_still_works(wide, mo
     decoder = cpu(reading(("video",)))
     bad = poisoned(decoder.prepare(wide, [plan_of([0])]), "no film")
     shape = {"size": 2, "frames": 1, "windows": 1}
+    monkeypatch.setattr(decoder._second, "decode", unreadable)
     made = decoder.decode([bad, bad], [[0], [1]], **shape)
     assert all(error is not None for error in made.errors)
     monkeypatch.setattr(dali._Slot, "trial", lambda self, kind: "out of memory")

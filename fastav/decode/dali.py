@@ -63,7 +63,7 @@ from fastav.clip import Clip, ClipPlan
 from fastav.config import Fraction as Share
 from fastav.config import Kind, NonNegativeInt, PositiveInt
 from fastav.decode import mp4
-from fastav.decode.base import Modality, Read
+from fastav.decode.base import Read
 from fastav.decode.dali_batch import Batch, Decoded, Prepared
 from fastav.decode.dali_graph import Engine, Film, FilmGraph, Graph, Place, Results, Wave, WaveGraph
 from fastav.decode.dali_sound import SoundCut, shortened, wav_of
@@ -172,10 +172,11 @@ class DaliDecoder:
         self.threads = config.threads or _threads(self.device)
         self._shards = Shards(read.reading)
         # What DALI does not take; each sees one modality, so that nothing is decoded twice.
-        self._eyes, self._ears = (
-            PyAV().build(Read((only,), read.image_size, read.frontend, read.window, read.reading)) for only in _EACH
+        self._eyes, self._ears, self._second = (
+            PyAV().build(Read(some, read.image_size, read.frontend, read.window, read.reading))
+            for some in (("video",), ("audio",), read.modalities)
         )
-        self._eyes._shards = self._ears._shards = self._shards  # one cache for all
+        self._eyes._shards = self._ears._shards = self._second._shards = self._shards  # one cache for all
         self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
         for _ in range(config.pipelines):
             self._slots.put(_Slot(Place(self.device.index, self.threads), read))
@@ -255,6 +256,7 @@ class DaliDecoder:
                     raise FastavError(f"DALI stopped working: {why}")
             made.take_films(seen)
             made.take_waves(heard)
+            made.try_again(self._second.decode)
             return made.finish()
 
     def close(self) -> None:
@@ -336,7 +338,6 @@ class DaliDecoder:
         return Wave(wav_of(wave_S, frontend.sample_rate), 0, len(wave_S), cut.first, cut.total, starts_W)
 
 
-_EACH: tuple[Modality, Modality] = ("video", "audio")
 
 
 class _Slot:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastav.clip import Clip, ClipPlan
+from fastav.clip import Clip, ClipPlan, Sample
 from fastav.decode.base import Read
 from fastav.decode.dali_graph import Film, Results, Wave
 from fastav.errors import MediaError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,26 @@ class Batch:
             assert self.mel_BWCML is not None, "there are waves in runs with audio only"
             self.mel_BWCML[self._index(rows)] = windows_NWML[self._index([n for n, _ in places]), :, None]
             self.has_audio_B[rows] = True
+
+    def try_again(self, decode: Callable[[Clip, Sequence[ClipPlan]], Sequence[Sample]]) -> None:
+        """Has clips that DALI refused decoded by something else; those that it cannot read either stay broken."""
+        for clip, rows, number in zip(self.clips, self._rows, self._numbers, strict=True):
+            refused = self.errors[number]
+            if refused is None:
+                continue
+            try:
+                samples = decode(clip.clip, clip.plans)
+            except MediaError:
+                continue
+            log.warning("%s; PyAV reads it", refused)
+            self.errors[number] = None
+            for row, sample in zip(rows, samples, strict=True):
+                if self.frames_BTCHW is not None and sample.frames_TCHW is not None:
+                    self.frames_BTCHW[row].copy_(sample.frames_TCHW)
+                    self.has_video_B[row] = True
+                if self.mel_BWCML is not None and sample.mel_WCML is not None:
+                    self.mel_BWCML[row].copy_(sample.mel_WCML)
+                    self.has_audio_B[row] = True
 
     def finish(self) -> Decoded:
         """Returns the batch; rows of clips that failed are blank."""
