@@ -53,6 +53,7 @@ def run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         module.add_arguments(parser)
         overrides: list[str] = []
         if getattr(module, "OVERRIDES", False):
+            parser.epilog = "Any key of the recipe is an option too: --optim.lr 1e-4; `fastav recipe show` lists them."
             words, overrides = _split_overrides(words)
         args = parser.parse_args(words)
         args.overrides = overrides

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from typing import Any, Generic, TypeVar
 
+from fastav.errors import FastavError
+
 PATIENCE_S = 900.0
 """Longer than any one clip takes to be decoded and encoded."""
 
@@ -56,8 +58,9 @@ def each(
             for their turn do not pile up.
         patience_s: Seconds without any job getting done after which those in work are taken for hanging.
     """
-    rest = enumerate(jobs)
+    rest, proven = enumerate(jobs), False
     while suspects := (yield from _together(rest, do, workers, ahead, patience_s)):
+        proven = proven or _processes_start(do)
         # Nobody knows which of the jobs in work killed its process, or hangs: each of them gets a process of its own.
         for number, job in suspects:
             yield _alone(number, job, do, patience_s)
@@ -101,6 +104,22 @@ def _together(
             return [*running.values(), *waiting]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _processes_start(do: Callable[..., Any]) -> bool:
+    """Returns True where a process can do nothing at all.
+
+    Raises:
+        FastavError: It cannot: then no job is to blame.
+    """
+    with _pool(1, do) as pool:
+        try:
+            return bool(pool.submit(os.getpid).result())
+        except BrokenProcessPool:
+            raise FastavError(
+                "worker processes end as they start; a script that calls this needs its code under "
+                'if __name__ == "__main__":, as they import it'
+            ) from None
 
 
 def _alone(number: int, job: Job, do: Callable[[Job], Result], patience_s: float) -> Done[Job, Result]:

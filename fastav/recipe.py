@@ -328,6 +328,14 @@ def _overlay(under: Table, over: Table) -> Table:
     return result
 
 
+def _keys(table: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Yields all keys of a table and those below it, such as `data.manifest`."""
+    for name, value in table.items():
+        yield place + name
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{place}{name}.")
+
+
 def _merge(node: Any, base: Any, over: Any, key: str, fail: Any) -> Any:
     """Lays `over` onto the defaults `base`, checking keys and kinds against the type `node`."""
     if isinstance(node, inspect.Metadata):
@@ -364,7 +372,9 @@ def _merge(node: Any, base: Any, over: Any, key: str, fail: Any) -> Any:
         elif name not in fields:
             options = {(f"{key}." if key else "") + f for f in fields}
             of = f' (kind "{struct.tag}")' if struct.tag_field else ""
-            raise fail(path, f'unknown key "{path}"{of}{did_you_mean(path, options)}')
+            deeper = [long for long in _keys(to_table(Recipe()), "") if long.endswith(f".{name}")] if not key else []
+            near = f'; did you mean "{min(deeper, key=len)}"?' if deeper else did_you_mean(path, options)
+            raise fail(path, f'unknown key "{path}"{of}{near}')
         else:
             result[name] = _merge(fields[name], result.get(name), value, path, fail)
     return result

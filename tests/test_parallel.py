@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -51,3 +53,20 @@ def test_jobs_are_not_begun_too_far_ahead(tmp_path):
             assert not [p for p in tmp_path.glob("begun-*") if int(p.name[6:]) > 6]
             (tmp_path / "go").touch()
     assert sorted(seen) == list(range(30))
+
+
+_UNGUARDED = """
+import os
+import subprocess
+import sys
+from fastav.parallel import each
+print([done.result for done in each([1, 2], abs, 1)])
+"""
+
+
+def test_a_script_that_does_not_guard_its_code_is_told(tmp_path):
+    script = tmp_path / "unguarded.py"
+    script.write_text(_UNGUARDED)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert 'if __name__ == "__main__":' in done.stderr.splitlines()[-1]

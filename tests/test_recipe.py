@@ -170,3 +170,10 @@ def test_the_verb_prints_the_resolved_recipe(write, capsys):
     assert "seed = 3  # default: 0" in shown
     assert main(["recipe", "shwo", str(path)]) == 2
     assert 'did you mean "show"?' in capsys.readouterr().err
+
+
+def test_a_key_without_its_table_is_known_by_its_last_word():
+    with pytest.raises(UserError, match=r'--manifest: unknown key "manifest"; did you mean "data.manifest"\?'):
+        load(None, ["--manifest", "x"])
+    with pytest.raises(UserError, match=r'unknown key "lr"; did you mean "optim.lr"\?'):
+        load(None, ["--lr", "1"])

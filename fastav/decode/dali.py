@@ -338,8 +338,6 @@ class DaliDecoder:
         return Wave(wav_of(wave_S, frontend.sample_rate), 0, len(wave_S), cut.first, cut.total, starts_W)
 
 
-
-
 class _Slot:
     """A pair of pipelines, and the CUDA stream on which their batches are put together."""
 

@@ -59,7 +59,7 @@ def data_speed(work: Path) -> Result:
     """Packed against raw through torchcodec >= 18x and >= 24x at >= 36 dB; fastest peer >= 1.15x; repeat 2 >= 1.8x."""
     out = fresh(work) / "data.json"
     words = ["--footage", str(FOOTAGE)] if FOOTAGE.exists() else []
-    call(sys.executable, "-m", "benchmarks", "data", *words, "--rounds", "15", "--out", str(out))
+    call(sys.executable, "-m", "benchmarks", "data", *words, "--rounds", "15", "--sweep", "--out", str(out))
     found = json.loads(out.read_text())
     ratios = {(v["a"], v["b"], v["metric"]): (v["ratio"], v["ci95"]) for v in found["verdicts"]}
     figures: dict[str, object] = {"notes": found["notes"]}
