@@ -141,6 +141,8 @@ class Optim(Config, frozen=True):
             extra["nesterov"] = self.nesterov and self.momentum > 0
         if self.name in ("adamw", "adam"):
             extra["betas"] = self.betas
+        if self.name in ("adamw", "adam", "sgd"):
+            extra["fused"] = True  # one kernel for a whole step, on a GPU as on a CPU
         if self.eps is not None and self.name != "sgd":
             extra["eps"] = self.eps
         optimizer = create_optimizer_v2(

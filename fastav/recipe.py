@@ -177,6 +177,7 @@ CHANGEABLE = (
     "log",
     "model.video.init_from",  # read once, before the first step
     "model.audio.init_from",
+    "model.init_from",
     "model.video.weights",
     "model.audio.weights",
 )

@@ -10,7 +10,6 @@ The crop is cut at whole chroma samples (`augment.crop_box`), so that no plane i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import av
@@ -55,12 +54,14 @@ class Cropper:
             height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
             box = _unturned(crop_box(self._crop, height, width), height, width, self._rotation)
             self._copier = _Copier(frame, *box)
-        part = self._copier.copy(frame)
-        for plane_HW, made_HW in zip(out_CHW, self._scaled(part), strict=True):
-            upright_HW = np.rot90(made_HW, -self._rotation // 90) if self._rotation else made_HW
-            plane_HW[:] = upright_HW[:, ::-1] if self._flip else upright_HW
+        made = self._scaled(self._copier.copy(frame))
+        if self._rotation:
+            made = [np.rot90(made_HW, -self._rotation // 90) for made_HW in made]
+        target_CHW = out_CHW[:, :, ::-1] if self._flip else out_CHW
+        for plane_HW, made_HW in zip(target_CHW, made, strict=True):
+            plane_HW[...] = made_HW
 
-    def _scaled(self, part: av.VideoFrame) -> Iterator[NDArray[np.uint8]]:
+    def _scaled(self, part: av.VideoFrame) -> list[NDArray[np.uint8]]:
         """Red, green and blue [size, size] of a rectangle."""
         size = self._size
         if part.width == size == part.height:
@@ -68,12 +69,9 @@ class Cropper:
             # of 16, but not for packed.
             packed: Any = self._scaler.reformat(part, format="rgb24", threads=1).planes[0]
             packed_HWC = np.frombuffer(packed, np.uint8).reshape(size, -1)[:, : 3 * size].reshape(size, size, 3)
-            yield from packed_HWC.transpose(2, 0, 1)
-            return
+            return list(packed_HWC.transpose(2, 0, 1))
         planar = self._scaler.reformat(part, size, size, "gbrp", interpolation="BILINEAR", threads=1).planes
-        for place in _RGB_OF_GBRP:
-            plane: Any = planar[place]
-            yield np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:size, :size]
+        return [_window(planar[place], 0, 0, size, size) for place in _RGB_OF_GBRP]
 
 
 class _Copier:
@@ -97,22 +95,26 @@ class _Copier:
         self._part = av.VideoFrame(right - left, bottom - top, frame.format.name)
         self._part.colorspace, self._part.color_range = frame.colorspace, frame.color_range
         self._targets: list[NDArray[np.uint8]] = []
-        self._windows: list[tuple[slice, slice]] = []
+        self._windows: list[tuple[int, int, int, int]] = []
         for i, plane in enumerate(self._part.planes):
-            room: Any = plane
             x, y = (across, down) if i else (1, 1)
             rows, columns, begin = plane.height, plane.width * step, left // x * step
-            self._targets.append(np.frombuffer(room, np.uint8).reshape(-1, plane.line_size)[:rows, :columns])
-            self._windows.append((slice(top // y, top // y + rows), slice(begin, begin + columns)))
+            self._targets.append(_window(plane, 0, 0, rows, columns))
+            self._windows.append((top // y, begin, rows, columns))
 
     def copy(self, frame: av.VideoFrame) -> av.VideoFrame:
         """Returns the rectangle of a frame; it is valid until the next call. A whole frame is returned itself."""
         if self._whole:
             return frame
         for plane, target_HW, window in zip(frame.planes, self._targets, self._windows, strict=True):
-            source: Any = plane
-            target_HW[:] = np.frombuffer(source, np.uint8).reshape(-1, plane.line_size)[window]
+            target_HW[...] = _window(plane, *window)
         return self._part
+
+
+def _window(plane: Any, top: int, left: int, rows: int, columns: int) -> NDArray[np.uint8]:
+    """Returns a rectangle of a plane's bytes, which are not copied."""
+    line = plane.line_size
+    return np.ndarray((rows, columns), np.uint8, plane, top * line + left, (line, 1))
 
 
 def cuttable(frame: av.VideoFrame, converter: VideoReformatter) -> av.VideoFrame:

@@ -192,12 +192,15 @@ def needed_units(kind_N: NDArray[np.int64], numbers: Sequence[int]) -> NDArray[n
     wanted = np.asarray(numbers, np.int64)
     if wanted[0] < 0 or wanted[-1] >= len(kind_N):
         raise ValueError(f"frames {list(numbers)} wanted of {len(kind_N)}")
-    places_N = np.arange(len(kind_N))
-    key_N = np.maximum.accumulate(np.where(kind_N != UnitKind.FRAME, places_N, 0))
-    needed_N = np.zeros(len(kind_N) + 1, np.int64)
-    np.add.at(needed_N, key_N[wanted], 1)
-    np.add.at(needed_N, wanted + 1, -1)
-    return np.flatnonzero(np.cumsum(needed_N[:-1]) > 0)
+    keys_K = np.flatnonzero(kind_N != UnitKind.FRAME)
+    if not len(keys_K) or keys_K[0]:
+        keys_K = np.concatenate([[0], keys_K])
+    needed: list[int] = []
+    last = -1
+    for begin, end in zip(keys_K[np.searchsorted(keys_K, wanted, side="right") - 1].tolist(), numbers, strict=True):
+        needed += range(max(begin, last + 1), end + 1)
+        last = end
+    return np.array(needed, np.int64)
 
 
 def needed_sound(clip: Clip, samples: tuple[int, int] | None) -> NDArray[np.int64]:

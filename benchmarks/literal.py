@@ -1,0 +1,79 @@
+"""The model as people write it: timm's blocks as they are, the bottleneck joined and split off by `torch.cat`.
+
+It runs on the parameters of ours, so that both give the same logits; the tests hold them against each other.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastav.augment import normalise_frames, normalise_mel
+from fastav.fusion import Bottleneck
+from fastav.model import AVModel
+
+
+class Literal(nn.Module):
+    """SSW60's mid-fusion (section 4.1, equations 3 and 4) of a model of kind `bottleneck`, written down.
+
+    Args:
+        model: Ours; its blocks and heads are used. Clips have both modalities and one audio window.
+    """
+
+    def __init__(self, model: AVModel) -> None:
+        super().__init__()
+        config = model.config.fusion
+        assert isinstance(config, Bottleneck), "the kind that is written down here"
+        assert config.update == "sequential", "equations 3 and 4"
+        assert config.head == "mean", "as in the recipes"
+        assert config.frames in ("mean", "shared"), "joint is one sequence"
+        self.model, self.config = model, config
+        self.mask: Tensor | None = None
+
+    def forward(self, frames_BTCHW: Tensor, mel_BWCML: Tensor) -> Tensor:
+        """Returns logits [B, K] of uint8 frames and log-mel spectrograms."""
+        model, start = self.model, self.config.start
+        assert model.video is not None
+        assert model.audio is not None
+        assert model.frontend.mean is not None
+        assert model.frontend.std is not None
+        clips, frames = frames_BTCHW.shape[:2]
+        pictures = normalise_frames(frames_BTCHW, model.video_mean_C, model.video_std_C)
+        mel = normalise_mel(mel_BWCML, model.frontend.mean, model.frontend.std).expand(-1, -1, 3, -1, -1)
+        x, a = model.video.embed(pictures.flatten(0, 1)), model.audio.embed(mel.flatten(0, 1))
+        for video_block, audio_block in zip(model.video.blocks[:start], model.audio.blocks[:start], strict=True):
+            x, a = video_block(x), audio_block(a)
+        z = model.fusion.bottleneck.expand(clips, -1, -1)
+        for video_block, audio_block in zip(model.video.blocks[start:], model.audio.blocks[start:], strict=True):
+            x, z = self._frames(video_block, x, z, frames)
+            joined = _block(audio_block, torch.cat([a, z], dim=1))
+            a, z = joined[:, : a.shape[1]], joined[:, a.shape[1] :]
+        features = model.video.pool(x).unflatten(0, (clips, frames)).mean(1)
+        return ((model.video.head(features) + model.audio.head(model.audio.pool(a))) / 2).float()
+
+    def _frames(self, block: Any, x: Tensor, z: Tensor, frames: int) -> tuple[Tensor, Tensor]:
+        """A video layer: each frame beside a copy of the bottleneck, or all of them beside it under a mask."""
+        tokens = x.shape[1]
+        if self.config.frames == "mean":
+            joined = _block(block, torch.cat([x, z.repeat_interleave(frames, dim=0)], dim=1))
+            return joined[:, :tokens], joined[:, tokens:].unflatten(0, (-1, frames)).mean(1)
+        joined = torch.cat([x.unflatten(0, (-1, frames)).flatten(1, 2), z], dim=1)
+        if self.mask is None:
+            self.mask = _mask(frames, tokens, z.shape[1], x.device)
+        joined = _block(block, joined, self.mask)
+        return joined[:, : frames * tokens].reshape(x.shape), joined[:, frames * tokens :]
+
+
+def _block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """A pre-norm block of timm."""
+    x = x + block.ls1(block.attn(block.norm1(x), attn_mask=mask))
+    return x + block.ls2(block.mlp(block.norm2(x)))
+
+
+def _mask(frames: int, tokens: int, bottleneck: int, device: torch.device) -> Tensor:
+    """Who sees whom, bool [rows, rows]: a frame itself and the bottleneck, the bottleneck everything."""
+    shared = torch.full((bottleneck,), -1, device=device)
+    frame_of = torch.cat([torch.arange(frames, device=device).repeat_interleave(tokens), shared])
+    return (frame_of[:, None] == frame_of) | (frame_of < 0) | (frame_of < 0)[:, None]

@@ -1,0 +1,149 @@
+"""The compiled graph of a fusion layer: no matrix product, no kernel and no copy that a plain layer has not."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+import fastav.bottleneck
+from fastav.augment import mask_bands, normalise_frames, normalise_mel
+from fastav.bottleneck import enter_blocks
+from fastav.towers import Tower
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wants a C++ compiler")
+C, T, N, Z, D = 2, 4, 17, 4, 64
+
+
+@torch.library.custom_op("fastav_test::attention", mutates_args=())
+def attention(qkv: Tensor, rows: int) -> Tensor:
+    """Stands in for the attention, which is an operator of its own in the graph."""
+    return torch.cat([qkv, qkv])[:rows].sum(1)
+
+
+@attention.register_fake
+def _(qkv: Tensor, rows: int) -> Tensor:
+    return qkv.new_empty(rows, *qkv.shape[2:])
+
+
+@torch.library.custom_op("fastav_test::attention_backward", mutates_args=())
+def attention_backward(dout: Tensor, rows: int) -> Tensor:
+    """Its gradient."""
+    grown = dout.new_zeros(2 * rows, *dout.shape[1:])
+    grown[: len(dout)] = dout
+    return (grown[:rows] + grown[rows:]).unsqueeze(1).repeat(1, 3, 1, 1)
+
+
+@attention_backward.register_fake
+def _(dout: Tensor, rows: int) -> Tensor:
+    return dout.new_empty(rows, 3, *dout.shape[1:])
+
+
+def _keep(ctx, inputs, output):
+    ctx.rows = len(inputs[0])
+
+
+attention.register_autograd(
+    lambda ctx, dout: (attention_backward(dout.contiguous(), ctx.rows), None), setup_context=_keep
+)
+
+
+class Plain(nn.Module):
+    """A layer of as many rows in one matrix."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, rows):
+        block = self.block
+        qkv = block.attn.qkv(block.norm1(rows)).view(len(rows), 3, block.attn.num_heads, -1)
+        rows = rows + block.attn.proj(attention(qkv, len(rows)).flatten(1))
+        return rows + block.mlp(block.norm2(rows))
+
+
+def tower():
+    torch.manual_seed(0)
+    args = {"patch_size": 8, "embed_dim": D, "depth": 2, "num_heads": 2}
+    return Tower(name="vit_tiny_patch16_224", args=args).build(modality="video", input_size=(32, 32), num_classes=0)
+
+
+def calls(run, *inputs):
+    """Matrix products and other kernels that the compiled forward and backward passes call: (mm, other) of each.
+
+    None of the others may do nothing but move numbers: the names say what went into them.
+    """
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True)
+
+    def step(*given):
+        torch.autograd.backward([out.sum() for out in compiled(*given)])
+
+    with torch._inductor.config.patch(force_disable_caches=True):
+        _, codes = run_and_get_code(step, *inputs)
+    bodies = [code[code.index("def call") :] for code in codes]
+    assert len(bodies) == 2
+    for name in re.findall(r"^ *(cpp_fused\w*)\(", "".join(bodies), re.MULTILINE):
+        assert re.search("layer_norm|gelu|sum|add|mean|mul|div", name), f"{name} copies"
+    products, others = r"^ *(?:buf\d+ = )?extern_kernels\.\w*mm\(", r"^ *cpp_fused\w*\("
+    return [tuple(len(re.findall(what, body, re.MULTILINE)) for what in (products, others)) for body in bodies]
+
+
+@pytest.mark.parametrize("frames", ["shared", "joint", "mean"])
+def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
+    """Two layers of tokens and bottleneck against two of one matrix of as many rows."""
+
+    def stand_in(qkv, *, clips, num_frames, num_tokens, num_bottleneck, frames, asks, impl):
+        copies = num_frames if frames == "mean" else 1
+        rows = clips * num_frames * num_tokens + (clips * copies * num_bottleneck if asks else 0)
+        return attention(qkv, rows)
+
+    monkeypatch.setattr(fastav.bottleneck, "bottleneck_attention", stand_in)
+    plain, fused = [Plain(block) for block in tower().blocks], tower()
+    enter_blocks(fused, 0, frames, "sdpa", last_asks=True)
+    x, z = torch.randn(C, T, N, D, requires_grad=True), torch.randn(C, Z, D, requires_grad=True)
+    rows = torch.randn(C * T * N + C * Z, D, requires_grad=True)
+
+    def through_plain(rows):
+        for layer in plain:
+            rows = layer(rows)
+        return (rows,)
+
+    def through_fused(x, z):
+        for layer in fused.blocks:
+            x, z = layer(x, z, C)
+        return x, z
+
+    forward, backward = calls(through_plain, rows)
+    our_forward, our_backward = calls(through_fused, x, z)
+    assert (forward[0], backward[0]) == (8, 16), "four products a layer, and two for the gradient of each"
+    assert (our_forward[0], our_backward[0]) == (8, 16)
+    # The mean of the bottleneck's copies is one more for each layer.
+    means = 2 if frames == "mean" else 0
+    assert our_forward[1] <= forward[1] + means
+    # The gradients of tokens and bottleneck come in as two, and are joined once, where the network ends; and sums of
+    # biases' gradients, which the compiler puts beside a LayerNorm in the one and by themselves in the other.
+    assert our_backward[1] <= backward[1] + 3 + means
+
+
+def test_frames_and_spectrograms_are_normalised_by_one_kernel_each():
+    """uint8 to normalised frames; dB to a normalised and masked spectrogram."""
+    frames = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8)
+    mel, band = torch.randn(2, 1, 1, 16, 24), torch.tensor([[0, 3], [2, 7]])
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.2, 0.2])
+
+    def both(frames, mel, band):
+        return normalise_frames(frames, mean, std), mask_bands(normalise_mel(mel, -40.0, 20.0), band)
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found, (code,) = run_and_get_code(torch.compile(both, fullgraph=True), frames, mel, band)
+    for one, other in zip(found, both(frames, mel, band), strict=True):
+        torch.testing.assert_close(one, other)
+    body = code[code.index("def call") :]
+    assert len(re.findall(r"^ *cpp_fused\w*\(", body, re.MULTILINE)) <= 2
+    assert "extern_kernels" not in body
