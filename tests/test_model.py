@@ -301,9 +301,15 @@ def test_flops_of_the_published_size():
     assert model.flops() == pytest.approx(317e9, rel=0.02)
 
 
-def test_compiles_as_one_graph():
+@pytest.mark.parametrize(
+    "fusion", [Bottleneck(start=1, frames="shared"), MBT(start=1, patch=8)], ids=lambda f: type(f).__name__
+)
+def test_compiles_as_one_graph(fusion):
     tower = msgspec.structs.replace(TINY, drop_path=0.1, args=ARGS | {"depth": 2})
-    model = make(Bottleneck(start=1, frames="shared"), video=tower, audio=tower).train()
+    model = make(fusion, video=tower, audio=tower).train()
+    model.fusion.bottleneck.data.normal_()
+    if isinstance(fusion, MBT):
+        model.fusion.head.weight.data.normal_()
     mixing = torch.tensor([[2, 3]] * B), torch.full((B,), 0.7), torch.tensor([1, 0, 3, 2])
     inputs = (*batch(windows=1), *mixing)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

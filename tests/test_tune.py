@@ -1,0 +1,45 @@
+"""What of tuning needs no GPU: the candidates, the file, and the ranges of tokens that win."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+import pytest
+
+from benchmarks.kernels import tune
+from fastav_kernels.bottleneck_attention.plans import ARCHITECTURES, Win, read_plans
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_written_file_of_plans_is_the_one_that_was_read(architecture, tmp_path):
+    found = read_plans(architecture)
+    win = Win("shared", 64, "bfloat16", 65, 197, 1.07)
+    tune.write_plans(tmp_path / "again.json", "a GPU", found.plans, [win])
+    told = json.loads((tmp_path / "again.json").read_text())
+    shipped = resources.files("fastav_kernels.bottleneck_attention").joinpath(f"plans/{architecture}.json")
+    assert told["plans"] == json.loads(shipped.read_text())["plans"]
+    assert told["wins"] == [
+        {"frames": "shared", "head_dim": 64, "dtype": "bfloat16", "min_tokens": 65, "max_tokens": 197, "ratio": 1.07}
+    ]
+    assert told["measured"] == "a GPU"
+
+
+def test_every_plan_has_candidates_on_sequences_that_it_takes():
+    for plan in read_plans("sm_90").plans:
+        segments = tune.stage_of(plan).segments
+        assert segments.num_tokens + segments.num_bottleneck <= plan.max_keys
+        others = list(tune.candidates(plan))
+        assert len(others) >= 20
+        assert all(one.kernel == plan.kernel and one.max_keys == plan.max_keys for one in others)
+        if plan.kernel == "backward_whole":
+            assert {one.block_n for one in others} == {plan.block_n}
+
+
+def test_wins_are_ranges_of_neighbouring_shapes():
+    ratios = [(50, 0.9, 0.95), (65, 1.01, 1.08), (101, 1.02, 1.0599), (145, 1.0, 1.2), (197, 1.1, 1.15)]
+    assert list(tune._ranges("shared", 64, ratios)) == [
+        Win("shared", 64, "bfloat16", 65, 101, 1.05),
+        Win("shared", 64, "bfloat16", 197, 197, 1.15),
+    ]
+    assert list(tune._ranges("shared", 64, [(50, 0.5, 0.9)])) == []
