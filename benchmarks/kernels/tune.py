@@ -159,7 +159,7 @@ def _ranges(frames: str, dim: int, ratios: Sequence[tuple[int, float, float]]) -
     for wins, group in itertools.groupby(ratios, key=lambda one: one[1] > 1):
         if wins:
             shapes = list(group)
-            worst = math.floor(100 * min(middle for _, _, middle in shapes)) / 100
+            worst = math.floor(100 * min(middle for _, _, middle in shapes) + 1e-9) / 100
             yield Win(frames, dim, "bfloat16", shapes[0][0], shapes[-1][0], worst)
 
 
