@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,10 @@ from fastav.augment import mask_bands, normalise_frames, normalise_mel
 from fastav.bottleneck import enter_blocks
 from fastav.towers import Tower
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor wants a C++ compiler")
+_HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None or not _HEADERS, reason="Inductor wants a C++ compiler and Python's headers"
+)
 C, T, N, Z, D = 2, 4, 17, 4, 64
 
 

@@ -28,9 +28,9 @@ on a machine have a loader each; larger pictures hold the lock for a smaller sha
 
 With more workers than that for each GPU, `loading.worker = "process"` has every thread hand its clips over to a
 process (`fastav.loader.processes`): what it makes is the same, the lock is held for a message each way, and a codec
-that crashes costs its clip. Its copies take 1.0 ms a clip (10.6 against 9.6 ms), so that on two cores it gains
-nothing: by the clock ours is 1.14 of torchcodec with two processes, 1.17 with two threads. `fastav doctor` measures
-both.
+that crashes costs its clip. Its copies take 1.0 ms a clip (10.6 against 9.6 ms, no sound), so that frames alone gain
+nothing on two cores; with sound, whose many short steps hold the lock, two processes made 132 clips/s (122 to 146) of a
+`balanced` pack, two threads 114 (108 to 122) (`python -m benchmarks data --sweep`). `fastav doctor` measures both.
 
 torch runs on one core in each worker, as whole clips run in parallel; the consumer's own count is left alone.
 """

@@ -71,7 +71,7 @@ class Processes:
             process = process or self._start()
             made = process.decode(clip, plans)
         except BaseException as error:
-            if process is not None:
+            if process is not None and process in self._all:  # not closed meanwhile
                 self._all.remove(process)
                 process.end()
             self._idle.put(None)
