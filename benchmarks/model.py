@@ -204,16 +204,17 @@ def _time(
     peak = peak_flops(torch.cuda.get_device_name())
     for what, times in zip(PASSES, (1, 3, 3), strict=True):
         table = Table(title=f"{what}, {clips} clips")
-        for column in ("", "ms", "clips/s", "MFU %", "peak GiB"):
+        for column in ("", "ms", "clips/s", "MFU %", "peak GiB beyond parameters and optimizer"):
             table.add_column(column, justify="right" if column else "left")
         turns, memory = {}, {}
         for one in variants:
             run = _runner(one, what, batch)
             turns[one.name] = timed(run)
+            before = torch.cuda.memory_allocated()  # all variants', with their optimizers' state
             torch.cuda.reset_peak_memory_stats()
             run()
             torch.cuda.synchronize()
-            memory[one.name] = torch.cuda.max_memory_allocated() / 2**30
+            memory[one.name] = (torch.cuda.max_memory_allocated() - before) / 2**30
         made = interleave(turns, rounds)
         rates = {name: per_second(one) * clips for name, one in made.items()}
         for name, rate in rates.items():

@@ -18,7 +18,7 @@ from rich.console import Console
 from fastav.errors import UserError
 from fastav.frontend import PRESETS, Frontend
 from fastav.fusion import MBT
-from fastav.model import AVModel, Inputs, Model
+from fastav.model import AVModel, Inputs, Model, load_strictly
 from fastav.scenic import Tree, mbt_state, read_checkpoint
 from fastav.towers import Tower
 
@@ -53,14 +53,20 @@ def main(args: argparse.Namespace) -> int:
     if (args.mean is None) != (args.std is None):
         raise UserError("--mean, --std: one of them given, both or none expected")
     tree = read_checkpoint(args.checkpoint)
-    config, inputs, num_classes = describe(
-        tree, start=args.start, image_size=args.image_size, num_mels=args.num_mels, order=args.order
-    )
+    try:
+        config, inputs, num_classes = describe(
+            tree, start=args.start, image_size=args.image_size, num_mels=args.num_mels, order=args.order
+        )
+        state = mbt_state(tree)
+    except KeyError as error:
+        raise UserError(f"{args.checkpoint}: has no {error}, which every MBT has") from None
     classes = _classes(args.classes, num_classes)
     mean, std = _UNKNOWN_STATISTICS if args.mean is None else (args.mean, args.std)
     frontend: Frontend = msgspec.structs.replace(PRESETS["ast"], num_mels=args.num_mels, mean=mean, std=std)
     model = AVModel(config, classes, inputs, frontend)
-    model.load_state_dict({name: value.float() for name, value in mbt_state(tree).items()})
+    if "fusion.bottleneck" not in model.state_dict():
+        state.pop("fusion.bottleneck", None)  # late fusion has no use for it
+    load_strictly(model, {name: value.float() for name, value in state.items()}, str(args.checkpoint))
     model.save(args.out)
     _tell(args.out, config, inputs, num_classes, args.mean is not None)
     return 0

@@ -131,6 +131,8 @@ class AVModel(nn.Module):
         """
         if isinstance(config.fusion, Score):
             _check_score(config, tuple(classes))
+        if isinstance(config.fusion, MBT):
+            _check_mbt(config)
         inputs = Inputs(
             frames=sampling.frames,
             image_size=sampling.image_size,
@@ -312,7 +314,7 @@ class AVModel(nn.Module):
                 )
         model = cls(_without_sources(saved), classes, inputs, frontend)
         model.config = saved
-        _load_strictly(model, read_safetensors(folder / WEIGHTS, where), where)
+        load_strictly(model, read_safetensors(folder / WEIGHTS, where), where)
         return model.eval()
 
 
@@ -336,7 +338,8 @@ def _start_from(model: AVModel, source: str) -> None:
     folder = model_folder(_folder_of(source))
     same = tuple(read_description(folder, where).get("classes", ())) == model.classes
     state, own = read_safetensors(folder / WEIGHTS, where), model.state_dict()
-    wanted = {name: value for name, value in own.items() if same or ".head." not in name}
+    heads = set() if same else _heads(model)
+    wanted = {name: value for name, value in own.items() if name not in heads}
     wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
     wrong += [name for name in state if name not in own]
     if wrong:
@@ -347,6 +350,27 @@ def _start_from(model: AVModel, source: str) -> None:
             f"{there} given, {here} expected"
         )
     model.load_state_dict({name: state[name] for name in wanted}, strict=False)
+
+
+def _heads(model: AVModel) -> set[str]:
+    """Names of the parameters whose shape is that of the classes."""
+    modules: list[Any] = [getattr(model.fusion, "head", None)]
+    modules += [tower.net.get_classifier() for tower in (model.video, model.audio) if tower is not None]
+    heads = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in heads}
+
+
+def _check_mbt(config: Model) -> None:
+    """Raises a UserError where a tower of kind `mbt`, of which only the blocks are left, is asked for more."""
+    assert isinstance(config.fusion, MBT)
+    for name in ("video", "audio"):
+        tower: Tower = getattr(config, name)
+        if config.fusion.image_vit and (tower.weights or tower.init_from):
+            raise UserError(f"model.fusion.image_vit and a start of model.{name} are both given, one of them expected")
+        if tower.freeze:
+            raise UserError(
+                f'model.{name}.freeze: {tower.freeze} given, 0 expected by kind "mbt" (its embeddings learn)'
+            )
 
 
 def _check_score(config: Model, classes: tuple[str, ...]) -> None:
@@ -384,8 +408,12 @@ def _folder_of(source: str) -> Path:
         ) from error
 
 
-def _load_strictly(model: AVModel, state: Mapping[str, Tensor], where: str) -> None:
-    """Loads tensors that must be the model's, each one and no other."""
+def load_strictly(model: AVModel, state: Mapping[str, Tensor], where: str) -> None:
+    """Loads tensors that must be the model's, each one and no other.
+
+    Raises:
+        UserError: They are not, naming `where` they come from.
+    """
     own = model.state_dict()
     wrong = {
         "missing": [name for name in own if name not in state],
@@ -394,5 +422,5 @@ def _load_strictly(model: AVModel, state: Mapping[str, Tensor], where: str) -> N
     }
     text = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names)
     if text:
-        raise UserError(f"{where}: {WEIGHTS} does not fit {DESCRIPTION}: {text}")
+        raise UserError(f"{where}: does not fit its description: {text}")
     model.load_state_dict(state)

@@ -153,6 +153,12 @@ def test_what_a_checkpoint_tells_is_detected(changes, told, tmp_path, capsys):
     assert model(frames, torch.zeros(2, 1, 1, 16, 48)).isfinite().all()
 
 
+def test_late_fusion_has_no_use_for_the_bottleneck(tmp_path):
+    checkpoint = write(tmp_path / "c", made())
+    assert convert(checkpoint, tmp_path / "m", "--start", "3") == 0
+    assert not any("bottleneck" in name for name in AVModel.from_pretrained(tmp_path / "m").state_dict())
+
+
 def test_chunks_and_bfloat16(tmp_path):
     flat = made()
     cls = flat["cls"].reshape(-1)
@@ -186,6 +192,8 @@ def without(name):
         (made(), ["--mean", "1"], "--mean, --std: one of them given"),
         (made(), ["--classes", "{tmp}/two.txt"], "2 distinct names given, the checkpoint's 5 expected"),
         (made(), ["--classes", "{tmp}/none.txt"], "cannot be read"),
+        (without("output_projection/bias"), [], "has no 'output_projection/bias', which every MBT has"),
+        (without("Transformer/encoder_norm/bias"), [], "1 missing (fusion.norm.bias)"),
         (made() | {"Transformer/extra": np.zeros(3, np.float32)}, [], 'Transformer/extra" is no parameter'),
     ],
 )

@@ -31,6 +31,8 @@ ALL = [
     MBT(start=1, patch=8, sampled=2, head="gap", hidden=7, shared=True),
     MBT(start=1, patch=8, tubelet=1, head="gmp", mixing="cross"),
     MBT(start=1, patch=8, tubelet=3, head="gsp", mixing="joint", shared=True),
+    MBT(start=1, patch=8, tubelet=3, mixing="joint"),
+    MBT(start=3, patch=8, tubelet=3),
 ]
 PARTS = ("frames", "update", "mixing", "head")
 NAMES = ["-".join([type(c).__name__, *(str(getattr(c, part)) for part in PARTS if hasattr(c, part))]) for c in ALL]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -110,8 +111,9 @@ def test_no_access_out_of_bounds(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(_SANITISED)
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, str(script)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=550, cwd=Path(__file__).parents[1], check=False
-    )
+    root = str(Path(__file__).parents[1])
+    path = os.pathsep.join([root, f"{root}/kernels", *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, env=environment, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     assert "ERROR SUMMARY: 0 errors" in done.stdout

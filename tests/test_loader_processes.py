@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 
 from fastav.clip import Batch, Clip, ClipPlan, Sample
 from fastav.decode.base import Read
-from fastav.errors import MediaError
+from fastav.errors import FastavError, MediaError
 from fastav.loader import Loader, Loading
 from fastav.loader.processes import Processes
 from tests.fake_decoder import CLASSES, FRONTEND, MELS, SIZE, WINDOW, FakePlan, T, make_clips, same, train_requests
@@ -31,6 +32,10 @@ class Marked:
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
         if clip.id == "crashes":
             os.kill(os.getpid(), signal.SIGSEGV)
+        if clip.id == "slow":
+            time.sleep(60)
+        if clip.id == "misshapen":
+            return [Sample(torch.zeros(1, 3, SIZE, SIZE, dtype=torch.uint8), None) for _ in plans]
         if clip.id == "buggy":
             raise ZeroDivisionError("a bug")
         if clip.id == "broken":
@@ -141,6 +146,44 @@ def test_signals_of_a_job_are_left_to_the_parent_and_ends_leave_nothing() -> Non
     assert not told
     loader.close()
     assert not ours()
+
+
+def test_a_sample_of_another_shape_is_broken_and_gives_its_process_back() -> None:
+    told: list[str] = []
+    with make_loader(FakePlan(named("misshapen", "1", "misshapen", "3")), told, workers=1) as loader:
+        assert len(list(loader.batches(train_requests(2, 4)))) == 4
+    assert all("expected" in reason for reason in told)
+    assert told
+
+
+def test_closing_in_the_middle_of_decodes_ends_every_process() -> None:
+    clips = named("slow", "slow", "slow", "slow")
+    plan = FakePlan(clips).train(0, 4)
+    processes = Processes(Marked(), 4)
+    errors: list[Exception] = []
+
+    def work(row: int) -> None:
+        try:
+            processes.decode(clips[row], [plan[row]])
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(row,)) for row in range(4)]
+    for thread in threads:
+        thread.start()
+    deadline = time.perf_counter() + 60
+    while len(processes._there._processes) < 4 and time.perf_counter() < deadline:
+        time.sleep(0.05)
+    started = [process._process for process in processes._there._processes]
+    assert len(started) == 4
+    processes.close()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not any(process.is_alive() for process in started)
+    assert len(errors) == 4
+    with pytest.raises(FastavError, match="the loader is closed"):
+        processes.decode(clips[0], [plan[0]])
 
 
 def test_a_forgotten_loader_leaves_nothing() -> None:

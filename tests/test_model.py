@@ -168,7 +168,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):
     refused("format 9 given, 1 expected", format=9)
     refused(r"model\.json: Expected `array`", classes=3)
     refused(r"unknown field `dephth`", model=whole["model"] | {"dephth": 3})
-    refused(r"does not fit model\.json: .*fusion\.head\.weight", classes=["a"])
+    refused(r"does not fit its description: .*fusion\.head\.weight", classes=["a"])
     code = whole["model"]["video"] | {"name": "os:system"}
     refused(r'video tower "os:system" is made by code', model=whole["model"] | {"video": code})
     (folder / "model.json").write_text("{")
@@ -258,6 +258,34 @@ def test_towers_start_from_other_runs(tmp_path, caplog):
         build(Score(), start_from(tmp_path / "score"), TINY)
     with pytest.raises(UserError, match="trained on 3 classes other than these 2"):
         build(Score(), start_from(tmp_path / "score"), start_from(tmp_path / "audio"), CLASSES[:2])
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_a_whole_model_starts_from_another_but_for_its_head(name, tmp_path):
+    tower = Tower(name=name)
+    sampling = msgspec.structs.replace(SAMPLING, image_size=64)
+    saved = make(Video(), classes=("a", "b"), sampling=sampling, video=tower)
+    saved.save(tmp_path / "m")
+    config = Model(video=tower, fusion=Video(), init_from=str(tmp_path / "m"))
+    model = AVModel.build(config, ("x", "y", "z"), sampling, FRONTEND)
+    head = {id(p) for p in model.video.net.get_classifier().parameters()}
+    before = saved.state_dict()
+    for key, value in model.named_parameters():
+        assert (id(value) in head) or torch.equal(value, before[key]), key
+    same = AVModel.build(config, ("a", "b"), sampling, FRONTEND)
+    assert all(torch.equal(value, before[key]) for key, value in same.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("fusion", "towers", "message"),
+    [
+        (MBT(image_vit="x.safetensors"), {"video": Tower(weights="timm")}, "image_vit and a start of model.video"),
+        (MBT(), {"audio": Tower(freeze=2)}, "model.audio.freeze: 2 given, 0 expected"),
+    ],
+)
+def test_towers_of_mbt_are_blocks_alone(fusion, towers, message):
+    with pytest.raises(UserError, match=message):
+        AVModel.build(Model(fusion=fusion, **towers), CLASSES, SAMPLING, FRONTEND)
 
 
 def test_a_tower_of_other_sizes_and_classes(tmp_path, caplog):

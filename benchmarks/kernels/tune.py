@@ -10,10 +10,8 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from importlib import resources
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +24,7 @@ from benchmarks.kernels.ceilings import timed
 from benchmarks.result import machine
 from benchmarks.timing import interleave, median, paired_ratio, per_second
 from fastav.meter import num_cores
+from fastav.parallel import each
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments, launch
 from fastav_kernels.bottleneck_attention.gate import usage_of
 from fastav_kernels.bottleneck_attention.launch import chip_of
@@ -40,6 +39,7 @@ def tune(console: Console, rounds: int) -> list[str]:
     """Tunes the plans for 16-bit numbers, then looks for wins; writes the file, and returns what it did in lines."""
     architecture = architecture_of(torch.cuda.get_device_capability())
     chip, plans = chip_of(torch.device("cuda")), list(read_plans(architecture).plans)
+    file = Path(str(resources.files("fastav_kernels.bottleneck_attention").joinpath(f"plans/{architecture}.json")))
     told = []
     for place, plan in enumerate(plans):
         if plan.num_bytes != 2:
@@ -47,12 +47,11 @@ def tune(console: Console, rounds: int) -> list[str]:
         case = stage_of(plan)
         best, gain = _fastest(plan, case, chip, rounds)
         plans[place] = best
+        write_plans(file, _measured(), plans, [])  # what is found is kept, whatever comes
         if best != plan:
             told.append(f"{plan.kernel}, heads of {plan.head_dim}, up to {plan.max_keys} keys: {_tiles(plan)} -> "
                         f"{_tiles(best)}, {gain:.2f} times as fast")  # fmt: skip
             console.print(told[-1], highlight=False)
-    file = Path(str(resources.files("fastav_kernels.bottleneck_attention").joinpath(f"plans/{architecture}.json")))
-    write_plans(file, _measured(), plans, [])
     read_plans.cache_clear()
     wins = list(_wins(console, rounds))
     write_plans(file, _measured(), plans, wins)
@@ -100,9 +99,9 @@ def _fastest(plan: Plan, case: Case, chip: Chip, rounds: int) -> tuple[Plan, flo
 def _compiled(wanted: Sequence[Plan], case: Case, chip: Chip) -> list[Plan]:
     """Returns the plans that compile without spilling and fit into shared memory, with what they take of it."""
     jobs = [(plan, chip.architecture, case.segments, case.heads) for plan in wanted]
-    with ProcessPoolExecutor(num_cores(), mp_context=get_context("spawn")) as pool:
-        found = [plan for plan in pool.map(_usage, jobs) if plan is not None]
-    return [plan for plan in found if plan.shared_bytes <= chip.shared_bytes]
+    # A compiler that crashes, or hangs, takes its process along and no other candidate.
+    found = [done.result for done in each(jobs, _usage, num_cores(), patience_s=60.0)]
+    return [plan for plan in found if plan is not None and plan.shared_bytes <= chip.shared_bytes]
 
 
 def _usage(job: tuple[Plan, str, Segments, int]) -> Plan | None:

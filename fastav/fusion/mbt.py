@@ -76,7 +76,7 @@ class MBT(Kind, frozen=True, tag="mbt"):
         self.check(video, audio, num_frames)
         frames_size = (num_frames, *video.input_size)
         mel_size = (audio.input_size[1], audio.input_size[0])
-        fusion = MBTFusion(self, video.width, num_classes, frames_size, mel_size)
+        fusion = MBTFusion(self, video.width, num_classes, frames_size, mel_size, depth=len(video.blocks))
         fusion.take_blocks({"video": video, "audio": audio})
         if self.image_vit:
             from fastav.fusion.mbt_start import start_from_image_vit
@@ -127,6 +127,7 @@ class MBTFusion(nn.Module):
         frames_size: T, H, W of the frames.
         mel_size: L, M of the spectrogram.
         used: Modalities, in the order in which their tokens are joined; None for that of the config.
+        depth: Layers of the towers; None: more than `config.start`.
     """
 
     def __init__(
@@ -137,6 +138,7 @@ class MBTFusion(nn.Module):
         frames_size: tuple[int, int, int],
         mel_size: tuple[int, int],
         used: tuple[Modality, ...] | None = None,
+        depth: int | None = None,
     ) -> None:
         super().__init__()
         self.config, self.frames_size, self.mel_size = config, frames_size, mel_size
@@ -163,7 +165,9 @@ class MBTFusion(nn.Module):
         self.class_token = nn.ParameterDict()
         if self.prefix:
             self.class_token = nn.ParameterDict({n: nn.Parameter(torch.zeros(1, 1, width)) for n in self.used})
-        self.fuses = config.mixing == "bottleneck" and len(self.used) > 1
+        # No parameter without use: distributed training waits for the gradient of each.
+        fused_layers = depth is None or config.start < depth
+        self.fuses = config.mixing == "bottleneck" and len(self.used) > 1 and fused_layers
         if self.fuses:
             self.bottleneck = nn.Parameter(torch.empty(1, config.tokens + self.prefix, width))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -189,7 +193,10 @@ class MBTFusion(nn.Module):
         for name, tower in towers.items():
             tower.mean = tower.std = (0.5, 0.5, 0.5)  # frames from -1 to 1, whatever the tower was made for
             shares = self.config.shared and name == "audio" and len(self.used) > 1
-            tower.keep_blocks(0 if shares else len(tower.blocks))
+            kept = 0 if shares else len(tower.blocks)
+            if self.config.mixing == "joint" and name == "audio" and len(self.used) > 1:
+                kept = min(kept, self.config.start)  # the joint layers are the video tower's
+            tower.keep_blocks(kept)
             if self.fuses and not shares:
                 enter_blocks(tower, self.config.start, "joint", self.config.attention, last_asks=False)
             tower.rescale(self.config.rescale)
@@ -270,8 +277,8 @@ class MBTFusion(nn.Module):
             z = self.bottleneck.expand(clips * windows, -1, -1)
             if not self.training and not self.config.evaluate_fused:
                 z = z[:, :0]
-        for number in range(len(stacks[self.used[0]])):
-            blocks = {name: stack[number] for name, stack in stacks.items()}
+        for number in range(max(map(len, stacks.values()))):
+            blocks = {name: stack[number] for name, stack in stacks.items() if number < len(stack)}
             if len(self.used) == 1 or number < self.config.start:
                 x = {name: block(x[name]) for name, block in blocks.items()}
             elif z is not None:
@@ -362,7 +369,8 @@ class MBTFusion(nn.Module):
         stacks = {"video": video.blocks, "audio": video.blocks if self.config.shared else audio.blocks}
         for number in range(len(stacks["video"])):
             for name in self.used:
-                total += self._layer_flops(stacks[name][number], number, lengths, name)
+                stack = stacks[name if number < len(stacks[name]) else "video"]
+                total += self._layer_flops(stack[number], number, lengths, name)
         heads = linear_flops(self.hidden) + linear_flops(self.head)
         return once + windows * (total + heads * (len(self.used) if self.prefix else 1))
 

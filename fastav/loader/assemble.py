@@ -190,7 +190,8 @@ class Assembler:
             for row, sample in zip(task.rows, samples, strict=True):
                 task.job.store(row, sample, task.clip, self._floor)
         except MediaError as error:
-            task.error = error
+            # Without the frames of its traceback, which hold samples, and with them what they lie in.
+            task.error = error.with_traceback(None)
             task.job.good_B[task.rows] = False
 
     def decode_batch(self, job: Job) -> None:

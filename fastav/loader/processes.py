@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 import traceback
 import weakref
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from fastav.clip import Clip, ClipPlan, Sample
 from fastav.decode.base import Reader
-from fastav.errors import MediaError, UserError
+from fastav.errors import FastavError, MediaError, UserError
 from fastav.parallel import server, start_worker
 
 _LEFT_TO_THE_PARENT = (signal.SIGTERM, signal.SIGUSR1)  # sent to all processes of a job, whose steps want to end well
@@ -53,12 +54,13 @@ class Processes:
             raise UserError('loading.worker: "process" given, which needs Linux; "thread" works here')
         self.name, self.read = decoder.name, decoder.read
         self._decoder = decoder
-        self._idle: queue.LifoQueue[_Process | None] = queue.LifoQueue()
+        # A simple queue, as the garbage collector may give a process back in the middle of another call.
+        self._idle: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
         for _ in range(count):
             self._idle.put(None)
-        self._all: list[_Process] = []
+        self._there = _There()
         # At the end of the program this runs before multiprocessing waits for its children.
-        self._end = Finalize(self, _end, (self._all,), exitpriority=10)
+        self._end = Finalize(self, self._there.end, exitpriority=10)
 
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
         """See `Decoder.decode`.
@@ -68,12 +70,11 @@ class Processes:
         """
         process = self._idle.get()
         try:
-            process = process or self._start()
+            process = process or self._there.add(_Process(self._decoder))
             made = process.decode(clip, plans)
         except BaseException as error:
-            if process is not None and process in self._all:  # not closed meanwhile
-                self._all.remove(process)
-                process.end()
+            if process is not None:
+                self._there.drop(process)
             self._idle.put(None)
             if isinstance(error, _Died):
                 raise MediaError(clip.source, f"the decoder crashed ({error})", "decode") from None
@@ -86,14 +87,48 @@ class Processes:
         weakref.finalize(room_N, self._idle.put, process).atexit = False
         return [Sample(_look(room_N, frames), _look(room_N, mel)) for frames, mel in made.samples]
 
-    def _start(self) -> _Process:
-        process = _Process(self._decoder)
-        self._all.append(process)
-        return process
-
     def close(self) -> None:
         """Ends the processes."""
         self._end()
+
+
+class _There:
+    """The processes that there are; once they have been ended, none is added."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._processes: list[_Process] = []
+        self._ended = False
+
+    def add(self, process: _Process) -> _Process:
+        """Notes a process, or ends it where it is too late.
+
+        Raises:
+            FastavError: It is.
+        """
+        with self._lock:
+            if not self._ended:
+                self._processes.append(process)
+                return process
+        process.end()
+        raise FastavError("the loader is closed")
+
+    def drop(self, process: _Process) -> None:
+        """Ends one."""
+        with self._lock:
+            here = process in self._processes
+            if here:
+                self._processes.remove(process)
+        if here:
+            process.end()
+
+    def end(self) -> None:
+        """Ends all."""
+        with self._lock:
+            self._ended = True
+            processes, self._processes = self._processes, []
+        for process in processes:
+            process.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +192,6 @@ class _Process:
         self._pipe.close()
         self._process.kill()
         self._process.join()
-
-
-def _end(processes: list[_Process]) -> None:
-    for process in processes:
-        process.end()
-    processes.clear()
 
 
 def _look(room_N: NDArray[np.uint8], part: _Part | None) -> Tensor | None:
