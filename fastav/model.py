@@ -150,9 +150,12 @@ class AVModel(nn.Module):
         _start_from(model, config.init_from)
         return model
 
-    @property
-    def attention(self) -> str:
-        """Which implementation of the attention is in force, and where."""
+    def attention(self, precision: str = "fp32") -> str:
+        """Which implementation of the attention is in force, and where.
+
+        Args:
+            precision: `train.precision` of the recipe.
+        """
         fusion = self.config.fusion
         if not isinstance(fusion, Bottleneck | MBT) or not hasattr(self.fusion, "bottleneck"):
             return "PyTorch's"
@@ -161,7 +164,7 @@ class AVModel(nn.Module):
         assert self.video is not None
         block: Any = self.video.blocks[-1]
         device = str(next(self.parameters()).device)
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        dtype = "bfloat16" if precision == "bf16" else "float32"
         if isinstance(fusion, MBT):
             name = best(device, dtype, block.attn.head_dim, "joint", 1, self.fusion.position["video"].shape[1])
         else:

@@ -130,7 +130,7 @@ class Session:
 
     def _announce(self, found: Checkpoint | None) -> None:
         recipe, log = self.recipe, self.console.log
-        decoder, attention = describe_decoder(recipe, self.source), self.model.attention
+        decoder, attention = describe_decoder(recipe, self.source), self.model.attention(recipe.train.precision)
         log(f"{self.run.path}: {self.ranks.describe()}; decoder {decoder}; attention {attention}")
         at = f", resumed after step {self.step} ({found.path.name})" if found else ""
         kind = recipes.to_table(recipe.model.fusion)["kind"]
@@ -141,7 +141,7 @@ class Session:
         unknown = unmapped(self.source)
         if unknown:
             log(unknown)
-        self.run.write_environment(device=self.ranks.describe(), attention=self.model.attention, world=self.ranks.world)
+        self.run.write_environment(device=self.ranks.describe(), attention=attention, world=self.ranks.world)
         self.run.write_status("running", step=self.step, total_steps=self.total_steps)
         if self.ranks.accelerator.log_with:
             self.ranks.accelerator.init_trackers(self.run.path.name)

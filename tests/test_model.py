@@ -62,7 +62,7 @@ def test_logits_of_a_batch(fusion):
     mel[1, 1:] = 7.0
     torch.testing.assert_close(model(frames, mel, window, has_video, has_audio), logits)
     assert model.modalities == fusion.modalities
-    assert "PyTorch" in model.attention
+    assert "PyTorch" in model.attention("bf16")
 
 
 def test_single_modality_models_ignore_the_other():
