@@ -107,7 +107,7 @@ def _together(
 
 
 def _processes_start(do: Callable[..., Any]) -> bool:
-    """Returns True where a process can do nothing at all.
+    """Returns True where a process starts at all, whatever the function.
 
     Raises:
         FastavError: It cannot: then no job is to blame.

@@ -109,14 +109,18 @@ class Batch:
     def take_finished(self) -> None:
         """Copies what was finished on the CPU."""
         for clip, rows in zip(self.clips, self._rows, strict=True):
-            if self.frames_BTCHW is not None and clip.pictures is not None:
-                for row, picture_TCHW in zip(rows, clip.pictures, strict=True):
-                    self.frames_BTCHW[row].copy_(picture_TCHW)
-                    self.has_video_B[row] = True
-            if self.mel_BWCML is not None and clip.mel_WCML is not None:
-                for row in rows:
-                    self.mel_BWCML[row].copy_(clip.mel_WCML)
-                    self.has_audio_B[row] = True
+            pictures = clip.pictures if clip.pictures is not None else (None,) * len(rows)
+            for row, picture_TCHW in zip(rows, pictures, strict=True):
+                self._put(row, picture_TCHW, clip.mel_WCML)
+
+    def _put(self, row: int, frames_TCHW: Tensor | None, mel_WCML: Tensor | None) -> None:
+        """Copies what there is of a finished sample to its row."""
+        if self.frames_BTCHW is not None and frames_TCHW is not None:
+            self.frames_BTCHW[row].copy_(frames_TCHW)
+            self.has_video_B[row] = True
+        if self.mel_BWCML is not None and mel_WCML is not None:
+            self.mel_BWCML[row].copy_(mel_WCML)
+            self.has_audio_B[row] = True
 
     def take_films(self, results: Results) -> None:
         """Copies decoded frames to their rows."""
@@ -156,12 +160,7 @@ class Batch:
             log.warning("%s; PyAV reads it", refused)
             self.errors[number] = None
             for row, sample in zip(rows, samples, strict=True):
-                if self.frames_BTCHW is not None and sample.frames_TCHW is not None:
-                    self.frames_BTCHW[row].copy_(sample.frames_TCHW)
-                    self.has_video_B[row] = True
-                if self.mel_BWCML is not None and sample.mel_WCML is not None:
-                    self.mel_BWCML[row].copy_(sample.mel_WCML)
-                    self.has_audio_B[row] = True
+                self._put(row, sample.frames_TCHW, sample.mel_WCML)
 
     def finish(self) -> Decoded:
         """Returns the batch; rows of clips that failed are blank."""
