@@ -183,6 +183,18 @@ def _queries(
 
 
 @triton.jit
+def _keys_values(
+    qkv, col, seq, clip, head, first, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr
+):  # fmt: skip
+    """Loads a tile of keys and values [rows, d]; zeros beyond the sequence."""
+    there = (col < N + Z)[:, None]
+    at = _in_rows(col, seq, clip, first, N, Z)[:, None] * (3 * H * D) + head * D + tl.arange(0, D)[None, :]
+    k = tl.load(qkv + H * D + at, mask=there, other=0.0)
+    v = tl.load(qkv + 2 * H * D + at, mask=there, other=0.0)
+    return k, v
+
+
+@triton.jit
 def _store_rows(
     dqkv, parts, which, value, local, seq, clip, head, first, limit,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, SPLIT: tl.constexpr,
@@ -228,12 +240,8 @@ def backward_whole(
     """
     _, head, seq, clip = _sequence(1, H, frames)
     is_first = seq % frames == 0
-    dim = tl.arange(0, D)
     col = tl.arange(0, KEYS)
-    there = (col < N + Z)[:, None]
-    at = _in_rows(col, seq, clip, first, N, Z)[:, None] * (3 * H * D) + head * D + dim[None, :]
-    k = tl.load(qkv + H * D + at, mask=there, other=0.0)
-    v = tl.load(qkv + 2 * H * D + at, mask=there, other=0.0)
+    k, v = _keys_values(qkv, col, seq, clip, head, first, H, D, N, Z)
     dk = tl.zeros([KEYS, D], tl.float32)
     dv = tl.zeros([KEYS, D], tl.float32)
     for i in range((N + QUERIES + BLOCK_M - 1) // BLOCK_M):
@@ -261,12 +269,8 @@ def backward_keys(
     """Gradients of a tile of keys and values of a sequence of any length; as `backward_whole`, without the queries'."""
     tile, head, seq, clip = _sequence(TILES, H, frames)
     is_first = seq % frames == 0
-    dim = tl.arange(0, D)
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    there = (col < N + Z)[:, None]
-    at = _in_rows(col, seq, clip, first, N, Z)[:, None] * (3 * H * D) + head * D + dim[None, :]
-    k = tl.load(qkv + H * D + at, mask=there, other=0.0)
-    v = tl.load(qkv + 2 * H * D + at, mask=there, other=0.0)
+    k, v = _keys_values(qkv, col, seq, clip, head, first, H, D, N, Z)
     dk = tl.zeros([BLOCK_N, D], tl.float32)
     dv = tl.zeros([BLOCK_N, D], tl.float32)
     for i in range((N + QUERIES + BLOCK_M - 1) // BLOCK_M):
@@ -289,16 +293,12 @@ def backward_queries(
     """Gradients of a tile of queries of a sequence of any length."""
     tile, head, seq, clip = _sequence(TILES, H, frames)
     is_first = seq % frames == 0
-    dim = tl.arange(0, D)
     local = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q, do, log, delta = _queries(qkv, out, dout, lse, local, seq, clip, head, first, num_out, H, D, N, Z, QUERIES, KIND)
     dq = tl.zeros([BLOCK_M, D], tl.float32)
     for j in range((N + Z + BLOCK_N - 1) // BLOCK_N):
         col = j * BLOCK_N + tl.arange(0, BLOCK_N)
-        there = (col < N + Z)[:, None]
-        at = _in_rows(col, seq, clip, first, N, Z)[:, None] * (3 * H * D) + head * D + dim[None, :]
-        k = tl.load(qkv + H * D + at, mask=there, other=0.0)
-        v = tl.load(qkv + 2 * H * D + at, mask=there, other=0.0)
+        k, v = _keys_values(qkv, col, seq, clip, head, first, H, D, N, Z)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         keep = _visible(local[:, None], col[None, :], is_first, N, Z, KIND)
         p = tl.where(keep, tl.exp2(s - log[:, None]), 0.0)
