@@ -340,19 +340,9 @@ def _start_from(model: AVModel, source: str) -> None:
     where = "model.init_from"
     folder = model_folder(_folder_of(source))
     same = tuple(read_description(folder, where).get("classes", ())) == model.classes
-    state, own = read_safetensors(folder / WEIGHTS, where), model.state_dict()
-    heads = set() if same else _heads(model)
-    wanted = {name: value for name, value in own.items() if name not in heads}
-    wrong = [name for name, value in wanted.items() if name not in state or state[name].shape != value.shape]
-    wrong += [name for name in state if name not in own]
-    if wrong:
-        there = tuple(state[wrong[0]].shape) if wrong[0] in state else "nothing"
-        here = tuple(own[wrong[0]].shape) if wrong[0] in own else "nothing"
-        raise UserError(
-            f'{where}: the model in "{folder}" is another one: {len(wrong)} parameters differ, such as {wrong[0]}: '
-            f"{there} given, {here} expected"
-        )
-    model.load_state_dict({name: state[name] for name in wanted}, strict=False)
+    state = read_safetensors(folder / WEIGHTS, where)
+    kept = {} if same else {name: model.state_dict()[name] for name in _heads(model)}
+    load_strictly(model, state | kept, f'{where}: the model in "{folder}"')
 
 
 def _heads(model: AVModel) -> set[str]:
@@ -418,12 +408,17 @@ def load_strictly(model: AVModel, state: Mapping[str, Tensor], where: str) -> No
         UserError: They are not, naming `where` they come from.
     """
     own = model.state_dict()
+    shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own if name in state}
     wrong = {
         "missing": [name for name in own if name not in state],
         "unknown": [name for name in state if name not in own],
-        "of another shape": [name for name in own if name in state and own[name].shape != state[name].shape],
+        "of another shape": [
+            f"{name}: {given} given, {expected} expected"
+            for name, (given, expected) in shapes.items()
+            if given != expected
+        ],
     }
     text = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names)
     if text:
-        raise UserError(f"{where}: does not fit its description: {text}")
+        raise UserError(f"{where}: its parameters are not those of this model: {text}")
     model.load_state_dict(state)

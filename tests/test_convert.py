@@ -240,7 +240,7 @@ def test_a_model_starts_from_a_converted_one(tmp_path):
     assert torch.equal(others.fusion.bottleneck, saved.fusion.bottleneck)
     others.save(tmp_path / "again")
     assert AVModel.from_pretrained(tmp_path / "again").config.init_from == str(tmp_path / "m")
-    with pytest.raises(UserError, match=r"another one: .* differ, such as fusion.position.video: \(1, 9, 16\) given"):
+    with pytest.raises(UserError, match=r"not those of this model: .*fusion.position.video: \(1, 9, 16\) given"):
         AVModel.build(config, "abcde", msgspec.structs.replace(sampling, frames=6), frontend)
     video = msgspec.structs.replace(config.video, weights="x.safetensors")
     with pytest.raises(UserError, match="both given"):

@@ -106,6 +106,22 @@ def test_what_is_composed_equals_the_reference(segments, impl):
         assert error(qkv.grad, grad) < 1e-6
 
 
+def test_flex_makes_its_mask_once_in_a_compiled_model():
+    segments, graphs = Segments(2, 2, 33, 3, "shared"), []
+
+    def kept(graph, inputs):
+        graphs.append(str(graph.graph))
+        return graph
+
+    compiled = torch.compile(lambda x: IMPLEMENTATIONS["flex"](x, segments), backend=kept, fullgraph=True)
+    qkv = packed_of(segments, 2, 16)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(qkv), IMPLEMENTATIONS["reference"](qkv, segments))
+    assert len(graphs) == 2  # the first makes the mask, the second reads it
+    assert "arange" in graphs[0]
+    assert "arange" not in graphs[1]
+
+
 def test_pairs_are_those_that_meet():
     for segments in small():
         per_clip = allowed(segments, torch.device("cpu")).sum().item()

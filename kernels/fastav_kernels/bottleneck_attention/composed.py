@@ -62,9 +62,22 @@ def _compiled_flex() -> Any:
     return torch.compile(flex_attention)
 
 
-@functools.lru_cache(maxsize=64)
+_MASKS: dict[tuple[Segments, str], Any] = {}
+
+
 def _block_mask(segments: Segments, device: str) -> Any:
-    """The sparsity of a clip, made once: making it costs more than using it."""
+    """The sparsity of a clip, made once: making it costs more than using it.
+
+    Kept in a plain dictionary: a compiled model looks into it while it is traced and reads the mask from then on,
+    where it would trace through a cached function and make the mask again in every step.
+    """
+    mask = _MASKS.get((segments, device))
+    if mask is None:
+        mask = _MASKS[segments, device] = _make_block_mask(segments, device)
+    return mask
+
+
+def _make_block_mask(segments: Segments, device: str) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     pairs = allowed(segments, torch.device(device))
