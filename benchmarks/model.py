@@ -9,6 +9,7 @@ compiling apart. Without a GPU a small model is checked and nothing is timed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,9 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--frames", choices=("mean", "shared"), default="mean", help="how frames meet (mean)")
     parser.add_argument("--batch", type=int, default=64, help="clips (64)")
     parser.add_argument("--rounds", type=int, default=11, help="that count (11)")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help=f"only variants whose name has this text, and {_BASELINE!r}"
+    )
     parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
     return parser.parse_args(words)
 
@@ -79,10 +83,12 @@ def main(words: Sequence[str] | None = None) -> int:
     inputs = Inputs() if device == "cuda" else Inputs(frames=2, image_size=32, num_mels=16, window=24)
     tower = Tower() if device == "cuda" else Tower(name="vit_tiny_patch16_224", args=_TINY)
     batch = _batch(inputs, args.batch if device == "cuda" else 2, device)
-    variants = list(_variants(args.frames, tower, inputs, device))
+    variants = [
+        one for one in _variants(args.frames, tower, inputs, device) if args.only in one.name or one.name == _BASELINE
+    ]
     _check(variants, batch, device, console)
     if device == "cuda":
-        _time(found, console, variants, batch, args.rounds)
+        _time(found, console, variants, batch, args)
     else:
         found["notes"].append("no GPU: a small model was checked, nothing timed")
         console.print(found["notes"][-1])
@@ -195,7 +201,11 @@ def _runner(one: Variant, what: str, batch: tuple[Tensor, Tensor]) -> Callable[[
 
 
 def _time(
-    found: dict[str, Any], console: Console, variants: Sequence[Variant], batch: tuple[Tensor, Tensor], rounds: int
+    found: dict[str, Any],
+    console: Console,
+    variants: Sequence[Variant],
+    batch: tuple[Tensor, Tensor],
+    args: argparse.Namespace,
 ) -> None:
     """All variants in turns, for each pass."""
     clips = len(batch[0])
@@ -215,7 +225,7 @@ def _time(
             run()
             torch.cuda.synchronize()
             memory[one.name] = (torch.cuda.max_memory_allocated() - before) / 2**30
-        made = interleave(turns, rounds)
+        made = interleave(turns, args.rounds)
         rates = {name: per_second(one) * clips for name, one in made.items()}
         for name, rate in rates.items():
             speed = median(rate)
@@ -228,11 +238,13 @@ def _time(
             found["runs"].append(
                 {"variant": name, "repeat": 0, "pass": what, "mfu_pct": mfu, "peak_gib": round(memory[name], 2)}
             )
-            if name != _BASELINE:
-                interval = paired_ratio(rate, rates[_BASELINE])
+        for one, other in itertools.permutations(rates, 2):
+            if one.startswith("ours") or other == _BASELINE:
+                interval = paired_ratio(rates[one], rates[other])
                 middle, low, high = interval.rounded()
                 found["verdicts"].append(
-                    {"a": name, "b": _BASELINE, "metric": f"{what}: clips_per_s", "ratio": middle, "ci95": [low, high],
+                    {"a": one, "b": other, "metric": f"{what}: clips_per_s", "ratio": middle, "ci95": [low, high],
                      "verdict": verdict(interval)}
                 )  # fmt: skip
         console.print(table)
+        results.write(found, args.out)

@@ -33,7 +33,7 @@ from fastav.fusion import MBT, Bottleneck, Fusion, Score, Streams
 from fastav.plan import Sampling
 from fastav.towers import TimmTower, Tower
 from fastav.weights import DESCRIPTION, WEIGHTS, model_folder, read_description, read_safetensors
-from fastav_kernels.bottleneck_attention import best
+from fastav_kernels.bottleneck_attention import Frames, Segments, best
 
 FORMAT = 1
 
@@ -166,10 +166,13 @@ class AVModel(nn.Module):
         device = str(next(self.parameters()).device)
         dtype = "bfloat16" if precision == "bf16" else "float32"
         if isinstance(fusion, MBT):
-            name = best(device, dtype, block.attn.head_dim, "joint", 1, self.fusion.position["video"].shape[1])
+            tokens, frames = self.fusion.position["video"].shape[1], 1
+            kind: Frames = "joint"
         else:
-            tokens = self.video.num_prefix + self.video.num_patches
-            name = best(device, dtype, block.attn.head_dim, fusion.frames, self.inputs.frames, tokens)
+            tokens, frames = self.video.num_prefix + self.video.num_patches, self.inputs.frames
+            kind = fusion.frames
+        segments = Segments(1, frames, tokens, self.fusion.bottleneck.shape[1], kind)
+        name = best(device, dtype, block.attn.head_dim, segments)
         return f"PyTorch's, in fusion layers {name} (chosen by auto)"
 
     def forward(

@@ -71,14 +71,14 @@ class Plain(nn.Module):
         return rows + block.mlp(block.norm2(rows))
 
 
-def tower():
+def tower(depth=2):
     torch.manual_seed(0)
-    args = {"patch_size": 8, "embed_dim": D, "depth": 2, "num_heads": 2}
+    args = {"patch_size": 8, "embed_dim": D, "depth": depth, "num_heads": 2}
     return Tower(name="vit_tiny_patch16_224", args=args).build(modality="video", input_size=(32, 32), num_classes=0)
 
 
 def calls(run, *inputs):
-    """Matrix products and other kernels that the compiled forward and backward passes call: (mm, other) of each.
+    """What the compiled forward and backward passes call, of each: (matrix products, kernels, kernels that only sum).
 
     None of the others may do nothing but move numbers: the names say what went into them.
     """
@@ -93,9 +93,9 @@ def calls(run, *inputs):
     bodies = [code[code.index("def call") :] for code in codes]
     assert len(bodies) == 2
     for name in re.findall(r"^ *(cpp_fused\w*)\(", "".join(bodies), re.MULTILINE):
-        assert re.search("layer_norm|gelu|sum|add|mean|mul|div", name), f"{name} copies"
-    products, others = r"^ *(?:buf\d+ = )?extern_kernels\.\w*mm\(", r"^ *cpp_fused\w*\("
-    return [tuple(len(re.findall(what, body, re.MULTILINE)) for what in (products, others)) for body in bodies]
+        assert re.search("layer_norm|gelu|sum|add(?!mm)|mean|mul|div", name), f"{name} copies"
+    products, others, sums = r"^ *(?:buf\d+ = )?extern_kernels\.\w*mm\(", r"^ *cpp_fused\w*\(", r"^ *cpp_fused_sum\w*\("
+    return [tuple(len(re.findall(what, body, re.MULTILINE)) for what in (products, others, sums)) for body in bodies]
 
 
 @pytest.mark.parametrize("frames", ["shared", "joint", "mean"])
@@ -108,31 +108,41 @@ def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
         return attention(qkv, rows)
 
     monkeypatch.setattr(fastav.bottleneck, "bottleneck_attention", stand_in)
-    plain, fused = [Plain(block) for block in tower().blocks], tower()
-    enter_blocks(fused, 0, frames, "sdpa", last_asks=True)
     x, z = torch.randn(C, T, N, D, requires_grad=True), torch.randn(C, Z, D, requires_grad=True)
     rows = torch.randn(C * T * N + C * Z, D, requires_grad=True)
 
-    def through_plain(rows):
-        for layer in plain:
-            rows = layer(rows)
-        return (rows,)
+    def both(depth):
+        plain, fused = [Plain(block) for block in tower(depth).blocks], tower(depth)
+        enter_blocks(fused, 0, frames, "sdpa", last_asks=True)
 
-    def through_fused(x, z):
-        for layer in fused.blocks:
-            x, z = layer(x, z, C)
-        return x, z
+        def through_plain(rows):
+            for layer in plain:
+                rows = layer(rows)
+            return (rows,)
 
-    forward, backward = calls(through_plain, rows)
-    our_forward, our_backward = calls(through_fused, x, z)
+        def through_fused(x, z):
+            for layer in fused.blocks:
+                x, z = layer(x, z, C)
+            return x, z
+
+        return calls(through_plain, rows), calls(through_fused, x, z)
+
+    (forward, backward), (our_forward, our_backward) = both(2)
     assert (forward[0], backward[0]) == (8, 16), "four products a layer, and two for the gradient of each"
     assert (our_forward[0], our_backward[0]) == (8, 16)
     # The mean of the bottleneck's copies is one more for each layer.
-    means = 2 if frames == "mean" else 0
-    assert our_forward[1] <= forward[1] + means
-    # The gradients of tokens and bottleneck come in as two, and are joined once, where the network ends; and sums of
-    # biases' gradients, which the compiler puts beside a LayerNorm in the one and by themselves in the other.
-    assert our_backward[1] <= backward[1] + 3 + means
+    means = 1 if frames == "mean" else 0
+    assert our_forward[1] <= forward[1] + 2 * means
+    # What comes in of tokens and bottleneck is joined once, where the network ends. Each further layer has the kernels
+    # of a plain one, and sums of two biases' gradients, which in a plain layer are made beside a LayerNorm's.
+    (deep_forward, deep_backward), (our_deep_forward, our_deep_backward) = both(4)
+    assert our_deep_forward[1] - our_forward[1] <= deep_forward[1] - forward[1] + 2 * means
+    grown, ours = (
+        [deep[n] - two[n] for n in (1, 2)]
+        for deep, two in ((deep_backward, backward), (our_deep_backward, our_backward))
+    )
+    assert ours[0] - ours[1] <= grown[0] - grown[1] + 2 * means, "kernels that do more than sum"
+    assert ours[1] <= grown[1] + 4, "sums of biases' gradients"
 
 
 def test_frames_and_spectrograms_are_normalised_by_one_kernel_each():
@@ -152,3 +162,24 @@ def test_frames_and_spectrograms_are_normalised_by_one_kernel_each():
     body = code[code.index("def call") :]
     assert len(re.findall(r"^ *cpp_fused\w*\(", body, re.MULTILINE)) <= 2
     assert "extern_kernels" not in body
+
+
+def test_under_autocast_frames_reach_the_patches_in_one_kernel():
+    """uint8 to normalised bfloat16 without a float32 copy, before the convolution that makes patches."""
+    frames = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.2, 0.2])
+    patches = nn.Conv2d(3, 8, 8, 8).requires_grad_(False)
+    patches.weight.data = patches.weight.data.bfloat16()
+    patches.bias.data = patches.bias.data.bfloat16()
+
+    def embed(frames):
+        with torch.autocast("cpu", torch.bfloat16):
+            return patches(normalise_frames(frames[None], mean, std)[0])
+
+    torch._dynamo.reset()
+    with torch._inductor.config.patch(force_disable_caches=True):
+        found, (code,) = run_and_get_code(torch.compile(embed, fullgraph=True), frames)
+    torch.testing.assert_close(found, embed(frames), rtol=2e-2, atol=2e-2)
+    body = code[code.index("def call") :]
+    before = body[: re.search("convolution", body[body.index("cpp_fused") :]).start() + body.index("cpp_fused")]
+    assert len(re.findall(r"^ *cpp_fused\w*\(", before, re.MULTILINE)) <= 1

@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastav.frontend import Frontend
+from fastav.fusion import Bottleneck
+from fastav.model import AVModel, Inputs, Model
+from fastav.towers import Tower
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments, bottleneck_attention
 from tests.attention_cases import KINDS, error, exact, packed, small, words
 
@@ -73,8 +77,38 @@ def test_inductor_compiles_it_as_one_graph(kind):
 
     out = torch.compile(attend, fullgraph=True)(qkv)
     torch.testing.assert_close(out, attend(qkv))
-    out.sum().backward()
-    assert qkv.grad.isfinite().all()
+    dout = torch.randn(out.shape[::-1], device="cuda", dtype=out.dtype).permute(2, 1, 0)  # as no kernel lays it out
+    (found,) = torch.autograd.grad(out, qkv, dout)
+    (expected,) = torch.autograd.grad(attend(qkv), qkv, dout)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("frames", ["shared", "mean"])
+def test_a_compiled_model_under_autocast_agrees_with_sdpa(frames):
+    fusion = {name: Bottleneck(start=1, frames=frames, attention=name) for name in ("triton", "sdpa")}
+    tower = Tower(name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 2})
+    images = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8, device="cuda")
+    mel, found = torch.randn(2, 1, 1, 16, 24, device="cuda") * 20 - 40, {}
+    for name, kind in fusion.items():
+        torch.manual_seed(0)
+        config, inputs = Model(video=tower, audio=tower, fusion=kind), Inputs(3, 32, 16, 24)
+        model = AVModel(config, ("a", "b"), inputs, Frontend(num_mels=16, mean=-40.0, std=20.0)).cuda()
+        with torch.autocast("cuda", torch.bfloat16):
+            logits = torch.compile(model, fullgraph=True)(images, mel)
+        logits.square().sum().backward()
+        found[name] = [logits.detach(), *(p.grad for p in model.parameters() if p.ndim > 1)]
+    for mine, other in zip(found["triton"], found["sdpa"], strict=True):
+        assert error(mine, other.double()) <= 5e-2
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_need_not_be_on_the_current_device():
+    segments = Segments(2, 3, 65, 5, "shared")
+    qkv = packed(segments, 2, 64, torch.float32)
+    out, grad, dout = exact(qkv, segments)
+    found, dqkv = run("triton", qkv.to("cuda:1"), segments, dout.to("cuda:1", torch.float32))
+    assert error(found.cpu(), out) <= 1e-5
+    assert error(dqkv.cpu(), grad) <= 1e-5
 
 
 def test_rows_beyond_32_bits():

@@ -6,6 +6,7 @@ time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -25,38 +26,77 @@ from benchmarks.result import machine
 from benchmarks.timing import interleave, median, paired_ratio, per_second
 from fastav.meter import num_cores
 from fastav.parallel import each
-from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments, launch
-from fastav_kernels.bottleneck_attention.gate import usage_of
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Frames, Segments, launch
+from fastav_kernels.bottleneck_attention.gate import faults, usage_of
 from fastav_kernels.bottleneck_attention.launch import chip_of
 from fastav_kernels.bottleneck_attention.plans import Chip, Plan, Win, architecture_of, plan_for, read_plans
 
-MOST_STACK = 64  # bytes of a thread: more of them is slower than smaller tiles
 _TOKENS = (50, 65, 101, 145, 197)
-_WIN_CLIPS, _FINALISTS = 64, 6
+_WIN_CLIPS, _WIN_FRAMES, _WIN_BOTTLENECK, _FINALISTS = 64, 8, 4, 6
 
 
-def tune(console: Console, rounds: int) -> list[str]:
-    """Tunes the plans for 16-bit numbers, then looks for wins; writes the file, and returns what it did in lines."""
+def tune(console: Console, rounds: int, only: str = "", folder: Path | None = None) -> list[str]:
+    """Tunes the plans for 16-bit numbers, then looks for wins; writes the file, and returns what it did in lines.
+
+    Args:
+        console: Is told of each plan that is found.
+        rounds: Of every measurement.
+        only: Only plans and wins whose name has this text, such as `forward, heads of 64`.
+        folder: Where the file goes; None for the kernels' package.
+    """
     architecture = architecture_of(torch.cuda.get_device_capability())
-    chip, plans = chip_of(torch.device("cuda")), list(read_plans(architecture).plans)
-    file = Path(str(resources.files("fastav_kernels.bottleneck_attention").joinpath(f"plans/{architecture}.json")))
-    told = []
-    for place, plan in enumerate(plans):
-        if plan.num_bytes != 2:
+    chip, known = chip_of(torch.device("cuda")), read_plans(architecture)
+    inside = Path(str(resources.files("fastav_kernels.bottleneck_attention").joinpath("plans")))
+    file = (folder or inside) / f"{architecture}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    told, plans = [], list(known.plans)
+    for plan in known.plans:
+        if plan.num_bytes != 2 or only not in (name := _name(plan)):
             continue
-        case = stage_of(plan)
-        best, gain = _fastest(plan, case, chip, rounds)
-        plans[place] = best
-        write_plans(file, _measured(), plans, [])  # what is found is kept, whatever comes
+        best, gain = _fastest(plan, stage_of(plan), chip, rounds)
         if best != plan:
-            told.append(f"{plan.kernel}, heads of {plan.head_dim}, up to {plan.max_keys} keys: {_tiles(plan)} -> "
-                        f"{_tiles(best)}, {gain:.2f} times as fast")  # fmt: skip
+            plans.insert(plans.index(plan), best)  # before the other, which chips with less memory may need
+            plans = reachable(plans)
+            told.append(f"{name}: {_tiles(plan)} -> {_tiles(best)}, {gain:.2f} times as fast")
             console.print(told[-1], highlight=False)
+        write_plans(file, _measured(), plans, known.wins)  # what is found is kept, whatever comes
+    wins = [win for win in known.wins if only not in _win_name(win.frames, win.head_dim)]
+    with patch.object(launch, "plan_for", functools.partial(_planned, tuple(plans))):
+        for found in _wins(console, rounds, only):
+            wins.append(found)
+            write_plans(file, _measured(), plans, wins)
     read_plans.cache_clear()
-    wins = list(_wins(console, rounds))
-    write_plans(file, _measured(), plans, wins)
-    read_plans.cache_clear()
-    return [*told, f"wins: {', '.join(f'{w.frames} {w.min_tokens}-{w.max_tokens} x{w.ratio}' for w in wins) or 'none'}"]
+    names = ", ".join(f"{w.frames} {w.min_tokens}-{w.max_tokens} x{w.ratio}" for w in wins)
+    return [*told, f"wins: {names or 'none'}", f"plans: {file}"]
+
+
+def reachable(plans: Sequence[Plan]) -> list[Plan]:
+    """Drops plans that are never chosen, as one before takes sequences as long with as little memory."""
+    kept: list[Plan] = []
+    for plan in plans:
+        hidden = any(
+            (one.kernel, one.head_dim, one.num_bytes) == (plan.kernel, plan.head_dim, plan.num_bytes)
+            and one.max_keys >= plan.max_keys
+            and one.shared_bytes <= plan.shared_bytes
+            for one in kept
+        )
+        if not hidden:
+            kept.append(plan)
+    return kept
+
+
+def _planned(plans: Sequence[Plan], kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> Plan | None:
+    """As `plan_for`, of plans that are not in a file yet."""
+    fitting = (p for p in plans if (p.kernel, p.head_dim, p.num_bytes) == (kernel, head_dim, num_bytes))
+    return next((p for p in fitting if keys <= p.max_keys and p.shared_bytes <= chip.shared_bytes), None)
+
+
+def _name(plan: Plan) -> str:
+    return f"{plan.kernel}, heads of {plan.head_dim}, up to {plan.max_keys} keys"
+
+
+def _win_name(frames: str, dim: int) -> str:
+    return f"wins, {frames}, heads of {dim}"
 
 
 def stage_of(plan: Plan) -> Case:
@@ -93,7 +133,15 @@ def _fastest(plan: Plan, case: Case, chip: Chip, rounds: int) -> tuple[Plan, flo
     gain = paired_ratio(rates[best], rates[_tiles(plan)])
     if best == _tiles(plan) or gain.low <= 1.02:
         return plan, 1.0
-    return next(one for one in fitting if _tiles(one) == best), gain.median
+    found = next(one for one in fitting if _tiles(one) == best)
+    return replace(found, shared_bytes=_most_shared(found, case, chip)), gain.median
+
+
+def _most_shared(plan: Plan, case: Case, chip: Chip) -> int:
+    """Shared memory of a program, for the kind of frames that takes most of it."""
+    kinds: tuple[Frames, ...] = ("shared", "mean", "joint")
+    cases = [replace(case.segments, frames=kind, num_frames=1 if kind == "joint" else 8) for kind in kinds]
+    return max(usage_of(plan, chip.architecture, one, torch.bfloat16, case.heads).shared for one in cases)
 
 
 def _compiled(wanted: Sequence[Plan], case: Case, chip: Chip) -> list[Plan]:
@@ -110,7 +158,7 @@ def _usage(job: tuple[Plan, str, Segments, int]) -> Plan | None:
         usage = usage_of(plan, architecture, segments, torch.bfloat16, heads)
     except Exception:  # whatever the compiler raises: then it is no candidate
         return None
-    if usage.stack > MOST_STACK or usage.registers < 16:
+    if faults(plan, architecture, usage, torch.bfloat16):
         return None
     return replace(plan, shared_bytes=usage.shared)
 
@@ -138,28 +186,31 @@ def _runner(plan: Plan, case: Case) -> Callable[[], object]:
     return run
 
 
-def _wins(console: Console, rounds: int) -> Iterator[Win]:
+def _wins(console: Console, rounds: int, only: str) -> Iterator[Win]:
     """Yields the ranges of tokens, at the ends measured, for which both passes together beat SDPA."""
-    for frames in ("shared", "mean"):
-        for dim in (64, 32, 128):
-            ratios = []
-            for tokens in _TOKENS:
-                segments = Segments(_WIN_CLIPS, 8, tokens, 4, frames)
-                case = Case(f"{tokens} tokens, {frames}", segments, heads=768 // dim, dim=dim)
-                made = interleave({name: timed(_step(case, name)) for name in ("triton", "sdpa")}, rounds)
-                interval = paired_ratio(per_second(made["triton"]), per_second(made["sdpa"]))
-                console.print(f"{case.name}, heads of {dim}: triton / sdpa: {interval}", highlight=False)
-                ratios.append((tokens, interval.low, interval.median))
-            yield from _ranges(frames, dim, ratios)
+    kinds: tuple[Frames, ...] = ("shared", "mean")
+    for frames, dim, asks in itertools.product(kinds, (64, 32, 128), (True, False)):
+        if only not in _win_name(frames, dim):
+            continue
+        ratios = []
+        for tokens in _TOKENS:
+            segments = Segments(_WIN_CLIPS, _WIN_FRAMES, tokens, _WIN_BOTTLENECK, frames, asks)
+            case = Case(f"{tokens} tokens, {frames}, asks {asks}", segments, heads=768 // dim, dim=dim)
+            made = interleave({name: timed(_step(case, name)) for name in ("triton", "sdpa")}, rounds)
+            interval = paired_ratio(per_second(made["triton"]), per_second(made["sdpa"]))
+            console.print(f"{case.name}, heads of {dim}: triton / sdpa: {interval}", highlight=False)
+            ratios.append((tokens, interval.low, interval.median))
+        yield from _ranges(frames, dim, asks, ratios)
 
 
-def _ranges(frames: str, dim: int, ratios: Sequence[tuple[int, float, float]]) -> Iterator[Win]:
+def _ranges(frames: str, dim: int, asks: bool, ratios: Sequence[tuple[int, float, float]]) -> Iterator[Win]:
     """Neighbouring measured shapes that all win are one range."""
     for wins, group in itertools.groupby(ratios, key=lambda one: one[1] > 1):
         if wins:
             shapes = list(group)
             worst = math.floor(100 * min(middle for _, _, middle in shapes) + 1e-9) / 100
-            yield Win(frames, dim, "bfloat16", shapes[0][0], shapes[-1][0], worst)
+            ends = shapes[0][0], shapes[-1][0]
+            yield Win(frames, dim, "bfloat16", _WIN_FRAMES, _WIN_BOTTLENECK, asks, *ends, worst)
 
 
 def _step(case: Case, impl: str) -> Callable[[], object]:

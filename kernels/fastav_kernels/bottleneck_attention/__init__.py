@@ -77,7 +77,7 @@ def bottleneck_attention(
     segments = Segments(clips, num_frames, num_tokens, num_bottleneck, frames, asks)
     segments.check(qkv)
     if impl == "auto":
-        impl = best(str(qkv.device), str(qkv.dtype), qkv.shape[3], segments.frames, num_frames, num_tokens)
+        impl = best(str(qkv.device), str(qkv.dtype), qkv.shape[3], segments)
     elif impl not in IMPLEMENTATIONS:
         raise ValueError(f'impl "{impl}" is unknown; there is: auto, {", ".join(IMPLEMENTATIONS)}')
     if impl == "triton" and (reason := _why_not(str(qkv.device), str(qkv.dtype), qkv.shape[3])):
@@ -85,16 +85,28 @@ def bottleneck_attention(
     return IMPLEMENTATIONS[impl](qkv, segments)
 
 
-@torch.compiler.assume_constant_result
-def best(device: str, dtype: str, head_dim: int, frames: Frames, num_frames: int, num_tokens: int) -> str:
+def best(device: str, dtype: str, head_dim: int, segments: Segments) -> str:
     """Returns what `auto` stands for: `triton` where it was measured to be faster than `sdpa`, which it is else."""
-    if not device.startswith("cuda") or frames == "joint" or num_frames == 1:
+    s = segments
+    if not device.startswith("cuda") or s.alone:
         return "sdpa"
-    for win in read_plans(architecture_of(torch.cuda.get_device_capability(device))).wins:
-        fits = (win.frames, win.head_dim, win.dtype) == (frames, head_dim, dtype.removeprefix("torch."))
-        if fits and win.min_tokens <= num_tokens <= win.max_tokens:
+    for frames, num_frames, num_bottleneck, asks, least, most in _wins(device, dtype, head_dim):
+        same = (frames, num_frames, num_bottleneck, asks) == (s.frames, s.num_frames, s.num_bottleneck, s.asks)
+        if same and least <= s.num_tokens <= most:
             return "triton"
     return "sdpa"
+
+
+@torch.compiler.assume_constant_result
+def _wins(device: str, dtype: str, head_dim: int) -> tuple[tuple[str, int, int, bool, int, int], ...]:
+    """What was measured for such numbers on such a device, where the kernels can run; constant to a compiler."""
+    if _why_not(device, dtype, head_dim):
+        return ()
+    return tuple(
+        (win.frames, win.num_frames, win.num_bottleneck, win.asks, win.min_tokens, win.max_tokens)
+        for win in read_plans(architecture_of(torch.cuda.get_device_capability(device))).wins
+        if (win.head_dim, win.dtype) == (head_dim, dtype.removeprefix("torch."))
+    )
 
 
 @torch.compiler.assume_constant_result

@@ -23,20 +23,24 @@ def sdpa(qkv: Tensor, segments: Segments) -> Tensor:
         T, N = 1, T * N
     first = segments.token_rows
     tokens = qkv[:first].unflatten(0, (segments.clips, T, N)).permute(3, 0, 1, 4, 2, 5)
+    queries = tokens[0].flatten(0, 1)
+    if not Z:
+        keys, values = tokens[1:].flatten(1, 2)
+        return scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(0, 1)
     bottleneck = qkv[first:].unflatten(0, (segments.clips, Z)).permute(2, 0, 3, 1, 4)
-    # A copy of the bottleneck beside each frame: [3, C, T, H, N + Z, d].
+    # A copy of the bottleneck beside each frame: [3, C, T, H, N + Z, d]. Queries are joined only for a single call.
     copies = bottleneck.unsqueeze(2).expand(-1, -1, T, -1, -1, -1)
-    q, k, v = torch.cat([tokens, copies], dim=4).flatten(1, 2)
-    if not Z or not segments.asks:
-        out = scaled_dot_product_attention(tokens[0].flatten(0, 1), k, v)
-        return out.transpose(1, 2).flatten(0, 1)
-    if segments.frames == "shared" and T > 1:
-        out_tokens = scaled_dot_product_attention(tokens[0].flatten(0, 1), k, v)
-        # All tokens of the clip and the bottleneck, once: [3, C, H, T*N + Z, d].
-        clip = torch.cat([tokens.transpose(2, 3).flatten(3, 4), bottleneck], dim=3)
-        out_bottleneck = scaled_dot_product_attention(bottleneck[0], clip[1], clip[2])
-    else:
+    if segments.asks and (segments.frames != "shared" or T == 1):
+        q, k, v = torch.cat([tokens, copies], dim=4).flatten(1, 2)
         out_tokens, out_bottleneck = scaled_dot_product_attention(q, k, v).split([N, Z], dim=2)
+    else:
+        keys, values = torch.cat([tokens[1:], copies[1:]], dim=4).flatten(1, 2)
+        out_tokens = scaled_dot_product_attention(queries, keys, values)
+        if not segments.asks:
+            return out_tokens.transpose(1, 2).flatten(0, 1)
+        # All tokens of the clip and the bottleneck, once: [2, C, H, T*N + Z, d].
+        keys, values = torch.cat([tokens[1:].transpose(2, 3).flatten(3, 4), bottleneck[1:]], dim=3)
+        out_bottleneck = scaled_dot_product_attention(bottleneck[0], keys, values)
     return torch.cat([out_tokens.transpose(1, 2).flatten(0, 1), out_bottleneck.transpose(1, 2).flatten(0, 1)])
 
 
@@ -59,7 +63,7 @@ def flex(qkv: Tensor, segments: Segments) -> Tensor:
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    return torch.compile(flex_attention, dynamic=False)  # anew for each shape: with symbols in it, it is slower
 
 
 _MASKS: dict[tuple[Segments, str], Any] = {}

@@ -5,12 +5,35 @@ from __future__ import annotations
 import torch
 
 from fastav_kernels.bottleneck_attention import triton_kernels as kernels
-from fastav_kernels.bottleneck_attention.launch import Call
+from fastav_kernels.bottleneck_attention.launch import BLOCK_Z, Call
 from fastav_kernels.bottleneck_attention.plans import Plan
 from fastav_kernels.bottleneck_attention.segments import Segments
 from fastav_kernels.compile_only import Usage, compiled
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+
+
+def faults(plan: Plan, architecture: str, used: Usage, dtype: torch.dtype) -> list[str]:
+    """Returns what is wrong with what a kernel uses; no plan that has a fault is shipped or tuned to.
+
+    Args:
+        plan: Its tiles.
+        architecture: Such as `sm_90`.
+        used: As compiled.
+        dtype: For which.
+    """
+    found = []
+    if not 16 < used.registers <= 255:
+        found.append(f"{used.registers} registers")
+    if dtype == torch.float32:
+        return found  # in float32 nobody trains by it
+    if used.stack > 256:
+        found.append(f"{used.stack} bytes of stack")
+    if plan.kernel == "forward" and plan.head_dim == 64 and (used.registers > 128 or used.stack):
+        found.append(f"{used.registers} registers and {used.stack} bytes of stack, 128 and 0 allowed")
+    if architecture == "sm_90" and (not used.count("HGMMA") or used.count("HMMA")):
+        found.append("products that are not those of warp groups (HGMMA)")
+    return found
 
 
 def usage_of(plan: Plan, architecture: str, segments: Segments, dtype: torch.dtype, heads: int = 12) -> Usage:
@@ -28,3 +51,18 @@ def usage_of(plan: Plan, architecture: str, segments: Segments, dtype: torch.dty
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,
     )
+
+
+def reduction_usage(
+    kernel: str, architecture: str, segments: Segments, dtype: torch.dtype, heads: int, dim: int
+) -> Usage:
+    """Returns what a kernel uses that adds up the parts of frames: `merge_parts` or `sum_parts`."""
+    call = Call(segments, heads, dim, dtype)
+    types = dict.fromkeys(("out", "dqkv"), _TYPES[dtype])
+    types |= dict.fromkeys(("part_out", "part_lse", "lse", "parts"), "*fp32")
+    types |= dict.fromkeys(("first", "num_out"), "i32")
+    function = getattr(kernels, kernel)
+    constants = {"H": heads, "D": dim, "Z": call.bottleneck, "FRAMES": call.frames, "BLOCK_Z": BLOCK_Z}
+    constants |= {"QUERIES": call.queries} if kernel == "sum_parts" else {}
+    told = {name: kind for name, kind in types.items() if name in function.arg_names}
+    return compiled(function, told, constants, architecture, num_warps=1, num_stages=1)

@@ -13,7 +13,7 @@ from fastav_kernels.bottleneck_attention import triton_kernels as kernels
 from fastav_kernels.bottleneck_attention.plans import HEAD_DIMS, Chip, Plan, architecture_of, plan_for
 from fastav_kernels.bottleneck_attention.segments import Segments
 
-_BLOCK_Z = 16
+BLOCK_Z = 16
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -52,10 +52,10 @@ def run_forward(qkv: Tensor, segments: Segments, chip: Chip | None = None) -> tu
         call.tokens // plan.block_n, **call.constants(plan), **_options(plan),
     )  # fmt: skip
     if call.merges:
-        grid = segments.clips * H * triton.cdiv(call.bottleneck, _BLOCK_Z)
+        grid = segments.clips * H * triton.cdiv(call.bottleneck, BLOCK_Z)
         kernels.merge_parts[(grid,)](
             part_out, part_lse, out, lse, segments.token_rows, segments.out_rows,
-            H=H, D=D, Z=call.bottleneck, FRAMES=call.frames, BLOCK_Z=_BLOCK_Z, num_warps=1,
+            H=H, D=D, Z=call.bottleneck, FRAMES=call.frames, BLOCK_Z=BLOCK_Z, num_warps=1,
         )  # fmt: skip
     return out, lse
 
@@ -88,10 +88,10 @@ def run_backward(
             segments.out_rows, **call.constants(plan), **_options(plan),
         )  # fmt: skip
     if call.split:
-        grid = segments.clips * 3 * H * triton.cdiv(call.bottleneck, _BLOCK_Z)
+        grid = segments.clips * 3 * H * triton.cdiv(call.bottleneck, BLOCK_Z)
         kernels.sum_parts[(grid,)](
             sums, dqkv, segments.token_rows, H=H, D=D, Z=call.bottleneck, FRAMES=call.frames, QUERIES=call.queries,
-            BLOCK_Z=_BLOCK_Z, num_warps=1,
+            BLOCK_Z=BLOCK_Z, num_warps=1,
         )  # fmt: skip
     return dqkv
 

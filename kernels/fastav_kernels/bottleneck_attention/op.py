@@ -18,7 +18,8 @@ def forward(
     from fastav_kernels.bottleneck_attention.launch import run_forward
 
     segments = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), asks)
-    return run_forward(qkv.contiguous(), segments)
+    with torch.cuda.device_of(qkv):  # Triton launches where the current device is
+        return run_forward(qkv.contiguous(), segments)
 
 
 @forward.register_fake
@@ -39,7 +40,8 @@ def backward(
     from fastav_kernels.bottleneck_attention.launch import run_backward
 
     segments = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), asks)
-    return run_backward(dout.contiguous(), qkv.contiguous(), out, lse, segments)
+    with torch.cuda.device_of(qkv):
+        return run_backward(dout.contiguous(), qkv.contiguous(), out, lse, segments)
 
 
 @backward.register_fake

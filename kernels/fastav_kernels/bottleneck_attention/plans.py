@@ -53,6 +53,9 @@ class Win:
         frames: Kind.
         head_dim: d.
         dtype: Such as `bfloat16`.
+        num_frames: T.
+        num_bottleneck: Z.
+        asks: Whether the bottleneck's own result is made.
         min_tokens: N of a frame, at least.
         max_tokens: N of a frame, at most.
         ratio: How much faster, at the worst of the measured shapes.
@@ -61,6 +64,9 @@ class Win:
     frames: str
     head_dim: int
     dtype: str
+    num_frames: int
+    num_bottleneck: int
+    asks: bool
     min_tokens: int
     max_tokens: int
     ratio: float
