@@ -1,16 +1,20 @@
 """Checkpoints: atomic, checksummed folders of safetensors and JSON; nothing in them is ever unpickled.
 
-    checkpoints/step_00000120/{model,optimizer,ema}.safetensors, state.json, checksums.json
+    checkpoints/step_00000120/{shard-00001-...,shard-00002-...}.safetensors, state.json, checksums.json
 
-A checkpoint is written into a temporary folder beside, flushed, checksummed and renamed, so a name that exists is
-whole. Should the newest be damaged all the same (a bad disk, a copy cut short), the one before it is taken, with a
-warning. All randomness of a step is drawn from (seed, step, rank), so no generator state is saved.
+Each rank has written its part of the tensors (`saver.py`): `model/NAME`, `optimizer/NAME:KEY` and `ema/NAME`, whole or
+in pieces that know their place (torch.distributed.checkpoint in safetensors), so that any number of ranks reads them
+under any strategy. A checkpoint is written into a temporary folder beside, flushed, checksummed and renamed, so a name
+that exists is whole. Should the newest be damaged all the same (a bad disk, a copy cut short), the one before it is
+taken, with a warning. All randomness of a step is drawn from (seed, step, rank), so no generator state is saved.
+
+Format 1, of one rank, is read as well: {model,optimizer,ema}.safetensors, one file for each kind.
 """
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -18,32 +22,95 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor, distribute_tensor
 
+from fastav.crew import Crew
 from fastav.errors import FastavError, UserError
-from fastav.files import flush, sha256, write_text
+from fastav.files import sha256, write_text
 from fastav.recipe import Recipe, Table, differences, parse
 
-FORMAT = 1
+# It wonders about every single process, which it is told of by `no_dist`.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+FORMAT = 2
+STATE, SUMS = "state.json", "checksums.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint read back.
+    """One checkpoint that is whole.
 
     Attributes:
         step: Optimizer steps done when it was written.
-        tensors: File stem (`model`, `optimizer`, `ema`) -> named tensors, on the CPU.
-        state: The JSON state, as given to `save`.
+        state: Its JSON state.
         path: Its folder.
     """
 
     step: int
-    tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
     path: Path
+
+    def sizes(self, kind: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Name -> size and type of all saved tensors of a kind: `model`, `optimizer` or `ema`."""
+        prefix = f"{kind}/"
+        return {name.removeprefix(prefix): told for name, told in self._told.items() if name.startswith(prefix)}
+
+    @functools.cached_property
+    def _told(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        if self.state["format"] == 1:
+            return {name: (value.shape, value.dtype) for name, value in self._whole.items()}
+        found = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
+        return {name: (one.size, one.properties.dtype) for name, one in found.items()}  # type: ignore[union-attr]
+
+    @functools.cached_property
+    def _whole(self) -> dict[str, Tensor]:
+        """All tensors of format 1."""
+        return {
+            f"{file.stem}/{name}": value
+            for file in self.path.glob("*.safetensors")
+            for name, value in load_file(file).items()
+        }
+
+    def load(self, kind: str, targets: Mapping[str, Tensor]) -> None:
+        """Fills tensors with what was saved under their names, each rank reading what it needs.
+
+        Args:
+            kind: `model`, `optimizer` or `ema`.
+            targets: Name -> a tensor or DTensor of the saved size.
+
+        Raises:
+            FastavError: A name or size is not there.
+        """
+        saved = self.sizes(kind)
+        for name, target in targets.items():
+            if name not in saved or saved[name][0] != target.shape:
+                there = tuple(saved[name][0]) if name in saved else "nothing"
+                raise FastavError(f"{self.path}: {kind} {name}: {there} saved, {tuple(target.shape)} expected")
+        wanted = {f"{kind}/{name}": target for name, target in targets.items()}
+        if self.state["format"] == 1:
+            for name, target in wanted.items():
+                _fill(target, self._whole[name])
+        elif wanted:
+            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
+
+    def tensors(self, kind: str) -> dict[str, Tensor]:
+        """Reads all tensors of a kind, whole, on the CPU."""
+        found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in self.sizes(kind).items()}
+        self.load(kind, found)
+        return found
+
+
+@torch.no_grad()
+def _fill(target: Tensor, value: Tensor) -> None:
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    target.copy_(value)
 
 
 class Checkpoints:
@@ -52,10 +119,11 @@ class Checkpoints:
     Args:
         folder: Where they are.
         keep: How many of the newest stay; the best one stays beside them.
+        crew: The processes that read it together.
     """
 
-    def __init__(self, folder: Path, keep: int = 2) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int = 2, crew: Crew | None = None) -> None:
+        self.folder, self.keep, self.crew = folder, keep, crew or Crew()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -65,66 +133,15 @@ class Checkpoints:
         """Folder of the checkpoint of that step."""
         return self.folder / f"step_{step:08d}"
 
-    def save(
-        self,
-        step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
-        best: int | None = None,
-    ) -> Path:
-        """Writes one checkpoint, then removes those that are no longer kept.
-
-        Args:
-            step: Optimizer steps done.
-            tensors: File stem -> named tensors; tensors that share memory must not be given twice.
-            state: Anything JSON can hold.
-            best: Step of the best checkpoint, which is not removed.
-
-        Returns:
-            The checkpoint's folder.
-
-        Raises:
-            FastavError: The disk is full or not writable; older checkpoints are untouched.
-        """
-        beside = self.folder / f".step_{step:08d}.{os.getpid()}.tmp"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
-            beside.mkdir()
-            for stem, named in tensors.items():
-                save_file(
-                    {name: t.detach().cpu().contiguous() for name, t in named.items()},
-                    beside / f"{stem}.safetensors",
-                )
-            state_text = json.dumps({"format": FORMAT, "step": step, **state})
-            (beside / "state.json").write_text(state_text, encoding="utf-8")
-            files = sorted(beside.iterdir())
-            sums = {file.name: sha256(file) for file in files}
-            (beside / "checksums.json").write_text(json.dumps(sums, indent=1), encoding="utf-8")
-            for file in (*files, beside / "checksums.json", beside):
-                flush(file)
-            if self.path(step).exists():  # the same step, made again after a fall-back: the bits are the same
-                shutil.rmtree(self.path(step))
-            os.replace(beside, self.path(step))
-            flush(self.folder)
-        except (OSError, SafetensorError) as error:
-            shutil.rmtree(beside, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error)
-            kept = self.steps()
-            safe = f"the checkpoint of step {kept[-1]} is intact" if kept else "there is no earlier checkpoint"
-            raise FastavError(f"{self.folder}: cannot save the checkpoint of step {step}: {reason}; {safe}") from None
-        self._remove_old(step, best)
-        return self.path(step)
-
     def newest(self) -> Checkpoint | None:
-        """Reads the newest checkpoint that is whole; None without any.
+        """Finds the newest checkpoint that is whole; None without any. Every rank must call it.
 
         Warns of each damaged one that it passes over.
 
         Raises:
             FastavError: There are checkpoints, but every one of them is damaged.
         """
-        steps = self.steps()
+        steps = self.crew.gather(self.steps())[0]  # of rank 0: another's view of a shared folder may be older
         for step in reversed(steps):
             try:
                 return self.read(step)
@@ -137,36 +154,41 @@ class Checkpoints:
         return None
 
     def read(self, step: int) -> Checkpoint:
-        """Reads and verifies the checkpoint of one step.
+        """Verifies the checkpoint of one step, each rank its share of the files. Every rank must call it.
 
         Raises:
             FastavError: It is missing, damaged, or of a newer format.
         """
         path = self.path(step)
-        try:
-            sums = json.loads((path / "checksums.json").read_text(encoding="utf-8"))
-            for name, digest in sums.items():
-                if Path(name).name != name or sha256(path / name) != digest:
-                    raise FastavError(f"{path}: {name} does not match its checksum")
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            if state["format"] > FORMAT:
-                raise FastavError(f"{path}: format {state['format']} is newer than this version reads ({FORMAT})")
-            stems = [Path(name).stem for name in sums if name.endswith(".safetensors")]
-            tensors = {stem: load_file(path / f"{stem}.safetensors") for stem in stems}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-            raise FastavError(f"{path}: damaged checkpoint: {error}") from None
-        return Checkpoint(step=step, tensors=tensors, state=state, path=path)
+        wrong = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+        found, reason = self.crew.together(lambda: self._verified(path, step), wrong)
+        if found is None or reason:
+            raise FastavError(f"{path}: damaged checkpoint: {reason}")
+        if found.state["format"] > FORMAT:
+            raise FastavError(f"{path}: format {found.state['format']} is newer than this version reads ({FORMAT})")
+        return found
 
-    def _remove_old(self, newest: int, best: int | None) -> None:
+    def _verified(self, path: Path, step: int) -> Checkpoint:
+        sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
+        for name in sums:
+            if Path(name).name != name:
+                raise ValueError(f"{name} is no file of this folder")
+        for name in self.crew.share(sorted(sums)):
+            if sha256(path / name) != sums[name]:
+                raise ValueError(f"{name} does not match its checksum")
+            if name.endswith(".safetensors"):
+                with safe_open(path / name, framework="pt"):
+                    pass  # it can be read
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state["format"], int):
+            raise ValueError(f"format {state['format']!r}")
+        return Checkpoint(step=step, state=state, path=path)
+
+    def remove_old(self, newest: int, best: int | None) -> None:
         """Keeps the newest; later ones are damaged and were passed over, so they do not count."""
         for step in [step for step in self.steps() if step <= newest][: -self.keep]:
             if step != best:
                 shutil.rmtree(self.path(step), ignore_errors=True)
-
-    def _remove_leftovers(self) -> None:
-        """Removes what a kill inside a save left behind."""
-        for leftover in self.folder.glob(".step_*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def check_resumable(saved: Table, recipe: Recipe, path: Path) -> None:

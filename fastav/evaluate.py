@@ -110,7 +110,7 @@ def evaluate(
     with (
         make_loader(recipe, source, on_broken, pin_memory=choose_pin_memory(ranks.device)) as loader,
         closing(loader.batches(requests)) as batches,
-        torch.inference_mode(),
+        torch.no_grad(),  # not inference_mode: parameters that are gathered for a moment need their version counters
         precision,
     ):
         for number, host in enumerate(batches, 1):

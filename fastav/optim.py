@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Protocol
 
@@ -33,6 +33,7 @@ from fastav.errors import FastavError, UserError
 # The last part of the names of parameters that are tables of positions or single tokens, whatever their shape.
 _TOKEN_OR_POSITION = re.compile(r".*(pos_embed|pos_emb|position|positions|tokens?|bottleneck|bias_table)")
 _BELOW_ONE = Annotated[float, Meta(ge=0, lt=1)]
+NUM_UPDATES = "num_updates"
 
 
 class Cosine(Kind, frozen=True, tag="cosine"):
@@ -337,11 +338,20 @@ class Ema:
     Args:
         model: Its trainable parameters are averaged; they must stay the same objects.
         decay: Upper bound of d.
+        shards: What this process keeps of these parameters, by name; None: the parameters themselves.
+        refresh: Makes the model see what was written into the shards.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay, self.num_updates = decay, 0
-        self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    def __init__(
+        self,
+        model: nn.Module,
+        decay: float,
+        shards: Mapping[str, Tensor] | None = None,
+        refresh: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.decay, self.num_updates, self._refresh = decay, 0, refresh
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parameters = trainable if shards is None else dict(shards)
         saved = model.state_dict().keys()
         self._buffers = {name: b for name, b in model.named_buffers() if name in saved}
         self._average = {name: p.detach().float().clone() for name, p in self._parameters.items()}
@@ -365,14 +375,16 @@ class Ema:
         try:
             self._copy(self._parameters, self._average)
             self._copy(self._buffers, self._copied)
+            self._refresh()
             yield
         finally:
             self._copy(self._parameters, own)
             self._copy(self._buffers, own_buffers)
+            self._refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages and copied buffers by their names in the model, and `num_updates`; not copies."""
-        return {**self._average, **self._copied, "num_updates": torch.tensor(self.num_updates)}
+        return {**self._average, **self._copied, NUM_UPDATES: torch.tensor(self.num_updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores `state_dict`.
@@ -381,9 +393,9 @@ class Ema:
             FastavError: The state is of other parameters.
         """
         own = {**self._average, **self._copied}
-        _same_names(own.keys(), state.keys() - {"num_updates"}, "averaged weights")
+        _same_names(own.keys(), state.keys() - {NUM_UPDATES}, "averaged weights")
         self._copy(own, state)
-        self.num_updates = int(state["num_updates"])
+        self.num_updates = int(state[NUM_UPDATES])
 
     @staticmethod
     @torch.no_grad()

@@ -15,17 +15,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import nn
 
+from fastav import strategies
+from fastav.crew import Crew
 from fastav.errors import UserError
 from fastav.recipe import Training
-
-STRATEGIES = {
-    DistributedType.NO: "single",
-    DistributedType.MULTI_CPU: "ddp",
-    DistributedType.MULTI_GPU: "ddp",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +66,13 @@ class Ranks:
 
     Raises:
         UserError: World size, strategy, precision or accumulation in force differ from what was asked for.
+
+    Attributes:
+        asked: The strategy that the launcher asks for.
+        crew: The processes, in a group of their own for what concerns files.
     """
+
+    asked: strategies.Asked
 
     def __init__(self, training: Training, trackers: Sequence[str] = (), folder: str = ".") -> None:
         if training.threads:
@@ -79,18 +81,25 @@ class Ranks:
             torch.use_deterministic_algorithms(True)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        patience = timedelta(seconds=training.patience_s)
         try:
-            self.accelerator = Accelerator(
-                cpu=not accelerated,
-                mixed_precision="bf16" if training.precision == "bf16" else "no",
-                step_scheduler_with_optimizer=False,
-                log_with=list(trackers) or None,
-                project_dir=folder,
-                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=training.patience_s))],
-            )
+            with strategies.without_wrappers():
+                self.accelerator = Accelerator(
+                    cpu=not accelerated,
+                    mixed_precision="no",  # the trainer's own autocast is in force, under every strategy alike
+                    step_scheduler_with_optimizer=False,
+                    log_with=list(trackers) or None,
+                    project_dir=folder,
+                    kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+                )
         except ValueError as error:  # an unknown tracker, or one that is not installed
             raise UserError(f"log.trackers = {list(trackers)}: {' '.join(str(error).split())}") from None
+        self.precision = training.precision
+        self._check_world(training)
+        self.asked = strategies.asked(self.world)
         self._check(training)
+        group = torch.distributed.new_group(backend="gloo", timeout=patience) if self.world > 1 else None
+        self.crew = Crew(self.rank, self.world, group)
 
     @property
     def rank(self) -> int:
@@ -112,7 +121,7 @@ class Ranks:
         """Where this process computes."""
         return self.accelerator.device
 
-    def _check(self, training: Training) -> None:
+    def _check_world(self, training: Training) -> None:
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         if asked != self.world:
             raise UserError(
@@ -125,23 +134,25 @@ class Ranks:
                 f"train.num_processes = {training.num_processes}, but {self.world} are in force: with accelerate, "
                 "distributed_type MULTI_CPU without mpirun starts one process"
             )
-        strategy = STRATEGIES.get(self.accelerator.distributed_type)
-        if strategy is None:
+
+    def _check(self, training: Training) -> None:
+        if training.strategy not in ("any", self.asked.name):
             raise UserError(
-                f"distributed_type {self.accelerator.distributed_type} of the accelerate config is not supported; "
-                "expected NO, MULTI_CPU or MULTI_GPU"
+                f'train.strategy = "{training.strategy}", but "{self.asked.name}" is in force; '
+                "launch/accelerate/ has a config for each"
             )
-        if training.strategy not in ("any", strategy):
-            raise UserError(f'train.strategy = "{training.strategy}", but "{strategy}" is in force')
-        if self.accelerator.gradient_accumulation_steps != 1:
+        steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+        if steps not in ("1", "auto"):
             raise UserError(
-                "gradient accumulation is set in the accelerate config or environment "
-                f"({self.accelerator.gradient_accumulation_steps}); set train.micro_batch instead, it follows from that"
+                f"gradient accumulation is set in the accelerate config or environment ({steps}); set "
+                "train.micro_batch instead, it follows from that"
             )
-        wanted = "bf16" if training.precision == "bf16" else "no"
-        if self.accelerator.mixed_precision != wanted:
-            found = self.accelerator.mixed_precision
-            raise UserError(f'train.precision = "{training.precision}", but mixed precision "{found}" is in force')
+        precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if precision not in ("no", training.precision):
+            raise UserError(
+                f'train.precision = "{training.precision}", but the accelerate config or environment says '
+                f'mixed_precision "{precision}"; the recipe decides: set it to "no" there'
+            )
 
     def shares(self, training: Training, multiple: int = 1) -> Shares:
         """Splits the batch over ranks and accumulation.
@@ -205,9 +216,8 @@ class Ranks:
         else:
             why = "" if self.device.type != "cpu" else ", no GPU found"
             device = f"{self.device.type} ({torch.get_num_threads()} threads{why})"
-        plural = "es" if self.world > 1 else ""
-        precision = "bf16" if self.accelerator.mixed_precision == "bf16" else "fp32"
-        return f"{device}, {self.world} process{plural}, {precision}"
+        processes = f"{self.world} processes ({self.asked.name})" if self.world > 1 else "1 process"
+        return f"{device}, {processes}, {self.precision}"
 
 
 def leave() -> None:

@@ -81,7 +81,11 @@ class Training(Config, frozen=True):
         threads: CPU threads of the model's operations; 0 leaves torch's choice. Recorded and restored on resume.
         eval_every: Epochs between evaluations; 0 evaluates at the end only.
         num_processes: World size that must be in force; 0 accepts any.
-        strategy: Distribution that must be in force; `any` accepts any.
+        strategy: How the launcher must have spread the model over ranks; `any` accepts any.
+        reduce_dtype: Of gradients as they are sent between ranks; `bf16` halves the traffic, and rounds.
+        bucket_mb: Size of the buckets in which DDP sends gradients while the backward pass goes on, MB.
+        activation_checkpointing: Compute the transformer blocks again in the backward pass instead of keeping their
+            activations: about a third more work for a fraction of the memory.
         max_bad_steps: Consecutive steps with a non-finite loss or gradient after which the run stops.
         patience_s: Seconds within which another rank must answer a collective.
     """
@@ -96,7 +100,10 @@ class Training(Config, frozen=True):
     threads: NonNegativeInt = 0
     eval_every: NonNegativeFloat = 1.0
     num_processes: NonNegativeInt = 0
-    strategy: Literal["any", "single", "ddp"] = "any"
+    strategy: Literal["any", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "any"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    bucket_mb: PositiveFloat = 25.0
+    activation_checkpointing: bool = False
     max_bad_steps: PositiveInt = 20
     patience_s: PositiveFloat = 600.0
 
@@ -108,11 +115,13 @@ class Saving(Config, frozen=True):
         every: Optimizer steps between checkpoints; 0 is once per epoch.
         keep: Newest checkpoints kept, the best one beside them.
         best: Evaluation metric that marks the best; empty is the task's own (top-1 or mAP).
+        asynchronous: Whether the training goes on while a checkpoint is written.
     """
 
     every: NonNegativeInt = 0
     keep: PositiveInt = 2
     best: str = ""
+    asynchronous: bool = True
 
 
 class Logging(Config, frozen=True):
@@ -169,6 +178,8 @@ CHANGEABLE = (
     "train.eval_every",
     "train.num_processes",
     "train.strategy",
+    "train.bucket_mb",
+    "train.activation_checkpointing",
     "train.patience_s",
     "train.max_bad_steps",
     "decode",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import msgspec
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastav import recipe as recipes
-from fastav.checkpoint import Checkpoint, Checkpoints, check_resumable, write_best
+from fastav import strategies
+from fastav.checkpoint import Checkpoint, Checkpoints, check_resumable
 from fastav.clip import Clip
 from fastav.errors import MediaError, UserError, did_you_mean
 from fastav.evaluate import unmapped
@@ -17,11 +21,12 @@ from fastav.files import sha256, write_text
 from fastav.meter import Console, Meter, peak_flops
 from fastav.metrics import RANKING
 from fastav.model import AVModel
-from fastav.optim import Ema, NonFiniteGuard, optimizer_tensors, restore_optimizer
+from fastav.optim import Ema, NonFiniteGuard
 from fastav.pipeline import describe_decoder, evaluation_source, measured_frontend, modalities, training_source
 from fastav.ranks import Ranks
 from fastav.recipe import Recipe
 from fastav.run import RunFolder
+from fastav.saver import Saver, own
 
 
 class Session:
@@ -50,7 +55,8 @@ class Session:
         self.ranks = Ranks(recipe.train, recipe.log.trackers if recipe.train.epochs else (), recipe.out)
         self.console = Console(quiet=not self.ranks.main)
         self.run = RunFolder(recipe.out, writer=self.ranks.main)
-        self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep)
+        self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep, self.ranks.crew)
+        self.saver = Saver(self.checkpoints, asynchronous=recipe.saving.asynchronous)
         self.source = training_source(recipe)
         if recipe.data.test:
             evaluation_source(recipe)  # a missing split is told now, not after the training
@@ -58,8 +64,8 @@ class Session:
         self.best: dict[str, Any] = {}
         found = self.checkpoints.newest()
         self.recipe = self._settle(recipe, found)
-        self._build()
         self._check_agreement(found)
+        self._build(found)
         if found:
             self._restore(found)
         elif self.ranks.main:
@@ -101,7 +107,7 @@ class Session:
         """Digests of manifests and aliases: a run goes on only over the rows that it began with."""
         return [sha256(path) for path in self.source.files]
 
-    def _build(self) -> None:
+    def _build(self, found: Checkpoint | None) -> None:
         recipe, training, device = self.recipe, self.recipe.train, self.ranks.device
         pairs = 2 if recipe.sampling.mixup else 1
         self.shares = self.ranks.shares(training, pairs * recipe.sampling.repeat)
@@ -110,15 +116,43 @@ class Session:
         self.total_steps = -(-round(training.epochs * epoch_size) // training.batch)
         torch.manual_seed(training.seed)
         self.model = AVModel.build(recipe.model, self.source.classes, recipe.sampling, recipe.frontend).to(device)
-        scales = {"video": recipe.model.video.lr_scale, "audio": recipe.model.audio.lr_scale}
-        self.optimizer, self.schedule = recipe.optim.build(self.model, max(self.total_steps, 1), scales)
-        self.ema = Ema(self.model, recipe.optim.ema) if recipe.optim.ema else None
+        if found:
+            found.load("model", self.model.state_dict())
+        flops = self.model.flops()
+        self.strategy = self._spread()
+        self.ema = None
+        if recipe.optim.ema:
+            self.ema = Ema(self.model, recipe.optim.ema, self.strategy.shards(), self.strategy.refresh)
         self.guard = NonFiniteGuard(training.max_bad_steps)
-        self.network: torch.nn.Module = self.model
-        if self.total_steps:
-            compiled = torch.compile(self.model) if training.compile else self.model
-            self.network = self.ranks.accelerator.prepare(compiled)
-        self.meter = Meter(self.total_steps, 3 * self.model.flops(), self._peak_flops())
+        self.meter = Meter(self.total_steps, 3 * flops, self._peak_flops())
+
+    def _spread(self) -> strategies.Strategy:
+        """The model over the ranks, with its optimizer and schedule."""
+        recipe, training = self.recipe, self.recipe.train
+        if training.activation_checkpointing:
+            strategies.checkpoint_activations(self.model)
+
+        def make_optimizer() -> torch.optim.Optimizer:
+            scales = {"video": recipe.model.video.lr_scale, "audio": recipe.model.audio.lr_scale}
+            optimizer, self.schedule = recipe.optim.build(self.model, max(self.total_steps, 1), scales)
+            return optimizer
+
+        if not self.total_steps:  # nothing is trained: score fusion
+            return strategies.Single(self.model, make_optimizer)
+        options = strategies.Options(
+            micro_batch=self.shares.micro_batch, accumulation=self.shares.accumulation,
+            clip_norm=recipe.optim.clip_norm, bf16=training.precision == "bf16", compiled=training.compile,
+            bucket_mb=training.bucket_mb, reduce_dtype=training.reduce_dtype,
+        )  # fmt: skip
+        strategy = strategies.build(self.ranks.asked, self.model, make_optimizer, options)
+        strategy.check(self.ranks.world, self.shares.accumulation)
+        return strategy
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Surrounds the model's forward pass: the recipe's precision, the same under every strategy."""
+        if self.recipe.train.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.ranks.device.type, torch.bfloat16)
 
     def _peak_flops(self) -> float | None:
         """What MFU is measured against: bf16's peak, where the step is forward and a whole backward (twice it)."""
@@ -151,26 +185,37 @@ class Session:
         self.run.skip(clip.id, error, self.step)
 
     def save(self) -> None:
-        """Writes a checkpoint of this step.
+        """Begins to write a checkpoint of this step; every rank must call it.
 
         Raises:
-            FastavError: The disk is full or not writable; older checkpoints are untouched.
+            FastavError: The one before could not be written; older checkpoints are untouched.
         """
-        if self.ranks.main:
-            optimizer, meta = optimizer_tensors(self.optimizer)
-            tensors = {"model": self.model.state_dict(), "optimizer": optimizer}
-            if self.ema:
-                tensors["ema"] = self.ema.state_dict()
-            state = {
-                "recipe": recipes.to_table(self.recipe), "data": self.data_digest, "optimizer": meta,
-                "schedule": self.schedule.state_dict(), "guard": self.guard.state_dict(), "best": self.best,
-                "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
-            }  # fmt: skip
-            self.checkpoints.save(self.step, tensors, state, best=self.best.get("step"))
-            if self.best:
-                write_best(self.run.checkpoints, **self.best)
+        optimizer, meta = self.strategy.saved_optimizer()
+        kinds = {"model": self.strategy.saved(self.strategy.state()), "optimizer": optimizer}
+        if self.ema:
+            kinds["ema"] = self.strategy.saved(self.ema.state_dict())
+        loads, tensors = [0] * self.ranks.world, dict[str, Tensor]()
+        for kind, named in kinds.items():
+            tensors |= own(((f"{kind}/{name}", tensor) for name, tensor in named), self.ranks.crew, loads)
+        state = {
+            "recipe": recipes.to_table(self.recipe), "data": self.data_digest, "optimizer": meta,
+            "schedule": self.schedule.state_dict(), "guard": self.guard.state_dict(), "best": dict(self.best),
+            "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
+            "world": self.ranks.world, "strategy": self.strategy.name,
+        }  # fmt: skip
+        self.saver.start(self.step, tensors, state, best=dict(self.best))
         self.collect_skipped()
-        self.ranks.accelerator.wait_for_everyone()
+
+    def weights(self) -> dict[str, Tensor]:
+        """The whole model, averaged where weights are, on the CPU of rank 0; every rank must call it."""
+        averaged = self.ema.swap() if self.ema else nullcontext()
+        found = {}
+        with averaged, torch.no_grad():
+            for name, tensor in self.strategy.saved(self.strategy.state()):
+                whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+                if self.ranks.main:
+                    found[name] = whole.detach().to("cpu", copy=True)
+        return found
 
     def collect_skipped(self) -> None:
         """Brings what other ranks could not read into the run's list; every rank must call it."""
@@ -178,10 +223,11 @@ class Session:
             self.run.add_skipped(rows)
 
     def _restore(self, found: Checkpoint) -> None:
-        self.model.load_state_dict(found.tensors["model"])
-        restore_optimizer(self.optimizer, found.tensors["optimizer"], found.state["optimizer"])
+        """Takes all but the model's weights from a checkpoint, which were loaded before the model was spread."""
+        self.strategy.restore_optimizer(self._filled(found, "optimizer"), found.state["optimizer"])
         if self.ema:
-            self.ema.load_state_dict(found.tensors["ema"])
+            averages = self._filled(found, "ema")
+            self.ema.load_state_dict({name: self.strategy.sharded(name, one) for name, one in averages.items()})
         self.schedule.load_state_dict(found.state["schedule"])
         self.guard.load_state_dict(found.state["guard"])
         self.step, self.best = found.step, found.state["best"]
@@ -190,3 +236,12 @@ class Session:
             torch.set_num_threads(found.state["threads"])  # sums on a CPU differ from one number of threads to another
         self.run.cut_back(self.step)
         self.run.cut_back_skipped(self.step)
+
+    def _filled(self, found: Checkpoint, kind: str) -> dict[str, Tensor]:
+        """What this rank needs of the saved tensors of a kind."""
+        targets = {
+            name: self.strategy.target(name.partition(":")[0], size, dtype)
+            for name, (size, dtype) in found.sizes(kind).items()
+        }
+        found.load(kind, targets)
+        return targets

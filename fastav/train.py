@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
-
-import torch
 
 from fastav import recipe as recipes
 from fastav.clip import Batch
@@ -125,6 +124,8 @@ class Trainer:
                 if session.step % self._save_every == 0 or better or last or row["stop"]:
                     session.save()
                     session.meter.restart()
+                if row["stop"] or last:
+                    session.saver.wait()
                 if row["stop"] and not last:
                     reason = f"stopped by {self.signals.name or 'a signal to another rank'}"
                     raise Stopped(f"{reason} after step {session.step}/{session.total_steps}; the same command resumes")
@@ -135,16 +136,19 @@ class Trainer:
         session.ranks.seed(recipe.train.seed, session.step)
         lr = session.schedule.set_step(session.step)
         sums, waited, ids = self._accumulate(batches)
-        limit = recipe.optim.clip_norm or float("inf")
-        grad_norm = float(torch.nn.utils.clip_grad_norm_(session.model.parameters(), limit))
         # One small reduction carries the loss, the counts and the wish to stop, so that no rank leaves alone.
-        loss, broken, seen, unique, stop = session.ranks.total([*sums, float(bool(self.signals.name))])
+        flags = [float(bool(self.signals.name)), float(session.saver.failed)]
+        loss, broken, seen, unique, stop, unsaved = session.ranks.total([*sums, *flags])
         loss /= recipe.train.batch
-        if session.guard.accept(loss, grad_norm, session.step, ids):
-            session.optimizer.step()
-            if session.ema:
-                session.ema.update()
-        session.optimizer.zero_grad(set_to_none=True)
+        if unsaved:
+            session.saver.wait()  # raises, on every rank
+        grad_norm = float("nan")
+        if math.isfinite(loss):
+            grad_norm = session.strategy.step(recipe.optim.clip_norm)
+        else:
+            session.strategy.discard()
+        if session.guard.accept(loss, grad_norm, session.step, ids) and session.ema:
+            session.ema.update()
         session.step += 1
         session.meter.step(recipe.train.batch, int(unique), waited)
         session.broken, session.seen = session.broken + int(broken), session.seen + int(seen)
@@ -152,8 +156,7 @@ class Trainer:
 
     def _accumulate(self, batches: Iterator[Batch]) -> tuple[list[float], float, list[str]]:
         """Backward passes of one step; returns (loss, broken, seen, decoded) sums, seconds waited, and clip ids."""
-        session, recipe = self.session, self.session.recipe
-        accelerator, world = session.ranks.accelerator, session.ranks.world
+        session, recipe, world = self.session, self.session.recipe, self.session.ranks.world
         sums, waited, ids = [0.0] * 4, 0.0, list[str]()
         for part in range(session.shares.accumulation):
             before = time.perf_counter()
@@ -161,12 +164,12 @@ class Trainer:
             waited += time.perf_counter() - before
             ids += host.ids
             batch = host.to(session.ranks.device)
-            reduces = part == session.shares.accumulation - 1
-            with contextlib.nullcontext() if reduces else accelerator.no_sync(session.network):
-                logits_BK = forward(session.network, batch)
+            with session.strategy.part(last=part == session.shares.accumulation - 1):
+                with session.autocast():
+                    logits_BK = forward(session.strategy.network, batch)
                 loss = recipe.task.loss(logits_BK, batch.targets_BK, batch.weight_B, batch.mix_B, batch.partner_B)
-                # The nominal batch divides, not the weights' sum: exact for any ranks. DDP averages, hence the world.
-                accelerator.backward(loss * (world / recipe.train.batch))
+                # The nominal batch divides, not the weights' sum: exact for any ranks. They average, hence the world.
+                session.strategy.backward(loss * (world / recipe.train.batch))
             counts = (loss.item(), host.num_broken, len(host), host.num_unique)
             sums = [total + value for total, value in zip(sums, counts, strict=True)]
         return sums, waited, ids
@@ -235,10 +238,9 @@ class Trainer:
     def finish(self) -> Evaluation | None:
         """Writes `model/`, evaluates on the test split and marks the run as done."""
         session = self.session
+        weights = session.weights()
         if session.ranks.main:
-            averaged = session.ema.swap() if session.ema else contextlib.nullcontext()
-            with averaged:
-                session.model.save(session.run.model)
+            session.model.save(session.run.model, weights)
         evaluation = self._evaluate(final=True)
         session.collect_skipped()
         found = {} if evaluation is None else {evaluation.main: evaluation.value}

@@ -88,7 +88,7 @@ def test_a_run_leaves_a_whole_folder(whole):
 def test_the_saved_model_is_the_averaged_one_and_gives_the_written_predictions(whole):
     out, _ = whole
     model = AVModel.from_pretrained(out / "model").eval()
-    averaged = Checkpoints(out / "checkpoints").read(12).tensors["ema"]
+    averaged = Checkpoints(out / "checkpoints").read(12).tensors("ema")
     state = dict(model.named_parameters())
     assert all(torch.equal(state[name], tensor) for name, tensor in averaged.items() if name in state)
     assert len(model.classes) == 8
