@@ -270,12 +270,12 @@ def _infinite(self: Any) -> float:
     return math.inf
 
 
-def _overflowing(self: Any, partition_gradients: bool = True) -> None:
-    self.overflow = True
+def _infinite_group(self: Any) -> list[Tensor]:
+    return [torch.tensor(math.inf)]
 
 
 _NORM = {
     "zero1": ("scaled_global_norm", _infinite),
     "zero2": ("scaled_global_norm", _infinite),
-    "zero3": ("check_overflow", _overflowing),
+    "zero3": ("_get_norm_groups", _infinite_group),
 }
