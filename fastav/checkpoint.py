@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastav.crew import Crew
 from fastav.errors import FastavError, UserError
 from fastav.files import sha256, write_text
-from fastav.recipe import Recipe, Table, differences, parse
+from fastav.recipe import Recipe, Table, differences, parse, renewed
 
 # It wonders about every single process, which it is told of by `no_dist`.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -202,7 +202,7 @@ def check_resumable(saved: Table, recipe: Recipe, path: Path) -> None:
     Raises:
         UserError: A key outside `recipe.CHANGEABLE` differs; the message names each with both values.
     """
-    found = differences(parse(saved, {}, str(path)), recipe)
+    found = differences(parse(renewed(saved), {}, str(path)), recipe)
     if found:
         told = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in found.items())
         raise UserError(f"{path}: cannot resume, the recipe differs in {told}; put it back or choose another --out")

@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule, averaged weights and the guard against steps that are not finite.
+"""Optimizer, learning-rate schedule and averaged weights.
 
 Parameter groups follow timm's (after BEiT): biases, norms and other 1-D parameters, position embeddings and class,
 register and bottleneck tokens are not decayed; a network's blocks can have a learning rate that falls by
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal, Protocol
 
@@ -402,50 +402,6 @@ class Ema:
     def _copy(to: Mapping[str, Tensor], source: Mapping[str, Tensor]) -> None:
         for name, tensor in to.items():
             tensor.copy_(source[name])
-
-
-class NonFiniteGuard:
-    """Leaves out steps whose loss or gradient norm is not finite, and gives up when they do not end.
-
-    Every rank must pass the same (reduced) numbers, so that all leave out the same steps.
-
-    Args:
-        limit: Consecutive bad steps after which the run stops.
-
-    Attributes:
-        skipped: Steps left out so far.
-    """
-
-    def __init__(self, limit: int = 20) -> None:
-        self.limit, self.skipped = limit, 0
-        self._in_a_row = 0
-
-    def accept(self, loss: float, grad_norm: float, step: int, ids: Sequence[str] = ()) -> bool:
-        """Returns whether the optimizer may step.
-
-        Raises:
-            FastavError: `limit` steps in a row were bad; the message names the step and this rank's clips.
-        """
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self._in_a_row = 0
-            return True
-        self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row >= self.limit:
-            shown = ", ".join(ids[:8]) + (f" and {len(ids) - 8} more" if len(ids) > 8 else "")
-            raise FastavError(
-                f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: not finite for {self._in_a_row} steps "
-                f"in a row; try a lower optim.lr, a longer warm-up or optim.clip_norm; its clips: {shown or 'none'}"
-            )
-        return False
-
-    def state_dict(self) -> dict[str, int]:
-        """JSON-able."""
-        return {"skipped": self.skipped, "in_a_row": self._in_a_row}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Restores `state_dict`."""
-        self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

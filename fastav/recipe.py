@@ -22,6 +22,7 @@ from fastav.config import Config, NonNegativeFloat, NonNegativeInt, PositiveFloa
 from fastav.decode import Auto, DecoderConfig
 from fastav.errors import UserError, did_you_mean
 from fastav.frontend import PRESETS, Frontend
+from fastav.guard import Guarding
 from fastav.loader import Loading
 from fastav.model import Model
 from fastav.optim import Optim, Plateau
@@ -86,7 +87,6 @@ class Training(Config, frozen=True):
         bucket_mb: Size of the buckets in which DDP sends gradients while the backward pass goes on, MB.
         activation_checkpointing: Compute the transformer blocks again in the backward pass instead of keeping their
             activations: about a third more work for a fraction of the memory.
-        max_bad_steps: Consecutive steps with a non-finite loss or gradient after which the run stops.
         patience_s: Seconds within which another rank must answer a collective.
     """
 
@@ -104,7 +104,6 @@ class Training(Config, frozen=True):
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     bucket_mb: PositiveFloat = 25.0
     activation_checkpointing: bool = False
-    max_bad_steps: PositiveInt = 20
     patience_s: PositiveFloat = 600.0
 
 
@@ -150,6 +149,7 @@ class Recipe(Config, frozen=True):
         train: Length, batch, precision, seed.
         decode: Decoder.
         loading: Workers and prefetch.
+        guard: Losses, gradients and ranks that are out of bounds.
         saving: Checkpoints.
         log: Rows and trackers.
     """
@@ -164,6 +164,7 @@ class Recipe(Config, frozen=True):
     train: Training = Training()
     decode: DecoderConfig = Auto()
     loading: Loading = Loading()
+    guard: Guarding = Guarding()
     saving: Saving = Saving()
     log: Logging = Logging()
 
@@ -181,7 +182,8 @@ CHANGEABLE = (
     "train.bucket_mb",
     "train.activation_checkpointing",
     "train.patience_s",
-    "train.max_bad_steps",
+    "guard.limit",
+    "guard.slow_rank",
     "decode",
     "loading",
     "saving",
@@ -192,6 +194,21 @@ CHANGEABLE = (
     "model.video.weights",
     "model.audio.weights",
 )
+
+
+# Keys that older versions had, and where they are now.
+RENAMED = {"train.max_bad_steps": "guard.limit"}
+
+
+def renewed(table: Table) -> Table:
+    """Returns a recipe's table as an older version saved it with the keys of this one."""
+    table = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        if key in table.get(section, {}):
+            target, _, name = new.partition(".")
+            table.setdefault(target, {})[name] = table[section].pop(key)
+    return table
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Recipe:

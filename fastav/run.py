@@ -1,6 +1,7 @@
 """RunFolder: everything one run leaves behind, written so that a kill at any moment loses nothing but the last line.
 
-recipe.toml env.json metrics.jsonl status.json skipped.csv checkpoints/ model/ predictions.parquet metrics.json
+recipe.toml env.json metrics.jsonl incidents.jsonl status.json skipped.csv logs/ checkpoints/ model/
+predictions.parquet metrics.json
 """
 
 from __future__ import annotations
@@ -58,6 +59,16 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def incidents(self) -> Path:
+        """One JSON object a line: steps and ranks that were out of bounds."""
+        return self.path / "incidents.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the ranks' own logs."""
+        return self.path / "logs"
+
+    @property
     def skipped(self) -> Path:
         """Clips that could not be read, and why."""
         return self.path / "skipped.csv"
@@ -104,20 +115,23 @@ class RunFolder:
             with self.metrics.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
 
+    def append_incident(self, row: dict[str, Any]) -> None:
+        """Appends one line to `incidents.jsonl`."""
+        if self.writer:
+            with self.incidents.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({**row, "time": time.time()}) + "\n")
+
     def read_metrics(self) -> Iterator[dict[str, Any]]:
         """Yields the rows of `metrics.jsonl`; a line cut short by a kill is left out."""
         if self.metrics.exists():
-            for line in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    continue
+            yield from _rows(self.metrics)
 
     def cut_back(self, step: int) -> None:
-        """Drops the rows of `metrics.jsonl` after `step`: they are made again by the resumed run."""
-        if self.writer and self.metrics.exists():
-            rows = [row for row in self.read_metrics() if row.get("step", 0) <= step]
-            write_text(self.metrics, "".join(json.dumps(row) + "\n" for row in rows))
+        """Drops the rows of `metrics.jsonl` and `incidents.jsonl` after `step`: the resumed run makes them again."""
+        for file in (self.metrics, self.incidents):
+            if self.writer and file.exists():
+                kept = [row for row in _rows(file) if row.get("step", 0) <= step]
+                write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
 
     def skip(self, clip_id: str, error: MediaError, step: int) -> None:
         """Adds a clip that could not be read to `skipped.csv`, once."""
@@ -169,6 +183,15 @@ class RunFolder:
                 out.writeheader()
                 out.writerows(rows)
             self._skipped = {row["id"] for row in rows}
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Yields the rows of a file of JSON lines; a line cut short by a kill is left out."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
 
 
 def environment() -> dict[str, Any]:

@@ -18,11 +18,13 @@ from fastav.clip import Clip
 from fastav.errors import MediaError, UserError, did_you_mean
 from fastav.evaluate import unmapped
 from fastav.files import sha256, write_text
+from fastav.guard import Guard, Kind
 from fastav.meter import Console, Meter, peak_flops
 from fastav.metrics import RANKING
 from fastav.model import AVModel
-from fastav.optim import Ema, NonFiniteGuard
+from fastav.optim import Ema
 from fastav.pipeline import describe_decoder, evaluation_source, measured_frontend, modalities, training_source
+from fastav.rank_log import RankLog
 from fastav.ranks import Ranks
 from fastav.recipe import Recipe
 from fastav.run import RunFolder
@@ -55,6 +57,7 @@ class Session:
         self.ranks = Ranks(recipe.train, recipe.log.trackers if recipe.train.epochs else (), recipe.out)
         self.console = Console(quiet=not self.ranks.main)
         self.run = RunFolder(recipe.out, writer=self.ranks.main)
+        self.log = RankLog(self.run.logs, self.ranks.rank, self.ranks.world)
         self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep, self.ranks.crew)
         self.saver = Saver(self.checkpoints, asynchronous=recipe.saving.asynchronous)
         self.source = training_source(recipe)
@@ -76,7 +79,7 @@ class Session:
         """The recipe with the spectrogram's statistics: those of the resumed run, or measured."""
         if not found:
             return msgspec.structs.replace(recipe, frontend=measured_frontend(recipe, self.source))
-        saved = recipes.parse(found.state["recipe"], {}, str(self.run.path)).frontend
+        saved = recipes.parse(recipes.renewed(found.state["recipe"]), {}, str(self.run.path)).frontend
         given = recipe.frontend
         adopted = {name: getattr(saved, name) for name in ("mean", "std") if getattr(given, name) is None}
         recipe = msgspec.structs.replace(recipe, frontend=msgspec.structs.replace(given, **adopted))
@@ -123,7 +126,7 @@ class Session:
         self.ema = None
         if recipe.optim.ema:
             self.ema = Ema(self.model, recipe.optim.ema, self.strategy.shards(), self.strategy.refresh)
-        self.guard = NonFiniteGuard(training.max_bad_steps)
+        self.guard = Guard(recipe.guard)
         self.meter = Meter(self.total_steps, 3 * flops, self._peak_flops())
 
     def _spread(self) -> strategies.Strategy:
@@ -175,6 +178,7 @@ class Session:
         unknown = unmapped(self.source)
         if unknown:
             log(unknown)
+        self.log.note(f"step {self.step}/{self.total_steps}{at}, strategy {self.strategy.name}")
         self.run.write_environment(device=self.ranks.describe(), attention=attention, world=self.ranks.world)
         self.run.write_status("running", step=self.step, total_steps=self.total_steps)
         if self.ranks.accelerator.log_with:
@@ -183,6 +187,28 @@ class Session:
     def skip(self, clip: Clip, error: MediaError) -> None:
         """Names a clip that could not be read in `skipped.csv`."""
         self.run.skip(clip.id, error, self.step)
+
+    def incident(self, kind: Kind, loss: float, grad_norm: float, ids: list[str]) -> None:
+        """Tells of a step that is out of bounds, with the clips of all ranks; every rank must call it.
+
+        Raises:
+            FastavError: The recipe ends the run here.
+        """
+        clips = [clip for rank in self.ranks.gather(ids) for clip in rank]
+        self.run.append_incident(
+            {"step": self.step, "kind": kind, "loss": loss, "grad_norm": grad_norm, "clips": clips}
+        )
+        told = f"step {self.step}: {kind}: loss {loss:g}, gradient norm {grad_norm:g}"
+        self.console.log(f"{told}; its clips: {self.run.incidents}")
+        self.guard.check(kind, self.step, loss, grad_norm, clips)
+
+    def watch_ranks(self, seconds: float) -> None:
+        """Tells of ranks that are slow, by the seconds of each for its own part since the last call."""
+        every = [0.0] * self.ranks.world
+        every[self.ranks.rank] = seconds
+        for rank, times in self.guard.slow(self.ranks.total(every)):
+            self.run.append_incident({"step": self.step, "kind": "slow rank", "rank": rank, "times": times})
+            self.console.log(f"step {self.step}: rank {rank} takes {times:.1f} times as long as the median rank")
 
     def save(self) -> None:
         """Begins to write a checkpoint of this step; every rank must call it.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 import os
 import sys
 import time
@@ -99,6 +98,7 @@ class Trainer:
         self.session = Session(recipe)
         if self.session.ranks.total([float(bool(signals.name))])[0]:
             raise Stopped(f"{recipe.out}: stopped by a signal before the first step; the same command starts it")
+        self._own_s = 0.0
         self._save_every = recipe.saving.every or self.session.steps_per_epoch
         self._evaluate_every = round(recipe.train.eval_every * self.session.steps_per_epoch)
 
@@ -142,12 +142,15 @@ class Trainer:
         loss /= recipe.train.batch
         if unsaved:
             session.saver.wait()  # raises, on every rank
-        grad_norm = float("nan")
-        if math.isfinite(loss):
+        kind, grad_norm = session.guard.judge(loss), float("nan")
+        if session.guard.takes(kind):
             grad_norm = session.strategy.step(recipe.optim.clip_norm)
         else:
             session.strategy.discard()
-        if session.guard.accept(loss, grad_norm, session.step, ids) and session.ema:
+        kind, taken = session.guard.note(kind, loss, grad_norm)
+        if kind:
+            session.incident(kind, loss, grad_norm, ids)
+        if taken and session.ema:
             session.ema.update()
         session.step += 1
         session.meter.step(recipe.train.batch, int(unique), waited)
@@ -157,7 +160,7 @@ class Trainer:
     def _accumulate(self, batches: Iterator[Batch]) -> tuple[list[float], float, list[str]]:
         """Backward passes of one step; returns (loss, broken, seen, decoded) sums, seconds waited, and clip ids."""
         session, recipe, world = self.session, self.session.recipe, self.session.ranks.world
-        sums, waited, ids = [0.0] * 4, 0.0, list[str]()
+        sums, waited, ids, begun = [0.0] * 4, 0.0, list[str](), time.perf_counter()
         for part in range(session.shares.accumulation):
             before = time.perf_counter()
             host = next(batches)
@@ -168,8 +171,10 @@ class Trainer:
                 with session.autocast():
                     logits_BK = forward(session.strategy.network, batch)
                 loss = recipe.task.loss(logits_BK, batch.targets_BK, batch.weight_B, batch.mix_B, batch.partner_B)
+                self._own_s += time.perf_counter() - begun  # loading and forward pass: nobody waits for others in them
                 # The nominal batch divides, not the weights' sum: exact for any ranks. They average, hence the world.
                 session.strategy.backward(loss * (world / recipe.train.batch))
+                begun = time.perf_counter()
             counts = (loss.item(), host.num_broken, len(host), host.num_unique)
             sums = [total + value for total, value in zip(sums, counts, strict=True)]
         return sums, waited, ids
@@ -182,6 +187,8 @@ class Trainer:
         speed = {name: getattr(rates, name) for name in rates.__slots__}
         counts = {"broken": session.broken, "skipped_steps": session.guard.skipped}
         self._log({"epoch": session.step / session.steps_per_epoch, **kept, **speed, **counts})
+        session.watch_ranks(self._own_s)
+        self._own_s = 0.0
         eta_s = session.meter.eta_s(session.step)
         session.run.write_status("running", step=session.step, total_steps=session.total_steps, eta_s=eta_s)
 
@@ -256,13 +263,14 @@ class Trainer:
     def note_failure(self, error: BaseException) -> None:
         """Leaves the reason of an early end in `status.json`, which launch scripts read."""
         session, stopped = self.session, isinstance(error, Stopped)
+        facts: dict[str, Any] = {"step": session.step, "total_steps": session.total_steps, "reason": str(error)}
+        if not stopped:
+            session.log.fail(error)
+            facts["first"] = session.log.first_failure() if session.ranks.main else ""
+            if facts["first"] and not isinstance(error, FastavError):
+                session.console.log(f"{session.run.path}: {facts['first']}")
         with contextlib.suppress(OSError):  # a full disk may be the reason
-            session.run.write_status(
-                "stopped" if stopped else "failed",
-                step=session.step,
-                total_steps=session.total_steps,
-                reason=str(error),
-            )
+            session.run.write_status("stopped" if stopped else "failed", **facts)
 
 
 def note_failed_start(recipe: Recipe, error: FastavError) -> None:

@@ -96,7 +96,7 @@ def test_checkpoints_of_every_format_load(number):
     read = Checkpoints(OLD / f"format_{number}").newest()
     assert read is not None
     assert (read.step, read.state["format"]) == (2, number)
-    recipe = recipes.parse(read.state["recipe"], {}, "old")
+    recipe = recipes.parse(recipes.renewed(read.state["recipe"]), {}, "old")
     model = AVModel.build(recipe.model, [f"class {n}" for n in range(8)], recipe.sampling, recipe.frontend)
     read.load("model", model.state_dict())
     total = sum(float(value.double().sum()) for value in model.state_dict().values())

@@ -16,7 +16,6 @@ from fastav.optim import (
     Constant,
     Cosine,
     Ema,
-    NonFiniteGuard,
     Optim,
     Plateau,
     Step,
@@ -413,21 +412,3 @@ def test_ema_of_shards_is_the_shard_of_the_ema():
         assert torch.equal(sharded.weight.to_local(), own)
     finally:
         dist.destroy_process_group()
-
-
-def test_guard_skips_counts_and_gives_up():
-    guard = NonFiniteGuard(3)
-    assert guard.accept(1.0, 2.0, 0)
-    assert not guard.accept(math.nan, 2.0, 1)
-    assert not guard.accept(1.0, math.inf, 2)
-    assert guard.accept(1.0, 2.0, 3)
-    assert guard.skipped == 2
-    assert not guard.accept(math.nan, 1.0, 4)
-    resumed = NonFiniteGuard(3)
-    resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    assert not resumed.accept(math.nan, 1.0, 5)
-    with pytest.raises(
-        FastavError, match=r"step 6: loss nan, .*not finite for 3 steps in a row.*c0, c1, .*c7 and 2 more"
-    ):
-        resumed.accept(math.nan, 1.0, 6, [f"c{n}" for n in range(10)])
-    assert resumed.skipped == 5

@@ -297,7 +297,7 @@ def test_a_loss_that_stays_non_finite_stops_the_run(tiny, tmp_path):
         "1e30",
         "--optim.clip_norm",
         "0",
-        "--train.max_bad_steps",
+        "--guard.limit",
         "3",
         "--data.test",
         "",
