@@ -1,0 +1,38 @@
+"""`fastav train` that writes down which clips each rank takes in which step, and stops where it is told.
+
+FASTAV_RECORD names a folder; FASTAV_STOP_AT a step before which this process sends itself FASTAV_SIGNAL (SIGTERM).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from fastav import train
+from fastav.commandline import run
+
+_FOLDER = Path(os.environ["FASTAV_RECORD"])
+_STOP_AT = int(os.environ.get("FASTAV_STOP_AT", "-1"))
+_RANK = int(os.environ.get("RANK", "0"))
+
+
+def _recording(method):
+    def accumulate(trainer, batches):
+        step = trainer.session.step
+        if step + 1 == _STOP_AT and trainer.session.ranks.world - 1 == _RANK:
+            os.kill(os.getpid(), getattr(signal, os.environ.get("FASTAV_SIGNAL", "SIGTERM")))
+        sums, waited, ids = method(trainer, batches)
+        with (_FOLDER / f"rank_{_RANK}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "ids": ids}) + "\n")
+        return sums, waited, ids
+
+    return accumulate
+
+
+if __name__ == "__main__":
+    _FOLDER.mkdir(parents=True, exist_ok=True)
+    train.Trainer._accumulate = _recording(train.Trainer._accumulate)
+    sys.exit(run("train", "fastav.train", sys.argv[1:]))
