@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,9 @@ def test_the_launcher_chooses(tmp_path):
     offload = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
     told = asked(2, deepspeed | offload)
     assert told.name == "zero3"
+    for file in (ROOT / "launch" / "accelerate").glob("*.yaml"):
+        name = asked(2, {"FASTAV_ACCELERATE_CONFIG": str(file)}).name
+        assert name == ((re.findall(r"zero\d|fsdp", file.stem) or ["ddp"])[0])
     assert told.settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
 
 
@@ -74,6 +78,8 @@ def test_the_launcher_chooses(tmp_path):
             {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "no/such.json"},
             "no/such.json: cannot read DeepSpeed's settings: No such file",
         ),
+        ({"FASTAV_ACCELERATE_CONFIG": "no/such.yaml"}, "FASTAV_ACCELERATE_CONFIG=no/such.yaml: cannot read it"),
+        ({"FASTAV_ACCELERATE_CONFIG": "launch/deepspeed/zero1.json"}, 'distributed_type "None" given; MULTI_GPU, FSDP'),
     ],
 )
 def test_what_the_launcher_cannot_have_is_refused(environment, message):

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -27,6 +28,12 @@ from fastav.strategies.base import Strategy as Strategy
 from fastav.strategies.plain import DDP, Single
 
 NAMES: tuple[Name, ...] = get_args(Name)
+_DEEPSPEED_KEYS = {
+    "deepspeed_config_file": "CONFIG_FILE",
+    "zero_stage": "ZERO_STAGE",
+    "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "OFFLOAD_PARAM_DEVICE",
+}
 # What makes accelerate wrap models by itself.
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
@@ -74,11 +81,14 @@ def asked(world: int, environment: Mapping[str, str] = os.environ) -> Asked:
 
     Args:
         world: Processes.
-        environment: Variables, as `accelerate launch` sets them.
+        environment: Variables, as `accelerate launch` sets them; or FASTAV_ACCELERATE_CONFIG, the config that it
+            would have read, for ranks that srun or torchrun starts.
 
     Raises:
         UserError: It is something that is not supported.
     """
+    if file := environment.get("FASTAV_ACCELERATE_CONFIG"):
+        environment = _as_variables(file)
     if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
         settings, where = _deepspeed(environment)
         from fastav.strategies.zero import check_settings
@@ -88,6 +98,32 @@ def asked(world: int, environment: Mapping[str, str] = os.environ) -> Asked:
     if environment.get("ACCELERATE_USE_FSDP") == "true":
         return Asked("fsdp", _fsdp(environment), "the accelerate config's fsdp_config")
     return Asked("ddp" if world > 1 else "single")
+
+
+def _as_variables(file: str) -> dict[str, str]:
+    """What `accelerate launch` makes of a config."""
+    try:
+        told = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"FASTAV_ACCELERATE_CONFIG={file}: cannot read it: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"FASTAV_ACCELERATE_CONFIG={file}: no YAML: {' '.join(str(error).split())}") from None
+    kind = told.get("distributed_type") if isinstance(told, dict) else None
+    if kind == "FSDP":
+        options = told.get("fsdp_config") or {}
+        return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value) for key, value in options.items()}
+    if kind == "DEEPSPEED":
+        options = told.get("deepspeed_config") or {}
+        return {"ACCELERATE_USE_DEEPSPEED": "true"} | {
+            f"ACCELERATE_DEEPSPEED_{_DEEPSPEED_KEYS[key]}": str(value)
+            for key, value in options.items()
+            if key in _DEEPSPEED_KEYS
+        }
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UserError(
+            f'FASTAV_ACCELERATE_CONFIG={file}: distributed_type "{kind}" given; MULTI_GPU, FSDP or DEEPSPEED'
+        )
+    return {}
 
 
 def _deepspeed(environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:

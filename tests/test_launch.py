@@ -1,0 +1,120 @@
+"""How runs are started: settings that contradict each other are refused before a step is taken."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastav import recipe as recipes
+from fastav.errors import UserError
+from fastav.ranks import Ranks, leave
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """Asserts that ranks of a recipe with these keys are refused in this environment."""
+
+    def check(message: str, *words: str, **environment: str) -> None:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=message) as caught:
+            Ranks(recipes.load(None, words).train)
+        assert "\n" not in str(caught.value)
+
+    yield check
+    leave()
+
+
+def test_a_world_of_another_size(refused):
+    refused("train.num_processes = 2, but 1 are in force: .* MULTI_CPU without mpirun", "--train.num_processes", "2")
+
+
+def test_a_strategy_that_is_not_in_force(refused):
+    refused('train.strategy = "fsdp", but "single" is in force; launch/accelerate', "--train.strategy", "fsdp")
+
+
+def test_accumulation_that_is_set_twice(refused):
+    refused("gradient accumulation is set .* (4); set train.micro_batch".replace("(4)", r"\(4\)"),
+            ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")  # fmt: skip
+
+
+def test_a_precision_that_is_set_twice(refused):
+    refused('train.precision = "fp32", but .* mixed_precision "fp16"', ACCELERATE_MIXED_PRECISION="fp16")
+
+
+def test_accumulation_in_deepspeeds_file(refused, tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text('{"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 8}')
+    refused(
+        "zero.json: gradient_accumulation_steps = 8: the recipe sets it",
+        ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file),
+    )  # fmt: skip
+
+
+def test_a_batch_that_ranks_cannot_share(monkeypatch):
+    ranks = Ranks(recipes.load(None, ["--train.batch", "10"]).train)
+    monkeypatch.setattr(type(ranks), "world", 4)
+    with pytest.raises(UserError, match=r"train\.batch = 10 does not divide by the 4 processes"):
+        ranks.shares(recipes.load(None, ["--train.batch", "10"]).train)
+    leave()
+
+
+def test_accelerates_multi_cpu_without_mpirun_is_found_out(tmp_path):
+    """It starts one process and says nothing."""
+    config = (ROOT / "launch" / "accelerate" / "cpu_2.yaml").read_text().replace("MULTI_GPU", "MULTI_CPU")
+    (tmp_path / "multi_cpu.yaml").write_text(config)
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "multi_cpu.yaml")]
+    words = ["launch/recipes/quickstart_video.toml", "--train.num_processes", "2", "--out", str(tmp_path / "run")]
+    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [*accelerate, "-m", "fastav.train", *words], cwd=ROOT, env=clean, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode != 0
+    assert "MULTI_CPU without mpirun starts one process" in done.stderr
+
+
+def test_the_shell_scripts_are_clean():
+    tool = shutil.which("shellcheck")
+    if tool is None:
+        pytest.skip("shellcheck is not on the PATH")
+    scripts = [*ROOT.glob("launch/**/*.sbatch"), *ROOT.glob("launch/**/*.sh")]
+    assert scripts
+    done = subprocess.run([tool, *map(str, scripts)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_activation_checkpointing_changes_no_number():
+    from fastav.frontend import Frontend
+    from fastav.fusion import Bottleneck
+    from fastav.model import AVModel, Inputs, Model
+    from fastav.strategies import checkpoint_activations
+    from fastav.towers import Tower
+
+    tower = Tower(name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2},
+                  drop_path=0.3)  # fmt: skip
+    torch.manual_seed(0)
+    frontend = Frontend(num_mels=16, mean=-40.0, std=20.0)
+    model = AVModel(
+        Model(video=tower, audio=tower, fusion=Bottleneck(start=1)), ("a", "b"), Inputs(2, 32, 16, 24), frontend
+    )
+    frames, mel = torch.randint(0, 256, (2, 2, 3, 32, 32), dtype=torch.uint8), torch.randn(2, 1, 1, 16, 24)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_activations(model)
+        torch.manual_seed(1)
+        model.zero_grad(set_to_none=True)
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+            model(frames, mel).square().sum().backward()
+        found.append((sum(kept), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert found[1][0] < 0.6 * found[0][0], "less is kept"
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
