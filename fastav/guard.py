@@ -25,7 +25,7 @@ class Guarding(Config, frozen=True):
         window: Losses that a spike is measured against; the first so many cannot be one.
         on_spike: Tell it and go on (`log`), leave the step out (`skip`), or end the run (`stop`).
         slow_rank: A rank is slow if loading and forward pass take it more than so many times as long as the median
-            rank, over the steps between two rows of `metrics.jsonl`; 0 looks for none.
+            rank, over at least 20 steps; 0 looks for none.
     """
 
     on_non_finite: Literal["skip", "stop"] = "skip"

@@ -58,6 +58,13 @@ class Session:
         self.console = Console(quiet=not self.ranks.main)
         self.run = RunFolder(recipe.out, writer=self.ranks.main)
         self.log = RankLog(self.run.logs, self.ranks.rank, self.ranks.world)
+        try:
+            self._start(recipe)
+        except BaseException as error:
+            self.log.fail(error)
+            raise
+
+    def _start(self, recipe: Recipe) -> None:
         self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep, self.ranks.crew)
         self.saver = Saver(self.checkpoints, asynchronous=recipe.saving.asynchronous)
         self.source = training_source(recipe)
@@ -121,7 +128,8 @@ class Session:
         self.model = AVModel.build(recipe.model, self.source.classes, recipe.sampling, recipe.frontend).to(device)
         if found:
             found.load("model", self.model.state_dict())
-        flops = self.model.flops()
+        # Both by the sizes of parameters, which may be cut into pieces afterwards.
+        flops, self._attention = self.model.flops(), self.model.attention(training.precision)
         self.strategy = self._spread()
         self.ema = None
         if recipe.optim.ema:
@@ -167,7 +175,7 @@ class Session:
 
     def _announce(self, found: Checkpoint | None) -> None:
         recipe, log = self.recipe, self.console.log
-        decoder, attention = describe_decoder(recipe, self.source), self.model.attention(recipe.train.precision)
+        decoder, attention = describe_decoder(recipe, self.source), self._attention
         log(f"{self.run.path}: {self.ranks.describe()}; decoder {decoder}; attention {attention}")
         at = f", resumed after step {self.step} ({found.path.name})" if found else ""
         kind = recipes.to_table(recipe.model.fusion)["kind"]

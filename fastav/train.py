@@ -30,6 +30,7 @@ from fastav.session import Session
 from fastav.task import write_predictions
 
 OVERRIDES = True
+WATCH_EVERY = 20  # steps at least over which ranks are compared: a single one may wait for anything
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,7 +99,7 @@ class Trainer:
         self.session = Session(recipe)
         if self.session.ranks.total([float(bool(signals.name))])[0]:
             raise Stopped(f"{recipe.out}: stopped by a signal before the first step; the same command starts it")
-        self._own_s = 0.0
+        self._own_s, self._watched = 0.0, self.session.step
         self._save_every = recipe.saving.every or self.session.steps_per_epoch
         self._evaluate_every = round(recipe.train.eval_every * self.session.steps_per_epoch)
 
@@ -187,8 +188,9 @@ class Trainer:
         speed = {name: getattr(rates, name) for name in rates.__slots__}
         counts = {"broken": session.broken, "skipped_steps": session.guard.skipped}
         self._log({"epoch": session.step / session.steps_per_epoch, **kept, **speed, **counts})
-        session.watch_ranks(self._own_s)
-        self._own_s = 0.0
+        if session.step - self._watched >= WATCH_EVERY:
+            session.watch_ranks(self._own_s)
+            self._own_s, self._watched = 0.0, session.step
         eta_s = session.meter.eta_s(session.step)
         session.run.write_status("running", step=session.step, total_steps=session.total_steps, eta_s=eta_s)
 

@@ -127,6 +127,7 @@ def slurm(work: Path) -> Result:
             _until(lambda count=count: log.read_text().count("requeued as job") == count, 120, "a requeue")
             stopped_at.append(json.loads((run / "status.json").read_text())["step"])
             _until(lambda: _state(environment, job) == "PENDING", 60, "a job that waits")
+            time.sleep(3)  # within the second of the requeue the job's new credential counts as revoked
             _said(environment, "scontrol", "update", f"JobId={job}", "StartTime=now")
         _until(lambda: _status(run) == "done", 300, f"the end of the job: {log.read_text()[-1500:]}")
         restarts = _said(environment, "scontrol", "show", "job", job).partition("Restarts=")[2].split()[0]
