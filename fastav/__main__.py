@@ -19,6 +19,7 @@ VERBS = {
     "train": ("fastav.train", "train the model of one or more recipes; goes on where it was stopped"),
     "evaluate": ("fastav.evaluate", "evaluate a run on its test split, or on another manifest"),
     "report": ("fastav.report", "write report.html for a run or a folder of runs"),
+    "export": ("fastav.export", "write the model of any checkpoint of a run as safetensors"),
     "convert": ("fastav.convert", "turn a checkpoint of MBT's authors into a model"),
     "doctor": ("fastav.doctor", "look over this machine, and measure which stage will hold a run up"),
     "recipe": ("fastav.show", "recipe show FILE: the resolved recipe, what differs from the defaults marked"),

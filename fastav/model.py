@@ -133,21 +133,25 @@ class AVModel(nn.Module):
             _check_score(config, tuple(classes))
         if isinstance(config.fusion, MBT):
             _check_mbt(config)
-        inputs = Inputs(
-            frames=sampling.frames,
-            image_size=sampling.image_size,
-            num_mels=frontend.num_mels,
-            window=sampling.window,
-        )
         if not config.init_from:
-            return cls(config, classes, inputs, frontend)
+            return cls(config, classes, _inputs(sampling, frontend), frontend)
         for key in ("model.video", "model.audio"):
             tower: Tower = getattr(config, key.rpartition(".")[2])
             if tower.weights or tower.init_from:
                 raise UserError(f"model.init_from and a start of {key} are both given, one of them expected")
-        model = cls(_without_sources(config), classes, inputs, frontend)
-        model.config = config
+        model = cls.empty(config, classes, sampling, frontend)
         _start_from(model, config.init_from)
+        return model
+
+    @classmethod
+    def empty(cls, config: Model, classes: Sequence[str], sampling: Sampling, frontend: Frontend) -> AVModel:
+        """Makes the model of a run that is filled from elsewhere: what it started from is not read.
+
+        Raises:
+            UserError: as the class.
+        """
+        model = cls(_without_sources(config), classes, _inputs(sampling, frontend), frontend)
+        model.config = config
         return model
 
     def attention(self, precision: str = "fp32") -> str:
@@ -322,6 +326,10 @@ class AVModel(nn.Module):
         model.config = saved
         load_strictly(model, read_safetensors(folder / WEIGHTS, where), where)
         return model.eval()
+
+
+def _inputs(sampling: Sampling, frontend: Frontend) -> Inputs:
+    return Inputs(sampling.frames, sampling.image_size, frontend.num_mels, sampling.window)
 
 
 def _without_sources(config: Model) -> Model:

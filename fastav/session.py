@@ -125,7 +125,8 @@ class Session:
         self.steps_per_epoch = max(1, -(-epoch_size // training.batch))
         self.total_steps = -(-round(training.epochs * epoch_size) // training.batch)
         torch.manual_seed(training.seed)
-        self.model = AVModel.build(recipe.model, self.source.classes, recipe.sampling, recipe.frontend).to(device)
+        words = (recipe.model, self.source.classes, recipe.sampling, recipe.frontend)
+        self.model = (AVModel.empty(*words) if found else AVModel.build(*words)).to(device)
         if found:
             found.load("model", self.model.state_dict())
         # Both by the sizes of parameters, which may be cut into pieces afterwards.
@@ -235,7 +236,7 @@ class Session:
             "recipe": recipes.to_table(self.recipe), "data": self.data_digest, "optimizer": meta,
             "schedule": self.schedule.state_dict(), "guard": self.guard.state_dict(), "best": dict(self.best),
             "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
-            "world": self.ranks.world, "strategy": self.strategy.name,
+            "classes": list(self.source.classes), "world": self.ranks.world, "strategy": self.strategy.name,
         }  # fmt: skip
         self.saver.start(self.step, tensors, state, best=dict(self.best))
         self.collect_skipped()
