@@ -1,4 +1,4 @@
-"""Every command of the README runs as it stands; training is cut short by overrides at the end of the line."""
+"""Every command of the README and of docs/ runs as it stands; training is cut short by overrides at the end."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = ["--train.epochs", "0.5", "--train.eval_every", "0", "--train.batch", "4"]
 # `make` is what runs this test; several GPUs are not at hand.
-ELSEWHERE = ("make quickstart", "make test", "make acceptance", "accelerate launch --multi_gpu")
+ELSEWHERE = (
+    "make quickstart",
+    "make test",
+    "make acceptance",
+    "accelerate launch --config_file launch/accelerate/gpu_8",
+)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page, flags=re.S)
 
 
-def commands() -> list[str]:
-    lines = [line for block in blocks("console") for line in block.splitlines() if line]
+def commands(page: str = README) -> list[str]:
+    lines = [line for block in blocks("console", page) for line in block.splitlines() if line]
     return [line for line in lines if not line.startswith(ELSEWHERE)]
 
 
@@ -35,8 +40,9 @@ def test_the_readme_has_commands():
     assert any(line.startswith("torchrun") for line in commands())
 
 
-@pytest.mark.timeout(600)
-def test_every_command_of_the_readme_runs(tmp_path):
+@pytest.fixture
+def call(tmp_path):
+    """Runs a line in a folder with a few clips of one's own."""
     for name in ("owl", "wren"):
         for number in range(2):
             wave_CS = np.random.default_rng(number).normal(0, 0.1, (2, 7 * 16_000)).astype(np.float32)
@@ -46,16 +52,37 @@ def test_every_command_of_the_readme_runs(tmp_path):
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     scripts = Path(sys.executable).parent
     env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    for line in commands():
-        words = shlex.split(line)
+
+    def run(line: str) -> None:
+        words = ["env", *shlex.split(line)]
         if "train" in words or "fastav.train" in words:
             words += SHORT
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=env)
         assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
+
+    return run
+
+
+@pytest.mark.timeout(600)
+def test_every_command_of_the_readme_runs(call, tmp_path):
+    for line in commands():
+        call(line)
     for block in blocks("python"):
         done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "runs" / "mine" / "report.html").exists()
+
+
+@pytest.mark.timeout(600)
+def test_every_command_of_the_page_on_clusters_runs(call, tmp_path):
+    call(next(line for line in commands() if line.startswith("fastav index")))
+    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert len(commands(page)) >= 3
+    for line in commands(page):
+        call(line)
+    assert list((tmp_path / "runs" / "fsdp" / "exported").iterdir())
+    for file in re.findall(r"launch/[\w/.-]+\.(?:yaml|sbatch|toml|json)", page + README):
+        assert (ROOT / file).is_file(), file
 
 
 @pytest.mark.parametrize("target", ["quickstart", "test", "acceptance"])
