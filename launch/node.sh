@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Starts the ranks of one node, waits for them, and ends with what the run says of itself.
+#
+#   launch/node.sh RUN_FOLDER RECIPE [--key value ...]
+#
+# Reads NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT (29500) and NUM_RANKS, the ranks of a node (one for each GPU).
+# torchrun ends with 1 whatever its ranks end with; this ends with 75 where the run was stopped after a checkpoint.
+set -euo pipefail
+
+if (($# < 2)); then
+    echo "node.sh: usage: node.sh RUN_FOLDER RECIPE [--key value ...]" >&2
+    exit 2
+fi
+run=$1
+shift
+nodes=${NUM_NODES:-1}
+ranks=${NUM_RANKS:-$(nvidia-smi --list-gpus 2> /dev/null | wc -l)}
+ranks=$((ranks > 0 ? ranks : 1))
+address=${MASTER_ADDR:-127.0.0.1}
+
+# The name of another pod appears a moment after the pod; one that never does is told by name.
+deadline=$((SECONDS + ${PATIENCE_S:-300}))
+until getent hosts "$address" > /dev/null; do
+    if ((SECONDS >= deadline)); then
+        echo "node.sh: the name $address, where the ranks meet, cannot be resolved (MASTER_ADDR)" >&2
+        exit 2
+    fi
+    sleep 1
+done
+
+torchrun --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" --master-addr "$address" \
+    --master-port "${MASTER_PORT:-29500}" --max-restarts 0 -m fastav.train "$@" --out "$run" \
+    --train.num_processes "$((nodes * ranks))" &
+job=$!
+# torchrun tells its ranks, which agree on a step, save and end.
+trap 'kill -TERM "$job" 2> /dev/null || true' TERM INT USR1
+code=0
+while true; do
+    code=0
+    wait "$job" || code=$?
+    kill -0 "$job" 2> /dev/null || break # a signal ends `wait`, not the ranks
+done
+
+state=$(sed -n 's/^ *"state": "\(.*\)",*$/\1/p' "$run/status.json" 2> /dev/null || true)
+if [[ $state == stopped ]]; then
+    exit 75
+fi
+exit "$code"
