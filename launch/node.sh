@@ -32,8 +32,13 @@ torchrun --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$rank
     --master-port "${MASTER_PORT:-29500}" --max-restarts 0 -m fastav.train "$@" --out "$run" \
     --train.num_processes "$((nodes * ranks))" &
 job=$!
-# torchrun tells its ranks, which agree on a step, save and end.
-trap 'kill -TERM "$job" 2> /dev/null || true' TERM INT USR1
+# The ranks are told themselves, and agree on a step, save and end; torchrun would kill them after 30 s.
+# shellcheck disable=SC2329
+tell_ranks() {
+    # shellcheck disable=SC2046,SC2317  # a list of numbers; called by the trap
+    kill -USR1 $(cat "/proc/$job/task/$job/children") 2> /dev/null || kill -TERM "$job" 2> /dev/null || true
+}
+trap tell_ranks TERM INT USR1
 code=0
 while true; do
     code=0
