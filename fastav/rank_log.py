@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 import traceback
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,25 @@ class RankLog:
 
     def _failure(self, rank: int) -> Path:
         return self._folder / f"rank_{rank:05d}.failure.json"
+
+
+def record_flights(folder: Path, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Lets NCCL keep its last collectives, and write them to `flight_RANK` where one of them times out.
+
+    To be called before the processes join; `torchfrtrace` reads the files of all ranks. What a user has set stays.
+
+    Args:
+        folder: `logs` of the run.
+        environment: Variables of this process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_FR_DUMP_TEMP_FILE": str(folder.resolve() / "flight_"),
+    }
+    for name, value in wanted.items():
+        environment.setdefault(name, value)
 
 
 def _told(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import nn
 from fastav import strategies
 from fastav.crew import Crew
 from fastav.errors import UserError
+from fastav.rank_log import record_flights
 from fastav.recipe import Training
 
 
@@ -62,7 +64,7 @@ class Ranks:
     Args:
         training: The recipe's table.
         trackers: accelerate trackers by name.
-        folder: Where trackers write.
+        folder: The run's, where trackers and NCCL's recorder write; empty for none.
 
     Raises:
         UserError: World size, strategy, precision or accumulation in force differ from what was asked for.
@@ -74,13 +76,15 @@ class Ranks:
 
     asked: strategies.Asked
 
-    def __init__(self, training: Training, trackers: Sequence[str] = (), folder: str = ".") -> None:
+    def __init__(self, training: Training, trackers: Sequence[str] = (), folder: str = "") -> None:
         if training.threads:
             torch.set_num_threads(training.threads)
         if training.deterministic:
             torch.use_deterministic_algorithms(True)
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        if folder and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            record_flights(Path(folder) / "logs")
         patience = timedelta(seconds=training.patience_s)
         try:
             with strategies.without_wrappers():
@@ -89,7 +93,7 @@ class Ranks:
                     mixed_precision="no",  # the trainer's own autocast is in force, under every strategy alike
                     step_scheduler_with_optimizer=False,
                     log_with=list(trackers) or None,
-                    project_dir=folder,
+                    project_dir=folder or None,
                     kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
                 )
         except ValueError as error:  # an unknown tracker, or one that is not installed

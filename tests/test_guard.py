@@ -11,7 +11,7 @@ import pytest
 
 from fastav.errors import FastavError
 from fastav.guard import Guard, Guarding
-from fastav.rank_log import RankLog
+from fastav.rank_log import RankLog, record_flights
 
 
 def step(guard, loss, grad_norm=1.0, number=0, clips=()):
@@ -93,3 +93,12 @@ def test_where_a_rank_hangs_can_be_asked(tmp_path):
     os.kill(os.getpid(), signal.SIGUSR2)
     log.close()
     assert "test_where_a_rank_hangs_can_be_asked" in (tmp_path / "rank_00000.log").read_text()
+
+
+def test_nccls_last_collectives_go_into_the_run(tmp_path):
+    environment = {"TORCH_FR_BUFFER_SIZE": "7"}
+    record_flights(tmp_path / "logs", environment)
+    assert environment["TORCH_FR_BUFFER_SIZE"] == "7", "what a user has set stays"
+    assert environment["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert environment["TORCH_FR_DUMP_TEMP_FILE"] == str(tmp_path / "logs" / "flight_")
+    assert (tmp_path / "logs").is_dir()
