@@ -183,7 +183,9 @@ class Zero:
         counts = {full.rpartition(":")[2]: value for full, value in filled.items() if not value.ndim}
         for flat in self._flat_parameters():
             self.optimizer.state[flat].update({key: torch.zeros_like(flat) for key in whole})
-            self.optimizer.state[flat].update({key: value.clone() for key, value in counts.items()})
+            # A fused optimizer wants its counts where the parameters are, any other one on the CPU.
+            place = flat.device if self.optimizer.defaults.get("fused") else torch.device("cpu")
+            self.optimizer.state[flat].update({key: value.to(place, copy=True) for key, value in counts.items()})
         self._link()
         for full, value in filled.items():
             name, _, key = full.rpartition(":")
@@ -252,6 +254,8 @@ def _start_deepspeed(device: torch.device) -> Callable[..., Any]:
 
 def _gathered(shard: Tensor, parameter: Any) -> Tensor:
     """The whole of a ZeRO-3 parameter, or of something cut like it: equal flat pieces, the last one padded."""
+    if torch.cuda.is_available():  # pieces that are kept in the host's memory are no use to NCCL
+        shard = shard.to(torch.cuda.current_device())
     whole = shard.new_empty(shard.numel() * torch.distributed.get_world_size())
     torch.distributed.all_gather_into_tensor(whole, shard.detach().contiguous())
     return whole[: parameter.ds_numel].view(parameter.ds_shape)
