@@ -49,13 +49,16 @@ class RankLog:
         with contextlib.suppress(OSError):
             write_text(self._failure(self._rank), json.dumps(words))
 
-    def first_failure(self) -> str:
+    def first_failure(self) -> tuple[str, bool]:
         """Names the rank that failed first; waits a moment for what the others have to say.
 
         A rank that leaves no last words was killed: by the kernel for memory, by a person, or by its machine.
+
+        Returns:
+            Who, empty for a single rank; and whether it is for this rank to tell, the lowest that is left.
         """
         if self._world == 1:
-            return ""
+            return "", True
         found: dict[int, dict[str, Any]] = {}
         deadline = time.monotonic() + _LAST_WORDS_S
         while time.monotonic() < deadline and len(found) < self._world:
@@ -69,9 +72,9 @@ class RankLog:
         if silent:
             ranks = ", ".join(map(str, silent[:SHOWN]))
             log = self._folder / f"rank_{silent[0]:05d}.log"
-            return f"rank {ranks} left no last words: killed, or out of memory; see {log}"
+            return f"rank {ranks} left no last words: killed, or out of memory; see {log}", self._rank == min(found)
         first = min(found.values(), key=lambda words: words["time"])
-        return f"rank {first['rank']} on {first['host']} failed first: {first['error']}"
+        return f"rank {first['rank']} on {first['host']} failed first: {first['error']}", self._rank == 0
 
     def close(self) -> None:
         """Ends the log."""

@@ -20,7 +20,7 @@ from fastav.commandline import run as run_verb
 from fastav.errors import FastavError, Stopped, UserError
 from fastav.evaluate import evaluate, forward, summary
 from fastav.files import write_text
-from fastav.meter import clock_time, tracker_values
+from fastav.meter import Console, clock_time, tracker_values
 from fastav.metrics import Evaluation
 from fastav.pipeline import choose_pin_memory, evaluation_source, make_loader
 from fastav.ranks import StopSignals, leave
@@ -268,9 +268,9 @@ class Trainer:
         facts: dict[str, Any] = {"step": session.step, "total_steps": session.total_steps, "reason": str(error)}
         if not stopped:
             session.log.fail(error)
-            facts["first"] = session.log.first_failure() if session.ranks.main else ""
-            if facts["first"] and not isinstance(error, FastavError):
-                session.console.log(f"{session.run.path}: {facts['first']}")
+            facts["first"], session.run.writer = session.log.first_failure()
+            if session.run.writer and facts["first"] and not isinstance(error, FastavError):
+                Console().log(f"{session.run.path}: {facts['first']}")
         with contextlib.suppress(OSError):  # a full disk may be the reason
             session.run.write_status("stopped" if stopped else "failed", **facts)
 

@@ -76,14 +76,19 @@ def test_slow_ranks_are_named():
 def test_the_rank_that_failed_first_is_named(tmp_path):
     logs = [RankLog(tmp_path, rank, 3) for rank in range(3)]
     logs[2].fail(ValueError("the first"))
-    logs[0].fail(RuntimeError("Connection closed by peer"))
-    assert logs[0].first_failure().startswith("rank 1 left no last words: killed, or out of memory; see ")
     logs[1].fail(RuntimeError("Connection closed by peer"))
-    assert "rank 2 on " in logs[0].first_failure()
-    assert logs[0].first_failure().endswith("failed first: ValueError: the first")
+    told, mine = logs[1].first_failure()
+    assert told.startswith("rank 0 left no last words: killed, or out of memory; see ")
+    assert mine, "the lowest rank that is left tells it"
+    assert not logs[2].first_failure()[1]
+    logs[0].fail(RuntimeError("Connection closed by peer"))
+    told, mine = logs[0].first_failure()
+    assert mine
+    assert "rank 2 on " in told
+    assert told.endswith("failed first: ValueError: the first")
     assert "ValueError: the first" in (tmp_path / "rank_00002.log").read_text()
     again = RankLog(tmp_path, 2, 3)  # a restart forgets last words
-    assert "rank 2 left no last words" in logs[0].first_failure()
+    assert "rank 2 left no last words" in logs[0].first_failure()[0]
     for log in [*logs, again]:
         log.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -139,6 +140,31 @@ def test_a_node_saves_when_it_is_told_to_end_and_goes_on(tiny, tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=lost, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "the name no-such-host.invalid, where the ranks meet, cannot be resolved" in done.stderr
+
+
+def test_a_dead_rank_ends_the_job_at_once_and_is_named(tiny, tmp_path):
+    out = tmp_path / "run"
+    words = tiny("video", out, "--train.epochs", "60", "--log.every", "1", "--saving.every", "2")
+    at = words.index("--out")
+    words = ["launch/recipes/quickstart_video.toml", *words[:at], *words[at + 2 :], "--out", str(out)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen([*torchrun, "-m", "fastav.train", *words], cwd=ROOT, env=environment,
+                           stderr=subprocess.PIPE, text=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (out / "metrics.jsonl").exists() and job.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    started = (out / "logs" / "rank_00000.log").read_text()
+    os.kill(int(re.search(r"process (\d+) on", started)[1]), signal.SIGKILL)  # the one that writes the run's status
+    begun = time.monotonic()
+    _, told = job.communicate(timeout=120)
+    assert time.monotonic() - begun < 60
+    assert job.returncode != 0
+    status = json.loads((out / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["first"].startswith("rank 0 left no last words"), status
+    assert "rank 0 left no last words" in told
+    assert "Traceback" in (out / "logs" / "rank_00001.log").read_text()
 
 
 def test_activation_checkpointing_changes_no_number():
