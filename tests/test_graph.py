@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shutil
 import sysconfig
@@ -98,6 +99,20 @@ def calls(run, *inputs):
     return [tuple(len(re.findall(what, body, re.MULTILINE)) for what in (products, others, sums)) for body in bodies]
 
 
+@functools.cache
+def plain_calls(depth):
+    """The same of layers of one matrix, of as many rows as tokens and bottleneck together."""
+    layers = [Plain(block) for block in tower(depth).blocks]
+
+    def through_plain(rows):
+        for layer in layers:
+            rows = layer(rows)
+        return (rows,)
+
+    return calls(through_plain, torch.randn(C * T * N + C * Z, D, requires_grad=True))
+
+
+@pytest.mark.timeout(900)  # Inductor writes and compiles C++, which beside other work takes minutes
 @pytest.mark.parametrize("frames", ["shared", "joint", "mean"])
 def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
     """Two layers of tokens and bottleneck against two of one matrix of as many rows."""
@@ -109,23 +124,17 @@ def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
 
     monkeypatch.setattr(fastav.bottleneck, "bottleneck_attention", stand_in)
     x, z = torch.randn(C, T, N, D, requires_grad=True), torch.randn(C, Z, D, requires_grad=True)
-    rows = torch.randn(C * T * N + C * Z, D, requires_grad=True)
 
     def both(depth):
-        plain, fused = [Plain(block) for block in tower(depth).blocks], tower(depth)
+        fused = tower(depth)
         enter_blocks(fused, 0, frames, "sdpa", last_asks=True)
-
-        def through_plain(rows):
-            for layer in plain:
-                rows = layer(rows)
-            return (rows,)
 
         def through_fused(x, z):
             for layer in fused.blocks:
                 x, z = layer(x, z, C)
             return x, z
 
-        return calls(through_plain, rows), calls(through_fused, x, z)
+        return plain_calls(depth), calls(through_fused, x, z)
 
     (forward, backward), (our_forward, our_backward) = both(2)
     assert (forward[0], backward[0]) == (8, 16), "four products a layer, and two for the gradient of each"
@@ -133,16 +142,19 @@ def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
     # The mean of the bottleneck's copies is one more for each layer.
     means = 1 if frames == "mean" else 0
     assert our_forward[1] <= forward[1] + 2 * means
-    # What comes in of tokens and bottleneck is joined once, where the network ends. Each further layer has the kernels
-    # of a plain one, and sums of two biases' gradients, which in a plain layer are made beside a LayerNorm's.
-    (deep_forward, deep_backward), (our_deep_forward, our_deep_backward) = both(4)
-    assert our_deep_forward[1] - our_forward[1] <= deep_forward[1] - forward[1] + 2 * means
+    # What comes in of tokens and bottleneck is joined once, where the network ends. Each layer has the kernels of a
+    # plain one, and sums of two biases' gradients, which in a plain layer are made beside a LayerNorm's.
+    assert our_backward[1] <= backward[1] + 3 + 2 * means
+    if frames != "shared":  # compiling takes long: what a further layer adds is looked at for one kind
+        return
+    (deep_forward, deep_backward), (our_deep_forward, our_deep_backward) = both(3)
+    assert our_deep_forward[1] - our_forward[1] <= deep_forward[1] - forward[1]
     grown, ours = (
         [deep[n] - two[n] for n in (1, 2)]
         for deep, two in ((deep_backward, backward), (our_deep_backward, our_backward))
     )
-    assert ours[0] - ours[1] <= grown[0] - grown[1] + 2 * means, "kernels that do more than sum"
-    assert ours[1] <= grown[1] + 4, "sums of biases' gradients"
+    assert ours[0] - ours[1] <= grown[0] - grown[1], "kernels that do more than sum"
+    assert ours[1] <= grown[1] + 2, "sums of biases' gradients"
 
 
 def test_frames_and_spectrograms_are_normalised_by_one_kernel_each():
