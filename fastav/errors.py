@@ -7,7 +7,7 @@ Every message is one line: what was given, what was expected, the nearest match,
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 
@@ -59,3 +59,9 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     if near:
         return f'; did you mean "{near[0]}"?'
     return f"; known: {', '.join(known)}" if 0 < len(known) <= 20 else ""
+
+
+def listed(names: Collection[str], most: int = 6) -> str:
+    """Returns the first names, and how many more there are."""
+    shown = ", ".join(list(names)[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

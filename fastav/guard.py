@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fastav.config import Config, NonNegativeFloat, PositiveInt
-from fastav.errors import FastavError
+from fastav.errors import FastavError, listed
 
 Kind = Literal["", "non-finite", "spike"]
 SHOWN = 8
@@ -87,8 +87,7 @@ class Guard:
         Raises:
             FastavError: Naming the step and its clips.
         """
-        shown = ", ".join(clips[:SHOWN]) + (f" and {len(clips) - SHOWN} more" if len(clips) > SHOWN else "")
-        clips_told = f"its clips: {shown or 'none'}"
+        clips_told = f"its clips: {listed(clips, SHOWN) or 'none'}"
         if kind == "non-finite" and (self.config.on_non_finite == "stop" or self._in_a_row >= self.config.limit):
             raise FastavError(
                 f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: not finite for {self._in_a_row} steps "

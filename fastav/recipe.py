@@ -27,6 +27,7 @@ from fastav.loader import Loading
 from fastav.model import Model
 from fastav.optim import Optim, Plateau
 from fastav.plan import Sampling
+from fastav.strategies import Name
 from fastav.task import SingleLabel, Task
 
 Table = dict[str, Any]
@@ -100,7 +101,7 @@ class Training(Config, frozen=True):
     threads: NonNegativeInt = 0
     eval_every: NonNegativeFloat = 1.0
     num_processes: NonNegativeInt = 0
-    strategy: Literal["any", "single", "ddp", "fsdp", "zero1", "zero2", "zero3"] = "any"
+    strategy: Literal["any", Name] = "any"
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     bucket_mb: PositiveFloat = 25.0
     activation_checkpointing: bool = False

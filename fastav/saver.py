@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from fastav.checkpoint import FORMAT, STATE, SUMS, Checkpoints, write_best
@@ -48,6 +48,7 @@ class Saver:
         self._checkpoints, self._crew, self._asynchronous = checkpoints, checkpoints.crew, asynchronous
         self._thread: threading.Thread | None = None
         self._reason, self._step = "", 0
+        self._mesh: DeviceMesh | None = None  # of the copies, made with the first of them
         self._buffers: dict[str, Tensor] = {}  # kept: memory that is new costs more than the copy
 
     @property
@@ -94,9 +95,10 @@ class Saver:
                 self._buffers[name] = buffer
             staged[name] = buffer.copy_(local, non_blocking=local.is_cuda)
             if isinstance(tensor, DTensor):
-                mesh = init_device_mesh("cpu", tuple(tensor.device_mesh.shape))
+                if self._mesh is None:
+                    self._mesh = init_device_mesh("cpu", tuple(tensor.device_mesh.shape))
                 staged[name] = DTensor.from_local(
-                    buffer, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+                    buffer, self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
                 )
         if torch.cuda.is_available():
             torch.cuda.synchronize()  # the copies do not block, and the next step changes what they copy

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from torch import Tensor
 
-from fastav.errors import UserError
+from fastav.errors import UserError, listed
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def fill(
     net.load_state_dict(fitting, strict=False)
     unknown = [name for name in state if name not in own and name not in heads]
     reasons = (("not there", missing), ("of another shape", other_shape), ("not in this tower", unknown))
-    text = "; ".join(f"{reason}: {_listed(names)}" for reason, names in reasons if names)
+    text = "; ".join(f"{reason}: {listed(names)}" for reason, names in reasons if names)
     if text:
         log.warning("%s: not everything was loaded. %s", where, text)
 
@@ -187,9 +187,3 @@ def _positions(value: Tensor, state: Mapping[str, Tensor], net: Any, grid: tuple
         return value  # its shape is wrong, which is reported
     resampled = resample_abs_pos_embed(value, list(new_grid), list(grid), num_prefix_tokens=given)
     return resampled if wanted == given else resampled[:, given:]
-
-
-def _listed(names: Collection[str], most: int = 6) -> str:
-    """Returns the first names, and how many more there are."""
-    shown = ", ".join(list(names)[:most])
-    return shown + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from torch import nn
@@ -27,7 +27,6 @@ from fastav.strategies.base import Name as Name
 from fastav.strategies.base import Strategy as Strategy
 from fastav.strategies.plain import DDP, Single
 
-NAMES: tuple[Name, ...] = get_args(Name)
 _DEEPSPEED_KEYS = {
     "deepspeed_config_file": "CONFIG_FILE",
     "zero_stage": "ZERO_STAGE",

@@ -47,6 +47,7 @@ class FSDP(Single):
         for module in (*blocks, model):
             fully_shard(module, mesh=self.mesh, mp_policy=policy, reshard_after_forward=reshard)
         super().__init__(model, make_optimizer, compiled=compiled)
+        self._parameters = dict(model.named_parameters())
 
     def check(self, world: int, accumulation: int) -> None:
         """See `Strategy`."""
@@ -64,7 +65,7 @@ class FSDP(Single):
 
     def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         """See `Strategy`."""
-        own = dict(self.model.named_parameters()).get(name)
+        own = self._parameters.get(name)
         if own is None or own.shape != size:
             return super().target(name, size, dtype)
         return torch.empty_like(own, dtype=dtype, requires_grad=False)
