@@ -12,6 +12,8 @@ SUITES = {
     "data": ("benchmarks.data", "decoding and loading: packed and raw, ours and what people would use instead"),
     "kernels": ("benchmarks.kernels", "bottleneck attention, every implementation (checks only without a GPU)"),
     "model": ("benchmarks.model", "the model on a resident batch: timm's blocks and ours (checks only without a GPU)"),
+    "train": ("benchmarks.train", "the real loop: data, model, both; what binds, and the knob to turn"),
+    "scale": ("benchmarks.scale", "weak and strong scaling over ranks, held against the model on paper"),
     "nvdec": ("benchmarks.nvdec", "whole files and splices through a GPU's video decoder (checks only without one)"),
     "loader_workers": ("benchmarks.loader_workers", "threads or processes for the loader"),
 }

@@ -1,16 +1,15 @@
-"""Threads or processes for the loader: `python -m benchmarks.loader_workers MANIFEST [--make 60] [--json FILE]`.
+"""Threads or processes for the loader: `python -m benchmarks loader_workers MANIFEST [--make 60]`.
 
 Both sides decode the same plan with the same decoder, clip by clip, into rows of a batch. `threads` is the loader
 itself. `processes` is a pool at its best: spawned once (fork is not safe beside threads and CUDA), given the plan and
 the decoder at its start, told a clip per task, and writing into batches in shared memory, so that no frame is ever
 pickled or copied. Both are kept ready and take turns (A B B A ...) in short segments, alone and beside training-like
-loads in the main thread, so that what else the machine does falls on both alike; medians and quartiles are printed.
+loads in the main thread, so that what else the machine does falls on both alike; medians and intervals are printed.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import multiprocessing
 import os
@@ -19,7 +18,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import count
 from multiprocessing.context import BaseContext
@@ -31,7 +30,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import result as results
+from benchmarks.timing import median, paired_ratio
 from fastav.clip import Clip, ClipPlan
+from fastav.commandline import Parser
 from fastav.decode.base import Read
 from fastav.decode.probe import probe
 from fastav.decode.pyav import PyAV
@@ -40,6 +42,11 @@ from fastav.loader import Loader, Loading
 from fastav.manifest import Manifest, write_manifest
 from fastav.plan import Plan, Sampling
 
+_PLOTTED = {
+    "first_batch_s": "first batch from a standing start, s",
+    "clips_per_s": "clips per second, alone and beside a load",
+    "step_ms": "the step beside them, ms",
+}
 PREFETCH = 2
 SETTLE_S = 0.5
 SAMPLING = Sampling(frames=4, image_size=64, window=400, mask_bands=0)
@@ -284,8 +291,9 @@ def segment(side: Side, batches: int, step: Callable[[], None] | None) -> dict[s
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(words: Sequence[str]) -> int:
+    """Runs the suite."""
+    parser = Parser(prog="python -m benchmarks loader_workers", description=__doc__.splitlines()[0])
     parser.add_argument("manifest", type=Path, help="a .parquet manifest")
     parser.add_argument("--make", type=int, default=0, metavar="N", help="make it first, of N clips")
     parser.add_argument("--workers", type=int, default=Loading().num_workers())
@@ -295,18 +303,18 @@ def main() -> None:
     parser.add_argument("--starts", type=int, default=3, help="standing starts of each side")
     parser.add_argument("--step-threads", type=int, default=1, help="torch's threads in the main thread")
     parser.add_argument("--switch-ms", type=float, default=5.0, help="Python's switch interval")
-    parser.add_argument("--json", type=Path, help="where to write the results")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
+    args = parser.parse_args(words)
     sys.setswitchinterval(args.switch_ms / 1e3)
     manifest = make_clips(args.manifest, args.make) if args.make else Manifest.open(args.manifest)
     makers: dict[str, Callable[[], Side]] = {
         "threads": lambda: Threads(manifest, args.batch, args.workers),
         "processes": lambda: Processes(manifest, args.batch, args.workers),
     }
-    results: dict[str, list[dict[str, float]]] = defaultdict(list)
+    made_by: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(args.starts):
         for name in _turn(makers, number):
-            results[f"start {name}"].append({"first_batch_s": first_batch_s(makers[name])})
+            made_by[f"start {name}"].append({"first_batch_s": first_batch_s(makers[name])})
     torch.set_num_threads(args.step_threads)
     loads = {"idle": None, "training": training_step(), "launching": launching_step()}
     sides = {name: make() for name, make in makers.items()}
@@ -315,31 +323,33 @@ def main() -> None:
             for name in _turn(makers, number):
                 made = segment(sides[name], args.batches, step)
                 if number >= 0:
-                    results[f"{load} {name}"].append(made)
+                    made_by[f"{load} {name}"].append(made)
                 print(f"{load:9} {name:9}", {k: round(v, 1) for k, v in made.items()}, flush=True)
             if number >= 0 and step:
                 alone = statistics.median(_timed(step) for _ in range(args.batches))
-                results[f"{load} alone"].append({"step_ms": 1e3 * alone})
+                made_by[f"{load} alone"].append({"step_ms": 1e3 * alone})
     for side in sides.values():
         side.close()
-    report(results, args)
+    report(made_by, words, args)
+    return 0
 
 
-def report(results: dict[str, list[dict[str, float]]], args: argparse.Namespace) -> None:
-    """Prints medians and quartiles, and writes everything as JSON."""
-    summary = {
-        name: {key: statistics.quantiles([one[key] for one in many], n=4) for key in many[0]}
-        for name, many in sorted(results.items())
-        if len(many) > 1
-    }
-    for name, row in summary.items():
-        print(f"{name:20}", *(f"{key} {q[1]:.2f} ({q[0]:.2f}-{q[2]:.2f})" for key, q in row.items()), sep="  ")
-    if args.json:
-        about = {"cores": os.cpu_count(), "torch": torch.__version__, "av": av.__version__}
-        settings = {key: str(value) for key, value in vars(args).items()}
-        args.json.write_text(
-            json.dumps({"machine": about, "settings": settings, "quartiles": summary, "runs": results}, indent=1)
-        )
+def report(made_by: dict[str, list[dict[str, float]]], words: Sequence[str], args: argparse.Namespace) -> None:
+    """Prints medians with their intervals, and writes everything."""
+    found = results.new("loader_workers", list(words), {"workers": [args.workers], "kind": ["threads", "processes"]})
+    for name, many in sorted(made_by.items()):
+        found["runs"] += [{"variant": name, "repeat": number, **one} for number, one in enumerate(many)]
+        measured = {key: median(np.array([one[key] for one in many])) for key in many[0]}
+        for key, interval in measured.items():
+            results.summarise(found, name, key, interval)
+        print(f"{name:20}", *(f"{key} {interval}" for key, interval in measured.items()), sep="  ")
+    for load in ("idle", "training", "launching"):
+        sides = [
+            np.array([one["clips_per_s"] for one in made_by[f"{load} {name}"]]) for name in ("threads", "processes")
+        ]
+        names = (f"{load} threads", f"{load} processes")
+        results.judge(found, *names, "clips_per_s", paired_ratio(*sides))
+    print(f"wrote {results.write(found, args.out, _PLOTTED)}")
 
 
 def _turn(names: Iterable[str], number: int) -> list[str]:
@@ -351,7 +361,3 @@ def _timed(step: Callable[[], None]) -> float:
     before = time.perf_counter()
     step()
     return time.perf_counter() - before
-
-
-if __name__ == "__main__":
-    main()

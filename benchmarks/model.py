@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from benchmarks import result as results
 from benchmarks.kernels.ceilings import timed
 from benchmarks.literal import Literal
-from benchmarks.timing import interleave, median, paired_ratio, per_second, verdict
+from benchmarks.timing import interleave, median, paired_ratio, per_second
 from fastav.commandline import Parser
 from fastav.errors import FastavError
 from fastav.frontend import Frontend
@@ -35,6 +35,7 @@ from fastav.model import AVModel, Inputs, Model
 from fastav.towers import Tower
 
 PASSES = ("forward", "forward and backward", "step")
+_PLOTTED = {f"{what}: clips_per_s": f"{what}, clips per second" for what in PASSES}
 _CLASSES = tuple(f"class {i}" for i in range(60))
 _TINY = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
 _BASELINE = "timm, cat, compiled"
@@ -96,7 +97,7 @@ def main(words: Sequence[str] | None = None) -> int:
         row = {"compile_s": round(one.compile_s, 2), "graph_breaks": one.graph_breaks}
         found["runs"].append({"variant": one.name, "repeat": 0, **row})
     if device == "cuda" or args.out:
-        console.print(f"wrote {results.write(found, args.out)}", highlight=False)
+        console.print(f"wrote {results.write(found, args.out, _PLOTTED)}", highlight=False)
     return 0
 
 
@@ -232,19 +233,13 @@ def _time(
             mfu = 100 * speed.median * times * model.flops() / peak if peak else float("nan")
             ms = clips / speed.median * 1e3
             table.add_row(name, f"{ms:.1f}", str(speed), f"{mfu:.1f}", f"{memory[name]:.1f}")
-            middle, low, high = speed.rounded()
-            summary = {"variant": name, "metric": f"{what}: clips_per_s", "median": middle, "ci95": [low, high]}
-            found["summary"].append(summary)
+            results.summarise(found, name, f"{what}: clips_per_s", speed)
             found["runs"].append(
                 {"variant": name, "repeat": 0, "pass": what, "mfu_pct": mfu, "peak_gib": round(memory[name], 2)}
             )
         for one, other in itertools.permutations(rates, 2):
             if one.startswith("ours") or other == _BASELINE:
                 interval = paired_ratio(rates[one], rates[other])
-                middle, low, high = interval.rounded()
-                found["verdicts"].append(
-                    {"a": one, "b": other, "metric": f"{what}: clips_per_s", "ratio": middle, "ci95": [low, high],
-                     "verdict": verdict(interval)}
-                )  # fmt: skip
+                results.judge(found, one, other, f"{what}: clips_per_s", interval)
         console.print(table)
-        results.write(found, args.out)
+        results.write(found, args.out, _PLOTTED)

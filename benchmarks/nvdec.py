@@ -8,12 +8,9 @@ are held against PyAV first, in the same process. Without a GPU the graph is che
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,6 +24,7 @@ from rich.table import Table
 
 from benchmarks import result as results
 from benchmarks.data.clips import make, repeated, scene
+from benchmarks.nvml import Gpu, Watch
 from fastav.commandline import Parser
 from fastav.decode import Dali, Read, mp4
 from fastav.decode.dali import missing
@@ -39,6 +37,10 @@ from fastav.shards.layout import UnitKind
 from fastav.shards.splice import needed_units
 
 SIZES, GOPS, FRAMES, BATCH, SIDE = ((640, 360), (448, 256)), (250, 8, 4, 1), 8, 64, 224
+_PLOTTED = {
+    "clips_per_s": "clips per second, eight frames each, no sound",
+    "loader_clips_per_s": "the loader's clips per second, with sound",
+}
 _ALIKE = 3.0  # levels by which the mean of two decoders may differ
 
 
@@ -116,14 +118,19 @@ def main(words: Sequence[str]) -> int:
                 _check(stream, spliced, Place(torch.cuda.current_device(), 4))
                 for threads in args.threads:
                     row = _time(stream, spliced, threads, args.seconds)
-                    found["runs"].append({"variant": f"{size[0]}x{size[1]} gop {gop}", "repeat": 0, **row})
+                    name = f"{size[0]}x{size[1]}, GOP {gop}, {'spliced' if spliced else 'whole'}, {threads} threads"
+                    found["runs"].append({"variant": name, "repeat": 0, **row})
                     shown = ("spliced" if spliced else "whole", str(threads), f"{row['clips_per_s']:.0f}")
-                    rest = (f"{row['decoded_frames_per_s']:.0f}", f"{row['nvdec_pct']:.0f}")
+                    rest = (f"{row['decoded_frames_per_s']:.0f}", _percent(row["nvdec_pct"]))
                     table.add_row(f"{size[0]}x{size[1]}", str(gop), *shown, *rest)
     console.print(table)
     _loaders(found, console, args.footage, args.seconds)
-    console.print(f"{results.write(found, args.out)}", highlight=False, soft_wrap=True)
+    console.print(f"{results.write(found, args.out, _PLOTTED)}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
 
 
 def _plans(stream: Stream, count: int, seed: int = 0) -> list[NDArray[np.int32]]:
@@ -178,7 +185,7 @@ def _time(stream: Stream, spliced: bool, threads: int, seconds: float) -> dict[s
     for number in range(2):
         run(number)
     clips, begun = 0, time.perf_counter()
-    with _watched() as use:
+    with Watch(Gpu.of(torch.device("cuda"))) as watch:
         while time.perf_counter() - begun < seconds:
             run(clips // BATCH)
             clips += BATCH
@@ -186,34 +193,9 @@ def _time(stream: Stream, spliced: bool, threads: int, seconds: float) -> dict[s
     engine.close()
     return {
         "spliced": spliced, "threads": threads, "clips_per_s": round(rate, 1),
-        "decoded_frames_per_s": round(rate * decoded), "nvdec_pct": use["nvdec_pct"], "sm_pct": use["sm_pct"],
+        "decoded_frames_per_s": round(rate * decoded), "nvdec_pct": watch.found.nvdec_pct,
+        "sm_pct": watch.found.sm_pct,
     }  # fmt: skip
-
-
-@contextmanager
-def _watched() -> Iterator[dict[str, float]]:
-    """How busy decoder and multiprocessors were meanwhile, percent, by NVML; medians of samples."""
-    import pynvml
-
-    pynvml.nvmlInit()
-    handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
-    samples: list[tuple[float, float]] = []
-    done, use = threading.Event(), {"nvdec_pct": 0.0, "sm_pct": 0.0}
-
-    def watch() -> None:
-        while not done.wait(0.1):
-            decoder = pynvml.nvmlDeviceGetDecoderUtilization(handle)[0]
-            samples.append((float(decoder), float(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield use
-    finally:
-        done.set()
-        watcher.join()
-        if samples:
-            use["nvdec_pct"], use["sm_pct"] = (statistics.median(s[i] for s in samples) for i in (0, 1))
 
 
 def _loaders(found: dict[str, Any], console: Console, footage: Path | None, seconds: float) -> None:
@@ -235,10 +217,11 @@ def _loaders(found: dict[str, Any], console: Console, footage: Path | None, seco
                     batches = iter(loader.batches(("train", i * BATCH, BATCH) for i in range(1 << 30)))
                     next(batches)
                     clips, begun = 0, time.perf_counter()
-                    with _watched() as use:
+                    with Watch(Gpu.of(torch.device("cuda"))) as watch:
                         while time.perf_counter() - begun < 2 * seconds:
                             clips += len(next(batches))
                     rate = clips / (time.perf_counter() - begun)
-                row = {"clips_per_s": round(rate, 1), "pipelines": pipelines, **use, "idle_pct": 100 - use["sm_pct"]}
-                found["runs"].append({"variant": f"loader {pack}", "repeat": 0, **row})
+                use = {"nvdec_pct": watch.found.nvdec_pct, "sm_pct": watch.found.sm_pct}
+                row = {"repeat": 0, "loader_clips_per_s": round(rate, 1), "pipelines": pipelines, **use}
+                found["runs"].append({"variant": f"{pack}, {pipelines} pipelines", **row})
                 console.print(f"loader, {pack}, {pipelines} pipelines: {rate:.0f} clips/s, {use}", highlight=False)

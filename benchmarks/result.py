@@ -8,12 +8,15 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.plot import bars
+from benchmarks.timing import Interval, verdict
 from fastav.errors import UserError
 from fastav.files import write_text
 from fastav.meter import num_cores
@@ -69,8 +72,22 @@ def machine() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write(result: dict[str, Any], path: Path | None) -> Path:
-    """Checks a result and writes it; without a path, into `benchmarks/results/` under the hardware's name and the date.
+def write(
+    result: dict[str, Any],
+    path: Path | None,
+    plotted: Mapping[str, str] | None = None,
+    colours: Mapping[str, str] | None = None,
+) -> Path:
+    """Checks a result and writes it, with its picture beside it.
+
+    Args:
+        result: Of a suite.
+        path: The JSON; None for one in `benchmarks/results/` under the hardware's name and the date.
+        plotted: Metrics that the picture shows and what is written below each; None for no picture.
+        colours: See `plot.bars`.
+
+    Returns:
+        The path of the JSON.
 
     Raises:
         UserError: It does not follow the schema.
@@ -79,7 +96,23 @@ def write(result: dict[str, Any], path: Path | None) -> Path:
     hardware = str(result["machine"]["gpu"] or f"{result['machine']['cores']}-cores").lower().replace(" ", "-")
     path = path or FOLDER / f"{result['suite']}_{hardware}_{result['created'][:10]}.json"
     write_text(path, json.dumps(result, indent=1) + "\n")
+    if plotted is not None:
+        bars(result, plotted, path.with_suffix(".png"), colours)
     return path
+
+
+def summarise(result: dict[str, Any], variant: str, metric: str, found: Interval) -> None:
+    """Adds a median and its interval."""
+    middle, low, high = found.rounded()
+    result["summary"].append({"variant": variant, "metric": metric, "median": middle, "ci95": [low, high]})
+
+
+def judge(result: dict[str, Any], a: str, b: str, metric: str, found: Interval) -> str:
+    """Adds the ratio of two variants, `a` over `b`, with its verdict, and returns that."""
+    (middle, low, high), word = found.rounded(), verdict(found)
+    row = {"a": a, "b": b, "metric": metric, "ratio": middle, "ci95": [low, high], "verdict": word}
+    result["verdicts"].append(row)
+    return word
 
 
 def check(result: dict[str, Any]) -> None:

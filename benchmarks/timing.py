@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +25,13 @@ class Turn:
         clips: Clips it made.
         cpu_s: CPU seconds of this process, all threads.
         wall_s: Seconds.
+        facts: What else was measured of it, by names with their units.
     """
 
     clips: int
     cpu_s: float
     wall_s: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +52,13 @@ class Interval:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], int]], rounds: int, *, told: Callable[[str], None] = lambda text: None
+    variants: Mapping[str, Callable[[], int | Turn]], rounds: int, *, told: Callable[[str], None] = lambda text: None
 ) -> dict[str, list[Turn]]:
     """Lets every variant make its clips once a round, in turning order, after one round that is thrown away.
 
     Args:
-        variants: Name -> a function that makes some clips and returns how many.
+        variants: Name -> a function that makes some clips and returns how many; or one that times itself, without what
+            comes before and after, and returns the turn.
         rounds: How many count.
         told: Is told of each round.
     """
@@ -63,8 +67,9 @@ def interleave(
     for number in range(-1, rounds):
         for name in names if number % 2 else names[::-1]:
             cpu, wall = time.process_time(), time.perf_counter()
-            clips = variants[name]()
-            turn = Turn(clips, time.process_time() - cpu, time.perf_counter() - wall)
+            made = variants[name]()
+            spent = time.process_time() - cpu, time.perf_counter() - wall
+            turn = made if isinstance(made, Turn) else Turn(made, *spent)
             if number >= 0:
                 turns[name].append(turn)
         told(f"round {number + 1} of {rounds}")

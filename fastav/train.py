@@ -115,7 +115,7 @@ class Trainer:
         with loader, contextlib.closing(loader.batches(requests)) as batches:
             session.meter.restart()
             while session.step < session.total_steps:
-                row = self._step(batches)
+                row = self.step(batches)
                 loader.check_broken(session.broken, session.seen)
                 last = session.step == session.total_steps
                 if session.step % session.recipe.log.every == 0 or last:
@@ -131,7 +131,7 @@ class Trainer:
                     reason = f"stopped by {self.signals.name or 'a signal to another rank'}"
                     raise Stopped(f"{reason} after step {session.step}/{session.total_steps}; the same command resumes")
 
-    def _step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+    def step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step; returns its loss, learning rate, gradient norm and whether to stop."""
         session, recipe = self.session, self.session.recipe
         session.ranks.seed(recipe.train.seed, session.step)

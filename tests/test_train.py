@@ -110,14 +110,14 @@ def test_resume_from_any_checkpoint_ends_with_the_same_bits(whole, tmp_path):
         pass
 
     trainer = Trainer(recipes.load(None, [*words, "--out", str(halved)]), signals=_NoSignal())
-    step = trainer._step
+    step = trainer.step
 
     def halting(batches):
         if trainer.session.step == 5:  # two steps after the checkpoint of step 3: they are made again
             raise Halt
         return step(batches)
 
-    trainer._step = halting
+    trainer.step = halting
     with pytest.raises(Halt):
         trainer.fit()
     assert Checkpoints(halved / "checkpoints").steps() == [3]

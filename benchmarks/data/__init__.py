@@ -31,8 +31,7 @@ from benchmarks.data.clips import PACKS, Media, make
 from benchmarks.data.duels import duels
 from benchmarks.data.loading import loading_turns, sweep_turns
 from benchmarks.data.peers import SIZE, Dump, Ours, Peer, peers_of, processes
-from benchmarks.data.plot import plot
-from benchmarks.timing import Interval, Turn, interleave, median, per_cpu_second, per_second, ratio, verdict
+from benchmarks.timing import Interval, Turn, interleave, median, per_cpu_second, per_second, ratio
 from fastav.clip import Clip, ClipPlan
 from fastav.commandline import Parser
 from fastav.meter import num_cores
@@ -41,6 +40,8 @@ from fastav.plan import random_crops, segment_frames
 FRAMES = 8
 _LONGER = 4
 _PLANS = 97  # another number than any of clips a turn, so that turns differ
+_PLOTTED = {"clips_per_cpu_s": "clips per CPU-second (8 frames, cropped and resized to 224 x 224)"}
+_COLOURS = {"ours": "#d1495b", "torchcodec exact": "#30638e", "torchcodec approximate": "#6a9bc3", "SPDL": "#edae49"}
 _RAW = "raw through torchcodec exact"
 
 
@@ -69,8 +70,8 @@ def main(words: Sequence[str]) -> int:
         if args.sweep:
             sweep_turns(found, console, media, folder, args.rounds)
         if args.out or not args.quick:
-            path = results.write(found, args.out)
-            console.print(f"{path} and {plot(found, path.with_suffix('.png'))}", highlight=False, soft_wrap=True)
+            path = results.write(found, args.out, _PLOTTED, _COLOURS)
+            console.print(f"{path}, with a picture beside it", highlight=False, soft_wrap=True)
     return 0
 
 
@@ -213,10 +214,7 @@ def _report(
         interval = median(measure(rounds))
         against = str(ratio(measure(rounds), measure(turns[_RAW]))) if _RAW in turns else ""
         table.add_row(name, str(interval), f"{1e3 / interval.median:.2f}", against)
-        _, low, high = interval.rounded()
-        found["summary"].append(
-            {"variant": name, "metric": metric, "median": interval.rounded()[0], "ci95": [low, high]}
-        )
+        results.summarise(found, name, metric, interval)
         for number, turn in enumerate(rounds):
             found["runs"].append(
                 {"variant": name, "repeat": number, "clips": turn.clips, "cpu_s": round(turn.cpu_s, 5),
@@ -239,11 +237,7 @@ def _verdicts(
 
 
 def _verdict(found: dict[str, Any], console: Console, names: tuple[str, str], interval: Interval, metric: str) -> None:
-    middle, low, high = interval.rounded()
-    word = verdict(interval)
-    found["verdicts"].append(
-        {"a": names[0], "b": names[1], "metric": metric, "ratio": middle, "ci95": [low, high], "verdict": word}
-    )
+    word = results.judge(found, *names, metric, interval)
     console.print(f"{names[0]} / {names[1]}: {interval} ({word})", highlight=False)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import result as results
 from benchmarks.data.clips import Media, repeated
-from benchmarks.timing import interleave, median, paired_ratio, per_cpu_second, per_second, verdict
+from benchmarks.timing import interleave, median, paired_ratio, per_cpu_second, per_second
 from fastav.decode import Dali
 from fastav.decode.base import Read
 from fastav.decode.dali import missing
@@ -101,8 +102,7 @@ def loading_turns(
         mb = (feeds[name].mb_read - before[name]) / seconds
         table.add_row(name, str(speed), str(cpu), f"{mb:.1f}" if mb else "", f"{busy:.0f}", f"{waits:.0f}")
         for metric, interval in (("loader_clips_per_s", speed), ("loader_clips_per_cpu_s", cpu)):
-            middle, low, high = interval.rounded()
-            found["summary"].append({"variant": name, "metric": metric, "median": middle, "ci95": [low, high]})
+            results.summarise(found, name, metric, interval)
         stages = {stage: {k: round(v, 3) for k, v in asdict(s).items()} for stage, s in stats.items()}
         found["runs"].append(
             {
@@ -118,12 +118,8 @@ def loading_turns(
         # Two at a time, as in `duels`: turns of all of them are too far apart on a shared machine.
         both = interleave({name: feeds[name].turn(_batches(name, max(2, batches))) for name in (one, other)}, rounds)
         interval = paired_ratio(per_second(both[one]), per_second(both[other]))
-        middle, low, high = interval.rounded()
-        found["verdicts"].append(
-            {"a": one, "b": other, "metric": "loader_clips_per_s", "ratio": middle, "ci95": [low, high],
-             "verdict": verdict(interval)}
-        )  # fmt: skip
-        console.print(f"loader: {one} / {other}: {interval} ({verdict(interval)})", highlight=False)
+        word = results.judge(found, one, other, "loader_clips_per_s", interval)
+        console.print(f"loader: {one} / {other}: {interval} ({word})", highlight=False)
     for feed in feeds.values():
         feed.loader.close()
 
@@ -158,7 +154,6 @@ def sweep_turns(found: dict[str, Any], console: Console, media: Media, folder: P
             measured["loader_clips_per_cpu_s"] = median(per_cpu_second(made))
         table.add_row(name, *map(str, measured.values()))
         for metric, interval in measured.items():
-            middle, low, high = interval.rounded()
-            found["summary"].append({"variant": name, "metric": metric, "median": middle, "ci95": [low, high]})
+            results.summarise(found, name, metric, interval)
         feeds[name].loader.close()
     console.print(table)

@@ -21,11 +21,12 @@ from rich.table import Table
 from benchmarks import result as results
 from benchmarks.kernels.cases import BACKENDS, CASES, Case, Found, check, implementation, implementations
 from benchmarks.kernels.ceilings import Ceiling, ceilings, timed
-from benchmarks.timing import Interval, interleave, median, paired_ratio, per_second, verdict
+from benchmarks.timing import interleave, median, paired_ratio, per_second
 from fastav.commandline import Parser
 from fastav.errors import FastavError, UserError
 
 PASSES = ("forward", "backward", "both")
+_PLOTTED = {f"{what}_ms": f"{what}, ms in bfloat16" for what in PASSES}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -75,7 +76,7 @@ def main(words: Sequence[str] | None = None) -> int:
         found["notes"].append("checked only" if gpu else "no GPU: everything was checked, nothing timed")
         console.print(found["notes"][-1])
     if gpu or args.out:
-        console.print(f"wrote {results.write(found, args.out)}", highlight=False)
+        console.print(f"wrote {results.write(found, args.out, _PLOTTED)}", highlight=False)
     failed = [one for one in wrong if one[1] not in BACKENDS]  # one of SDPA's backends may have no such shape
     if failed:
         raise FastavError(f"{len(failed)} of the checks failed: {', '.join(sorted(map(str, failed)))}")
@@ -118,11 +119,11 @@ def _time(
     tops = ceilings(chosen[0].segments.in_rows, chosen[0].heads * chosen[0].dim, args.rounds)
     for top in tops:
         console.print(f"ceiling: {top.name}: {top.rate} {top.unit}", highlight=False)
-        _summarise(found, f"ceiling: {top.name}", top.unit, top.rate)
+        results.summarise(found, f"ceiling: {top.name}", top.unit, top.rate)
     for case in chosen:
         right = [name for name in implementations(case, "cuda") if (case.name, name, "bfloat16") not in wrong]
         _time_case(found, console, case, right, tops, args.rounds)
-        results.write(found, args.out)
+        results.write(found, args.out, _PLOTTED)
 
 
 def _time_case(
@@ -153,7 +154,7 @@ def _time_case(
                 what, name, str(ms), f"{work[what] / ms.median / 1e9:.0f}", f"{least[what] / ms.median / 1e6:.0f}",
                 f"{100 * floor / ms.median:.0f} %", f"{peaks[name]:.0f}",
             )  # fmt: skip
-            _summarise(found, f"{case.name}: {name}", f"{what}_ms", ms)
+            results.summarise(found, f"{case.name}: {name}", f"{what}_ms", ms)
             found["runs"].append(
                 {"variant": f"{case.name}: {name}", "repeat": 0, "pass": what, "peak_mib": round(peaks[name], 1),
                  "tflops": work[what] / ms.median / 1e9, "gb_per_s": least[what] / ms.median / 1e6}
@@ -189,11 +190,6 @@ def _peak(run: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _summarise(found: dict[str, Any], variant: str, metric: str, interval: Interval) -> None:
-    middle, low, high = interval.rounded()
-    found["summary"].append({"variant": variant, "metric": metric, "median": middle, "ci95": [low, high]})
-
-
 def _verdicts(found: dict[str, Any], console: Console, case: Case, what: str, rates: dict[str, Any]) -> None:
     """The kernel against each other implementation, by the pairs of turns."""
     if "triton" not in rates:
@@ -202,9 +198,6 @@ def _verdicts(found: dict[str, Any], console: Console, case: Case, what: str, ra
         if name == "triton":
             continue
         interval = paired_ratio(rates["triton"], rates[name])
-        middle, low, high = interval.rounded()
-        found["verdicts"].append(
-            {"a": f"{case.name}: triton", "b": f"{case.name}: {name}", "metric": f"{what}_per_s", "ratio": middle,
-             "ci95": [low, high], "verdict": verdict(interval)}
-        )  # fmt: skip
-        console.print(f"{case.name}, {what}: triton / {name}: {interval} ({verdict(interval)})", highlight=False)
+        names = (f"{case.name}: triton", f"{case.name}: {name}")
+        word = results.judge(found, *names, f"{what}_per_s", interval)
+        console.print(f"{case.name}, {what}: triton / {name}: {interval} ({word})", highlight=False)

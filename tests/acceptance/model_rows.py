@@ -62,7 +62,10 @@ def interpreter(work: Path) -> Result:
         fresh(work)
     found: dict[str, list[list[float]]] = json.loads(kept.read_text()) if kept.exists() else {}
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    report, common = work / "report.xml", ("-q", "-n", "2", "-p", "no:cacheprovider", "-m", "slow or not slow")
+    report, common = (
+        work / "report.xml",
+        ("-q", "-n", "2", "-p", "no:cacheprovider", "-m", "slow or not slow", "--timeout", "3600"),
+    )
     for tokens, frames in sorted(SIZES, key=lambda size: size[0] * size[1]):
         if f"{tokens}-{frames}" in found:
             continue

@@ -1,0 +1,171 @@
+"""What NVML says of this process's GPU: energy, clocks, throttling, how busy its parts are. Read, never changed."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+
+_EVERY_S = 0.05
+# Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h) that mean less than full speed.
+_THROTTLED = {
+    0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal, software", 0x40: "thermal, hardware",
+    0x80: "power brake",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Watched:
+    """What was seen of a GPU during some seconds.
+
+    Attributes:
+        joules: Energy; by the GPU's own counter, or the power of each moment integrated where it has none.
+        sm_mhz: Lowest and highest clock of the multiprocessors.
+        memory_mhz: Lowest and highest clock of the memory.
+        throttled: Why it ran at less than full speed, if it did.
+        sm_pct: Mean share of the time in which a kernel ran.
+        nvdec_pct: Mean use of the video decoder.
+    """
+
+    joules: float | None = None
+    sm_mhz: tuple[int, int] | None = None
+    memory_mhz: tuple[int, int] | None = None
+    throttled: list[str] = field(default_factory=list)
+    sm_pct: float | None = None
+    nvdec_pct: float | None = None
+
+
+class Gpu:
+    """A GPU as NVML sees it.
+
+    Args:
+        nvml: The module `pynvml`, initialised.
+        handle: NVML's handle.
+    """
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml, self._handle = nvml, handle
+
+    @classmethod
+    def of(cls, device: torch.device) -> Gpu | None:
+        """The GPU that torch calls `device`, whatever its number is elsewhere; None where NVML cannot be asked."""
+        if device.type != "cuda":
+            return None
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+            return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(name))
+        except Exception:  # no driver that can be asked: a container without `utility`
+            return None
+
+    def ask(self, name: str, *words: Any) -> Any:
+        """What an NVML function says of this GPU; None where it cannot say."""
+        try:
+            return getattr(self._nvml, name)(self._handle, *words)
+        except Exception:  # not supported by this GPU, or not allowed in this container
+            return None
+
+    def facts(self) -> dict[str, Any]:
+        """What may explain a figure: error correction, persistence, power limit, who else computes here."""
+        ecc, others = self.ask("nvmlDeviceGetEccMode"), self.ask("nvmlDeviceGetComputeRunningProcesses")
+        limit = self.ask("nvmlDeviceGetPowerManagementLimit")
+        return {
+            "ecc": None if ecc is None else bool(ecc[0]),
+            "persistence": self.ask("nvmlDeviceGetPersistenceMode"),
+            "power_limit_w": None if limit is None else limit / 1e3,
+            "processes": None if others is None else len(others),
+            "temperature_c": self.ask("nvmlDeviceGetTemperature", 0),
+        }
+
+    def energy_j(self) -> float | None:
+        """The counter of energy since the driver was loaded, joules; GPUs before Volta have none."""
+        counted = self.ask("nvmlDeviceGetTotalEnergyConsumption")
+        return None if counted is None else counted / 1e3
+
+    def power_w(self) -> float | None:
+        """The power of this moment, watts."""
+        found = self.ask("nvmlDeviceGetPowerUsage")
+        return None if found is None else found / 1e3
+
+
+class Watch:
+    """While entered, watches a GPU from a thread; `found` then says what was seen.
+
+    Args:
+        gpu: None for nothing to watch.
+        every_s: Seconds between looks.
+    """
+
+    def __init__(self, gpu: Gpu | None, every_s: float = _EVERY_S) -> None:
+        self._gpu, self._every_s, self.found = gpu, every_s, Watched()
+        self._end = threading.Event()
+        self._powers: list[tuple[float, float]] = []
+        self._sm: list[int] = []
+        self._memory: list[int] = []
+        self._busy: list[int] = []
+        self._nvdec: list[int] = []
+        self._reasons = 0
+
+    def __enter__(self) -> Watch:
+        if self._gpu is not None:
+            self._before = self._gpu.energy_j()
+            self._thread = threading.Thread(target=self._look_on, name="nvml", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._gpu is None:
+            return
+        self._end.set()
+        self._thread.join()
+        after = self._gpu.energy_j()
+        counted = after - self._before if after is not None and self._before is not None else None
+        self.found = Watched(
+            joules=counted if counted is not None else integral(self._powers),
+            sm_mhz=(min(self._sm), max(self._sm)) if self._sm else None,
+            memory_mhz=(min(self._memory), max(self._memory)) if self._memory else None,
+            throttled=[reason for bit, reason in _THROTTLED.items() if self._reasons & bit],
+            sm_pct=_mean(self._busy),
+            nvdec_pct=_mean(self._nvdec),
+        )
+
+    def _look_on(self) -> None:
+        while True:
+            self._look()
+            if self._end.wait(self._every_s):
+                return self._look()
+
+    def _look(self) -> None:
+        assert self._gpu is not None
+        power, busy = self._gpu.power_w(), self._gpu.ask("nvmlDeviceGetUtilizationRates")
+        decoder = self._gpu.ask("nvmlDeviceGetDecoderUtilization")
+        if power is not None:
+            self._powers.append((time.perf_counter(), power))
+        for clock, kept in ((1, self._sm), (2, self._memory)):  # NVML_CLOCK_SM, NVML_CLOCK_MEM
+            found = self._gpu.ask("nvmlDeviceGetClockInfo", clock)
+            kept += [] if found is None else [found]
+        self._busy += [] if busy is None else [busy.gpu]
+        self._nvdec += [] if decoder is None else [decoder[0]]
+        self._reasons |= self._gpu.ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+
+
+def integral(powers: list[tuple[float, float]]) -> float | None:
+    """Energy in joules of (seconds, watts) by the trapezoid rule; None of fewer than two."""
+    if len(powers) < 2:
+        return None
+    pairs = itertools.pairwise(powers)
+    return sum((then - now) * (one + other) / 2 for (now, one), (then, other) in pairs)
+
+
+def _mean(values: list[int]) -> float | None:
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,280 @@
+"""Weak and strong scaling: `python -m benchmarks scale [RECIPE] [--ranks 1,2,4] [--section.key value ...]`.
+
+Each number of ranks is started in turn (1 2 4, 4 2 1, ...), and measures, interleaved: steps with as many clips for
+each rank as one has, steps whose clips all share, both with and without sending gradients, the real loop, and
+all-reduces. Efficiency is against one rank; the share of the all-reduce is what a step takes longer with it than
+without. The model on paper (`benchmarks/scaling.md`) gets what one rank and the links of the smallest group show,
+and is held against the rest.
+
+Several nodes: run `python -m benchmarks.scale.rank` under torchrun or srun for each number of nodes, then
+`python -m benchmarks scale --files FILE ...`. `--paper` measures nothing: it prints what the model makes of given
+numbers, up to 1,024 ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import result as results
+from benchmarks.plot import lines
+from benchmarks.scale.paper import Cluster, Link, Work, fitted, strong, weak
+from benchmarks.timing import Interval, median, ratio
+from benchmarks.train import prepared, split_keys
+from fastav.commandline import Parser
+from fastav.errors import FastavError, UserError
+from fastav.meter import num_cores
+
+KINDS = ("weak", "strong")
+_FAR = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_SHARDED = ("fsdp", "zero3")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options that the suite and its ranks share."""
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="what to train")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a turn (8)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each mode in one start of the ranks (5)")
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
+    """Reads the suite's options; what is left are keys of the recipe, in `overrides`."""
+    parser = Parser(prog="python -m benchmarks scale", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add_arguments(parser)
+    gpus = torch.cuda.device_count()
+    counts = ",".join(str(n) for n in (1, 2, 4, 8) if n <= gpus) or "1,2,4"
+    parser.add_argument("--ranks", default=counts, metavar="N,M", help=f"numbers of ranks ({counts})")
+    parser.add_argument("--rounds", type=int, default=3, help="starts of each number of ranks (3)")
+    parser.add_argument(
+        "--config", metavar="FILE", help="an accelerate config: the strategy of more than one rank (DDP)"
+    )
+    parser.add_argument("--footage", type=Path, metavar="FILE", help="a real video of 10 s for the clips that are made")
+    parser.add_argument("--folder", type=Path, help="keep clips and files of the ranks here; default: a temporary one")
+    parser.add_argument("--files", nargs="+", type=Path, metavar="FILE", help="take what ranks have measured already")
+    parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
+    paper = parser.add_argument_group("on paper alone")
+    paper.add_argument("--paper", action="store_true", help="measure nothing, compute")
+    paper.add_argument("--step-ms", type=float, help="of one rank without others")
+    paper.add_argument("--clips", type=int, default=64, help="of that step, which ranks may share (64)")
+    paper.add_argument("--gradient-mb", type=float, help="what is reduced in a step")
+    paper.add_argument("--bucket-mb", type=float, default=25.0, help="in pieces of (25)")
+    paper.add_argument("--inside", default="0,0", metavar="GB/S,US", help="link inside a node: bandwidth and latency")
+    paper.add_argument("--between", default="0,0", metavar="GB/S,US", help="link of one rank to other nodes")
+    paper.add_argument("--per-node", type=int, default=8, help="ranks of a node (8)")
+    paper.add_argument("--jitter-ms", type=float, default=0.0, help="standard deviation of a rank's step (0)")
+    paper.add_argument("--sharded", action="store_true", help="FSDP or ZeRO-3: half as much traffic again")
+    own, overrides = split_keys(words)
+    args = parser.parse_args(own)
+    args.overrides = overrides
+    return args
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the suite."""
+    args, console = arguments(list(words or [])), Console()
+    if args.paper:
+        show_paper(args, console)
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        files = args.files or launch(args, folder, console)
+        measured = [_read(file) for file in files]
+    found = results.new(
+        "scale", list(words or []), {"ranks": sorted({one["world"] for one in measured}), "kind": list(KINDS)}
+    )
+    series, dashed = report(found, console, measured)
+    path = results.write(found, args.out)
+    labels = ("ranks", "efficiency against one rank")
+    picture = lines(found, series, path.with_suffix(".png"), labels, dashed)
+    console.print(f"{path} and {picture}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def launch(args: argparse.Namespace, folder: Path, console: Console) -> list[Path]:
+    """Starts each number of ranks in turning order; returns the files that they wrote.
+
+    Raises:
+        FastavError: A start failed.
+        UserError: The numbers of ranks are none.
+    """
+    try:
+        counts = [int(count) for count in args.ranks.split(",")]
+    except ValueError:
+        raise UserError(f"--ranks {args.ranks}: expected numbers, such as 1,2,4") from None
+    if 1 not in counts:
+        raise UserError(f"--ranks {args.ranks}: expected 1 among them, which efficiency is against")
+    path, words = prepared(args.recipe, args.overrides, args.footage, folder)
+    # A rank computes with one thread on a CPU, so that more ranks are more cores until there are no more.
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    files = []
+    for number in range(args.rounds):
+        for count in counts if number % 2 == 0 else counts[::-1]:
+            out = folder / f"ranks_{count}_{number}.json"
+            rank = ["-m", "benchmarks.scale.rank", str(path), *words, "--steps", str(args.steps)]
+            rank += ["--turns", str(args.turns), "--folder", str(folder / f"runs_{number}"), "--out", str(out)]
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+            strategy = {"FASTAV_ACCELERATE_CONFIG": args.config} if args.config and count > 1 else {}
+            done = subprocess.run(
+                [sys.executable, *launcher, *rank], env=environment | strategy, capture_output=True, text=True
+            )
+            if done.returncode:
+                raise FastavError(f"{count} ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
+            console.log(f"round {number + 1} of {args.rounds}: {count} ranks")
+            files.append(out)
+    return files
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+        found["world"], found["step_s"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not what benchmarks.scale.rank writes: {error!r}") from None
+    return found
+
+
+def report(found: dict[str, Any], console: Console, measured: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
+    """Adds and prints all figures; returns the lines of the picture, and those that were computed."""
+    first = measured[0]
+    counts = sorted({one["world"] for one in measured})
+    if counts[0] != 1:
+        raise UserError("no file of one rank, which efficiency is against")
+    many = next(one for one in measured if one["world"] == counts[-1])
+    found["work"] = {key: many[key] for key in ("strategy", "batch", "gradient_mb", "bucket_mb", "threads", "device")}
+    paper = _on_paper(measured)
+    table = Table(title=f"{many['strategy']}, {first['batch']} clips, {first['gradient_mb']:.1f} MB of gradients")
+    for column in ("", "ms a step", "efficiency", "on paper", "send %", "loop"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    series: dict[str, list[Any]] = {kind: [] for kind in KINDS}
+    for kind in KINDS:
+        for count in counts:
+            row = _row(found, measured, kind, count)
+            series[kind].append((count, row["efficiency"].median, row["efficiency"].low, row["efficiency"].high))
+            told = paper[kind].get(count)
+            off = "" if told is None else f"{told:.2f} ({100 * (told / row['efficiency'].median - 1):+.0f}%)"
+            ms, share, loop = (str(row[key]).split(" ")[0] if key in row else "" for key in ("ms", "share", "loop"))
+            table.add_row(f"{kind}, {count}", ms, str(row["efficiency"]), off, share, loop)
+            found["runs"].append({"variant": f"{kind}, {count} ranks", "repeat": 0, "paper_efficiency": told})
+    console.print(table)
+    found["paper"] = paper["inputs"]
+    console.print(f"on paper from {paper['inputs']}", highlight=False, soft_wrap=True)
+    if counts[-1] > max(one["per_node"] for one in measured):
+        found["notes"].append(
+            "on paper, links between nodes are taken to be those inside one: they were not told apart"
+        )
+    if first["device"] == "cpu" and counts[-1] * first["threads"] > num_cores():
+        found["notes"].append(f"more ranks than the {num_cores()} cores: they share them")
+    return series, {kind: sorted(paper[kind].items()) for kind in KINDS if paper[kind]}
+
+
+def _row(found: dict[str, Any], measured: Sequence[dict[str, Any]], kind: str, count: int) -> dict[str, Interval]:
+    """What was measured of one number of ranks."""
+    named = kind if count > 1 else "weak"
+    alone, many = _steps(measured, 1, "weak: model"), _steps(measured, count, f"{named}: model")
+    clips = measured[0]["batch"] * (count if kind == "weak" else 1)
+    share = 1 if kind == "weak" else count  # what perfect ranks would take of the step of one
+    row = {"ms": median(1e3 * many), "clips": median(clips / many), "efficiency": ratio(alone, many * share)}
+    apart = _steps(measured, count, f"{named}: apart")
+    if len(apart):
+        row["share"] = median(100 * np.maximum(0, 1 - apart / many))
+    row["loop"] = ratio(
+        _steps(measured, 1, "weak: end to end"), _steps(measured, count, f"{named}: end to end") * share
+    )
+    units = {"ms": "step_ms", "clips": "clips_per_s", "share": "all_reduce_pct", "efficiency": "efficiency",
+             "loop": "loop_efficiency"}  # fmt: skip
+    for key, interval in row.items():
+        results.summarise(found, f"{kind}, {count} ranks", units[key], interval)
+    for number, seconds in enumerate(many):
+        found["runs"].append({"variant": f"{kind}, {count} ranks", "repeat": number, "step_ms": 1e3 * seconds})
+    return row
+
+
+def _steps(measured: Sequence[dict[str, Any]], count: int, mode: str) -> Any:
+    """Seconds of a step, of all turns of all starts."""
+    return np.array([s for one in measured if one["world"] == count for s in one["step_s"].get(mode, [])])
+
+
+def _on_paper(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Efficiencies that the model predicts, from one rank's steps and the links of the smallest group."""
+    first = measured[0]
+    whole, half = (_steps(measured, 1, f"{kind}: model") for kind in ("weak", "half"))
+    groups = sorted((one for one in measured if one["all_reduce_s"]), key=lambda one: int(one["world"]))
+    if not groups:
+        return {"weak": {}, "strong": {}, "inputs": None}
+    smallest = [one for one in groups if one["world"] == groups[0]["world"]]
+    times = [
+        (mb, float(np.median([s for one in smallest for s in one["all_reduce_s"][place][1]])))
+        for place, (mb, _) in enumerate(smallest[0]["all_reduce_s"])
+    ]
+    link = fitted(times, smallest[0]["world"])
+    on_cpu = first["device"] == "cpu"
+    compute = float(np.median(whole))
+    fixed = min(max(0.0, 2 * float(np.median(half)) - compute), compute) if len(half) else 0.0
+    work = Work(
+        compute, first["gradient_mb"], fixed, first["bucket_mb"],
+        passes=1.5 if groups[0]["strategy"] in _SHARDED else 1.0, hidden=0.0 if on_cpu else 1.0,
+    )  # fmt: skip
+    per_node = max(one["per_node"] for one in measured)
+    cluster = Cluster(link, link, per_node, cores=first["cores"] / first["threads"] if on_cpu else None)
+    counts = sorted({one["world"] for one in measured})
+    inputs = {
+        "compute_ms": round(1e3 * work.compute_s, 3), "fixed_ms": round(1e3 * work.fixed_s, 3),
+        "gradient_mb": round(work.gradient_mb, 3), "link_gb_per_s": round(link.gb_per_s, 4),
+        "latency_us": round(link.latency_us, 1), "from_ranks": smallest[0]["world"],
+    }  # fmt: skip
+    predicted = {"weak": weak(work, counts, cluster), "strong": strong(work, counts, cluster)}
+    made = {kind: {one.ranks: efficiency for one, efficiency in rows} for kind, rows in predicted.items()}
+    return {**made, "inputs": inputs}
+
+
+def show_paper(args: argparse.Namespace, console: Console) -> None:
+    """Prints what the model makes of given numbers.
+
+    Raises:
+        UserError: One is missing.
+    """
+    if not args.step_ms or not args.gradient_mb:
+        raise UserError("--paper: expected --step-ms and --gradient-mb, and --inside and --between as GB/S,US")
+    cluster = Cluster(_link("--inside", args.inside), _link("--between", args.between), args.per_node)
+    work = Work(
+        args.step_ms / 1e3, args.gradient_mb, bucket_mb=args.bucket_mb, jitter_s=args.jitter_ms / 1e3,
+        passes=1.5 if args.sharded else 1.0,
+    )  # fmt: skip
+    for line in paper_table(work, cluster, args.clips):
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def paper_table(work: Work, cluster: Cluster, clips: int) -> list[str]:
+    """The prediction as lines of Markdown; strong scaling ends with a clip for each rank."""
+    found = [
+        "| ranks | ms a step | transfers, ms | waited for, ms | slowest rank, ms | weak | strong |",
+        "|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for (one, efficiency), (_, shared) in zip(weak(work, _FAR, cluster), strong(work, _FAR, cluster), strict=True):
+        times = (one.seconds, one.communication_s, one.exposed_s, one.straggling_s)
+        told = " | ".join(f"{1e3 * seconds:.1f}" for seconds in times)
+        found.append(f"| {one.ranks} | {told} | {efficiency:.3f} | {f'{shared:.3f}' if one.ranks <= clips else ''} |")
+    return found
+
+
+def _link(option: str, words: str) -> Link:
+    try:
+        bandwidth, latency = (float(word) for word in words.split(","))
+    except ValueError:
+        raise UserError(f"{option} {words}: expected GB/S,US, such as 450,3") from None
+    if bandwidth <= 0:
+        raise UserError(f"{option} {words}: expected a bandwidth above 0, as GB/S,US, such as 450,3")
+    return Link(bandwidth, latency)

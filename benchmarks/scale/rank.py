@@ -1,0 +1,133 @@
+"""One rank of a measurement of scaling; all of a job run it: `torchrun ... -m benchmarks.scale.rank RECIPE --out FILE`.
+
+In turns: weak scaling (`train.batch` clips for each rank) and strong (`train.batch` for all), each as steps on a batch
+that stays on the device, the same without sending gradients (DDP), and the real loop; and all-reduces of several sizes
+by themselves. Rank 0 writes what was measured; `python -m benchmarks scale --files FILE ...` makes figures of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from benchmarks.scale import add_arguments
+from benchmarks.timing import Turn, interleave
+from benchmarks.train import split_keys
+from benchmarks.train.bench import Bench
+from fastav import recipe as recipes
+from fastav.commandline import Parser
+from fastav.errors import FastavError
+from fastav.files import write_text
+from fastav.meter import num_cores
+from fastav.ranks import leave
+from fastav.recipe import Recipe
+
+SIZES_MB = (0.004, 0.25, 1.0, 4.0)
+"""Of the all-reduces that tell bandwidth from latency, beside one of the whole gradient."""
+_REPEATS = 7
+
+
+def main(words: Sequence[str]) -> int:
+    """Measures; on all ranks of the job."""
+    parser = Parser(prog="benchmarks.scale.rank", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--folder", type=Path, help="for run folders, shared by all nodes")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON")
+    own, overrides = split_keys(words)
+    args = parser.parse_args(own)
+    recipe = recipes.load(args.recipe, [*overrides, "--data.test", "", "--train.eval_every", "0"])
+    with tempfile.TemporaryDirectory() as scratch:
+        found = measure(recipe, args.folder or Path(scratch), args.steps, args.turns)
+    if os.environ.get("RANK", "0") == "0":
+        write_text(args.out, json.dumps(found, indent=1) + "\n")
+    leave()
+    return 0
+
+
+def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, Any]:
+    """Runs all turns; returns what a file of one world size holds."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    batch = recipe.train.batch
+    # On one rank both kinds are the same, and half of the batch tells what of a step does not shrink with it.
+    batches = {"weak": batch * world, "strong": batch} if world > 1 else {"weak": batch, "half": batch // 2}
+    benches = {}
+    for kind, clips in batches.items():
+        sized = msgspec.structs.replace(recipe.train, batch=clips, micro_batch=0)
+        benches[kind] = Bench(msgspec.structs.replace(recipe, train=sized, out=str(folder / f"{world}_{kind}")), steps)
+    modes = {}
+    for kind, bench in benches.items():
+        modes[f"{kind}: model"] = bench.model
+        if bench.session.strategy.name == "ddp":
+            modes[f"{kind}: apart"] = _apart(bench)
+        if kind != "half":
+            modes[f"{kind}: end to end"] = bench.end_to_end
+    made = interleave(modes, turns)
+    first = benches["weak"]
+    trained = sum(p.numel() for p in first.session.model.parameters() if p.requires_grad)
+    gradient_mb = trained * (2 if recipe.train.reduce_dtype == "bf16" else 4) / 1e6
+    found = {
+        "world": world, "per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "device": first.device.type,
+        "strategy": first.session.strategy.name, "batch": batch, "cores": num_cores(),
+        "threads": torch.get_num_threads(), "gradient_mb": gradient_mb, "bucket_mb": recipe.train.bucket_mb,
+        "step_s": {name: [turn.wall_s / steps for turn in turns] for name, turns in made.items()},
+        "all_reduce_s": _all_reduces(first.device, gradient_mb) if world > 1 else [],
+    }  # fmt: skip
+    for bench in benches.values():
+        bench.close()
+    return found
+
+
+def _apart(bench: Bench) -> Any:
+    """A turn of steps whose gradients are not sent; the ranks still agree on each step's loss."""
+
+    def turn() -> Turn:
+        with _unjoined(bench.session.strategy):
+            return bench.model()
+
+    return turn
+
+
+@contextlib.contextmanager
+def _unjoined(strategy: Any) -> Iterator[None]:
+    joined = strategy.part
+    strategy.part = lambda *, last: joined(last=False)
+    try:
+        yield
+    finally:
+        strategy.part = joined
+
+
+def _all_reduces(device: torch.device, gradient_mb: float) -> list[tuple[float, list[float]]]:
+    """(MB, seconds of each repeat)."""
+    found = []
+    for mb in sorted({*SIZES_MB, round(gradient_mb, 3)}):
+        tensor = torch.ones(max(1, int(mb * 1e6 / 4)), device=device)
+        times = []
+        for _ in range(_REPEATS + 2):
+            dist.barrier()
+            begun = time.perf_counter()
+            dist.all_reduce(tensor)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begun)
+        found.append((tensor.numel() * 4 / 1e6, times[2:]))
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except FastavError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

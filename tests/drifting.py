@@ -1,0 +1,34 @@
+"""Run by torchrun on two ranks: how far their parameters are apart after steps with and without sending gradients."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+
+from benchmarks.scale.rank import _unjoined
+from benchmarks.train.bench import Bench
+from fastav import recipe as recipes
+from fastav.ranks import leave
+
+
+def spread(bench):
+    """Largest difference of a parameter between the ranks."""
+    flat = torch.cat([p.detach().flatten() for p in bench.session.model.parameters()])
+    sums = [torch.empty_like(flat) for _ in range(2)]
+    torch.distributed.all_gather(sums, flat)
+    return float((sums[0] - sums[1]).abs().max())
+
+
+if __name__ == "__main__":
+    bench = Bench(recipes.load(None, [*sys.argv[1:], "--optim.schedule.kind", "constant"]), 2)
+    bench.end_to_end()
+    found = {"joined": spread(bench)}
+    with _unjoined(bench.session.strategy):
+        bench.end_to_end()
+    found["apart"] = spread(bench)
+    if bench.session.ranks.main:
+        print(json.dumps(found), flush=True)
+    bench.close()
+    leave()
