@@ -255,8 +255,10 @@ class Preflight:
             make = gauges.Exchange if key == "exchange" else gauges.AllReduce
             talk = make(team, groups[teams.index(team)], rank, self._device)
             kept.append(talk)
-            talk.check()
-            return {"once_s": gauges.took_s(self._device, talk.run)}
+            talk.run()
+            once_s = gauges.took_s(self._device, talk.run)
+            talk.check()  # last: whoever finds fault leaves nobody waiting
+            return {"once_s": once_s}
 
         def measure() -> Rates:
             if not team:
