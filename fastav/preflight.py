@@ -62,8 +62,10 @@ def main(args: argparse.Namespace) -> int:
         ranks = Ranks(Training())
         found = Preflight(ranks.crew, ranks.device, args.seconds, args.patience).run()
         faults, console = judge(found, args.slow), Console(sys.stdout, quiet=not ranks.main)
-        for line in [*(one.tell() for one in found), *(f"{fault.kind}: {fault.text}" for fault in faults)]:
-            console.log(line)
+        for one in found:
+            console.log(one.tell())
+        for fault in faults:
+            console.log(f"slow: {fault.text}" if fault.kind == "slow" else fault.text)
         console.log(summary(found, faults, args.slow))
         if args.json and ranks.main:
             write_text(args.json, json.dumps(table(found, faults), indent=1))

@@ -211,7 +211,8 @@ def test_the_verb_prints_a_line_a_rank_and_writes_everything(tmp_path, capsys):
 def test_the_verb_ends_with_1_for_a_broken_rank(monkeypatch, capsys):
     monkeypatch.setattr(torch, "mm", spoiled(0, 32))
     assert main(["preflight", "--seconds", "0.01"]) == 1
-    assert "broken: rank 0 (host " in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert re.search(r"^rank 0 \(host \S+, cpu, CPU\): broken: matrix product: 1 of 4096 numbers", told, flags=re.M)
 
 
 def slow_gpu(self):
