@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from fastav.config import Config, NonNegativeFloat, PositiveInt
+from fastav.config import Config, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from fastav.errors import FastavError, listed
 
 Kind = Literal["", "non-finite", "spike"]
@@ -26,6 +26,12 @@ class Guarding(Config, frozen=True):
         on_spike: Tell it and go on (`log`), leave the step out (`skip`), or end the run (`stop`).
         slow_rank: A rank is slow if loading and forward pass take it more than so many times as long as the median
             rank, over at least 20 steps; 0 looks for none.
+        preflight: Whether devices and network are measured before the first step: in jobs of more than one node
+            (`auto`), or also on a single one.
+        slow_device: A rank is slow in the preflight with less than this share of the median rate; 0 looks for none.
+        on_slow_device: Tell it and go on (`log`), or end the run (`stop`). On a CPU it is only told: rates depend on
+            who else runs there. A device that computes wrong, or not at all, always ends the run.
+        preflight_patience_s: Seconds within which each measurement of the preflight must end.
     """
 
     on_non_finite: Literal["skip", "stop"] = "skip"
@@ -34,6 +40,10 @@ class Guarding(Config, frozen=True):
     window: PositiveInt = 50
     on_spike: Literal["log", "skip", "stop"] = "log"
     slow_rank: NonNegativeFloat = 1.5
+    preflight: Literal["auto", "always", "never"] = "auto"
+    slow_device: Fraction = 0.8
+    on_slow_device: Literal["log", "stop"] = "log"
+    preflight_patience_s: PositiveFloat = 60.0
 
 
 class Guard:

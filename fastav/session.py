@@ -24,6 +24,7 @@ from fastav.metrics import RANKING
 from fastav.model import AVModel
 from fastav.optim import Ema
 from fastav.pipeline import describe_decoder, evaluation_source, measured_frontend, modalities, training_source
+from fastav.preflight import before_training
 from fastav.rank_log import RankLog
 from fastav.ranks import Ranks
 from fastav.recipe import Recipe
@@ -67,12 +68,13 @@ class Session:
     def _start(self, recipe: Recipe) -> None:
         self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep, self.ranks.crew)
         self.saver = Saver(self.checkpoints, asynchronous=recipe.saving.asynchronous)
+        found = self.checkpoints.newest()
+        before_training(self.ranks, recipe.guard, self.run, self.console, found.step if found else 0)
         self.source = training_source(recipe)
         if recipe.data.test:
             evaluation_source(recipe)  # a missing split is told now, not after the training
         self.step, self.broken, self.seen = 0, 0, 0
         self.best: dict[str, Any] = {}
-        found = self.checkpoints.newest()
         self.recipe = self._settle(recipe, found)
         self._check_agreement(found)
         self._build(found)
