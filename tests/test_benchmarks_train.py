@@ -379,7 +379,8 @@ def test_unsent_gradients_stay_on_their_rank(tiny, tmp_path):
     """The steps that tell what sending costs: without it ranks drift apart, with it they stay together."""
     words = tiny("bottleneck", tmp_path / "run", "--data.test", "")
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*ranks, "-m", "tests.drifting", *words], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = [*ranks, "-m", "tests.drifting", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-2000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["joined"] == 0
