@@ -65,6 +65,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keep clips and files of the ranks here; default: a temporary one")
     parser.add_argument("--files", nargs="+", type=Path, metavar="FILE", help="take what ranks have measured already")
     parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
+    parser.add_argument("--quick", action="store_true", help="one short start of 1 and 2 ranks: whether it runs")
     paper = parser.add_argument_group("on paper alone")
     paper.add_argument("--paper", action="store_true", help="measure nothing, compute")
     paper.add_argument("--step-ms", type=float, help="of one rank without others")
@@ -79,6 +80,8 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     own, overrides = split_keys(words)
     args = parser.parse_args(own)
     args.overrides = overrides
+    if args.quick:
+        args.ranks, args.rounds, args.steps, args.turns = "1,2", 1, 1, 2
     return args
 
 
