@@ -237,9 +237,9 @@ def _time(
             found["runs"].append(
                 {"variant": name, "repeat": 0, "pass": what, "mfu_pct": mfu, "peak_gib": round(memory[name], 2)}
             )
-        for one, other in itertools.permutations(rates, 2):
-            if one.startswith("ours") or other == _BASELINE:
-                interval = paired_ratio(rates[one], rates[other])
-                results.judge(found, one, other, f"{what}: clips_per_s", interval)
+        for a, b in itertools.permutations(rates, 2):
+            if a.startswith("ours") or b == _BASELINE:
+                interval = paired_ratio(rates[a], rates[b])
+                results.judge(found, a, b, f"{what}: clips_per_s", interval)
         console.print(table)
         results.write(found, args.out, _PLOTTED)

@@ -7,7 +7,6 @@ import sys
 
 import torch
 
-from benchmarks.scale.rank import _unjoined
 from benchmarks.train.bench import Bench
 from fastav import recipe as recipes
 from fastav.ranks import leave
@@ -24,9 +23,9 @@ def spread(bench):
 if __name__ == "__main__":
     bench = Bench(recipes.load(None, [*sys.argv[1:], "--optim.schedule.kind", "constant"]), 2)
     bench.end_to_end()
+    bench.model()
     found = {"joined": spread(bench)}
-    with _unjoined(bench.session.strategy):
-        bench.end_to_end()
+    bench.apart()
     found["apart"] = spread(bench)
     if bench.session.ranks.main:
         print(json.dumps(found), flush=True)

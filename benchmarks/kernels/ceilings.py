@@ -46,9 +46,9 @@ def _elapsed(run: Callable[[], object]) -> float:
     """Seconds of the second of two runs: the first may compile."""
     run()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()  # type: ignore[no-untyped-call]
+    start.record()
     run()
-    end.record()  # type: ignore[no-untyped-call]
+    end.record()
     torch.cuda.synchronize()
     return float(start.elapsed_time(end)) / 1e3
 

@@ -7,13 +7,12 @@ by themselves. Rank 0 writes what was measured; `python -m benchmarks scale --fi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.scale import add_arguments
-from benchmarks.timing import Turn, interleave
+from benchmarks.timing import interleave
 from benchmarks.train import split_keys
 from benchmarks.train.bench import Bench
 from fastav import recipe as recipes
@@ -68,8 +67,8 @@ def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, A
     modes = {}
     for kind, bench in benches.items():
         modes[f"{kind}: model"] = bench.model
-        if bench.session.strategy.name == "ddp":
-            modes[f"{kind}: apart"] = _apart(bench)
+        if bench.sends:
+            modes[f"{kind}: apart"] = bench.apart
         if kind != "half":
             modes[f"{kind}: end to end"] = bench.end_to_end
     made = interleave(modes, turns)
@@ -86,26 +85,6 @@ def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, A
     for bench in benches.values():
         bench.close()
     return found
-
-
-def _apart(bench: Bench) -> Any:
-    """A turn of steps whose gradients are not sent; the ranks still agree on each step's loss."""
-
-    def turn() -> Turn:
-        with _unjoined(bench.session.strategy):
-            return bench.model()
-
-    return turn
-
-
-@contextlib.contextmanager
-def _unjoined(strategy: Any) -> Iterator[None]:
-    joined = strategy.part
-    strategy.part = lambda *, last: joined(last=False)
-    try:
-        yield
-    finally:
-        strategy.part = joined
 
 
 def _all_reduces(device: torch.device, gradient_mb: float) -> list[tuple[float, list[float]]]:

@@ -1,10 +1,11 @@
 """The real loop, and what holds it up: `python -m benchmarks train [RECIPE] [--section.key value ...]`.
 
 In turns, in one process, with the trainer's own step and loader: batches alone; the model alone, on a batch that stays
-on the device; both, as a run does; and the model while batches are made and thrown away. From these follow overlap
-efficiency (the slower side alone over both together), interference, the wait of the host beside the idle time of the
-device, joules a clip, and the name of what binds with the knob to turn. `--vary optim.ema=0,0.999` (any key) measures
-variants beside each other, A B B A, with a verdict from the interval of the pairs.
+on the device; both, as a run does; and the model while batches are made and thrown away (under DDP also the model
+without sending gradients). From these follow overlap efficiency (the slower side alone over both together),
+interference, the wait of the host beside the idle time of the device, joules a clip, and the name of what binds with
+the knob to turn. `--vary optim.ema=0,0.999` (any key) measures variants beside each other, A B B A, with a verdict from
+the interval of the pairs.
 
 Without a recipe: two ViT-B/16 towers in bf16 on a GPU, `launch/recipes/small.toml` without one. Without a manifest:
 clips that are made and packed for it (`--footage FILE` takes a real video). Under torchrun or accelerate the step is
@@ -31,7 +32,7 @@ from rich.table import Table
 from benchmarks import result as results
 from benchmarks.data.clips import make, repeated
 from benchmarks.timing import Interval, Turn, interleave, median, paired_ratio
-from benchmarks.train.bench import MODES, Bench
+from benchmarks.train.bench import APART, MODES, Bench
 from benchmarks.train.bound import Parts, bound
 from fastav import recipe as recipes
 from fastav.commandline import Parser
@@ -97,7 +98,7 @@ def main(words: Sequence[str] | None = None) -> int:
         folder = args.folder or Path(scratch)
         chosen = variants(args, folder)
         found = results.new("train", list(words or []), _varied(args.vary))
-        found["recipe"] = recipes.to_table(next(iter(chosen.values())))
+        found["recipe"] = _without_places(next(iter(chosen.values())))
         benches = {name: Bench(recipe, args.steps) for name, recipe in chosen.items()}
         try:
             first = next(iter(benches.values()))
@@ -106,7 +107,7 @@ def main(words: Sequence[str] | None = None) -> int:
             turns = {_label(name, mode): run for name, one in benches.items() for mode, run in one.modes().items()}
             made = interleave(turns, args.rounds, told=lambda text: console.log(text))
             for name, one in benches.items():
-                _report(found, console, name, one, {mode: made[_label(name, mode)] for mode in MODES})
+                _report(found, console, name, one, {mode: made[_label(name, mode)] for mode in one.modes()})
             _verdicts(found, console, list(benches), made)
         finally:
             for one in benches.values():
@@ -116,6 +117,12 @@ def main(words: Sequence[str] | None = None) -> int:
             path = results.write(found, args.out, _PLOTTED, {"end to end": "#d1495b"})
             console.print(f"{path}, with a picture beside it", highlight=False, soft_wrap=True)
     return 0
+
+
+def _without_places(recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe without where its files lie on this machine."""
+    data = msgspec.structs.replace(recipe.data, manifest=Path(recipe.data.manifest).name, shards="", aliases="")
+    return recipes.to_table(msgspec.structs.replace(recipe, data=data, out=""))
 
 
 def prepared(
@@ -217,9 +224,11 @@ def parts(bench: Bench, turns: dict[str, list[Turn]]) -> Parts:
         threads = 1 if name in ("plan", "collate") else recipe.loading.num_workers()
         stages[name] = 100 * sum(turn.facts["stages"][name] for turn in data) / took / threads
     d, m, e, b = (float(np.median(step_s(turns[mode]))) for mode in MODES)
+    sent = 1 - float(np.median(step_s(turns[APART]))) / m if APART in turns else 0.0
     return Parts(
         d, m, e, b, cpu_pct=median_of(data, "cpu_pct"), nvdec_pct=median_of(data, "nvdec_pct"), stages=stages,
         processes=recipe.loading.worker == "process", gpu=bench.device.type == "cuda",
+        communication_pct=100 * max(0.0, sent),
     )  # fmt: skip
 
 

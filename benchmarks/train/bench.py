@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from fastav.recipe import Recipe
 from fastav.train import Trainer
 
 MODES = ("data", "model", "end to end", "model beside data")
+APART = "model, not sending"
 _FOREVER = 1_000_000  # steps: nobody waits for the end of such a run
 
 
@@ -63,7 +66,7 @@ class Idle:
         if self.device.type != "cuda":
             return None
         event = torch.cuda.Event(enable_timing=True)
-        event.record()  # type: ignore[no-untyped-call]
+        event.record()
         return event
 
 
@@ -99,9 +102,9 @@ class Bench:
         self.start_s = time.perf_counter() - begun
 
     def modes(self) -> dict[str, Callable[[], Turn]]:
-        """The turns of `MODES`."""
-        turns = (self.data, self.model, self.end_to_end, self.beside)
-        return dict(zip(MODES, turns, strict=True))
+        """The turns of `MODES`, and of `APART` where ranks send gradients."""
+        turns = dict(zip(MODES, (self.data, self.model, self.end_to_end, self.beside), strict=True))
+        return turns | ({APART: self.apart} if self.sends else {})
 
     def close(self) -> None:
         """Ends the loader's threads and the run."""
@@ -133,6 +136,21 @@ class Bench:
         """Optimizer steps on a batch that stays on the device."""
         resident = itertools.repeat(self._resident)
         return self._timed(lambda: self._train(resident))
+
+    def apart(self) -> Turn:
+        """Like `model`, but no gradient is sent (DDP); the ranks still agree on each step's loss."""
+        strategy: Any = self.session.strategy
+        joined = strategy.part
+        strategy.part = lambda *, last: joined(last=False)
+        try:
+            return self.model()
+        finally:
+            strategy.part = joined
+
+    @property
+    def sends(self) -> bool:
+        """Whether `apart` differs from `model`."""
+        return self.session.strategy.name == "ddp"
 
     def end_to_end(self) -> Turn:
         """Optimizer steps on the loader's batches: what a run does."""
@@ -199,10 +217,13 @@ class Bench:
             spent, took = time.process_time() - cpu, time.perf_counter() - wall
         clips, seen = self.steps * self.session.recipe.train.batch, watch.found
         inside = self.session.recipe.loading.worker == "thread"  # CPU time of other processes is not known here
-        joules = None if seen.joules is None else self.session.ranks.total([seen.joules])[0] / clips
+        unknown = float("nan")
+        joules = self.session.ranks.total([unknown if seen.joules is None else seen.joules])[0] / clips
+        cores = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return Turn(clips, spent, took, {
             "step_ms": 1e3 * took / self.steps, "clips_per_s": clips / took,
-            "cpu_pct": 100 * spent / took / num_cores() if inside else None, "joules_per_clip": joules,
+            "cpu_pct": 100 * spent / took / cores if inside else None,
+            "joules_per_clip": None if math.isnan(joules) else joules,
             "sm_pct": seen.sm_pct, "nvdec_pct": seen.nvdec_pct, "throttled": seen.throttled,
             "clocks_mhz": {"sm": seen.sm_mhz, "memory": seen.memory_mhz},
         })  # fmt: skip

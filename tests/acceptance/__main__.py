@@ -16,8 +16,9 @@ from tests.acceptance.pack_rows import PACK_ROWS
 from tests.acceptance.rows import ROWS
 from tests.acceptance.scale_rows import SCALE_ROWS
 from tests.acceptance.slurm_rows import SLURM_ROWS
+from tests.acceptance.speed_rows import SPEED_ROWS
 
-ALL = ROWS | PACK_ROWS | SCALE_ROWS | FUZZ_ROWS | MODEL_ROWS | CLUSTER_ROWS | SLURM_ROWS
+ALL = ROWS | PACK_ROWS | SCALE_ROWS | FUZZ_ROWS | MODEL_ROWS | CLUSTER_ROWS | SLURM_ROWS | SPEED_ROWS
 
 FOLDER = Path("acceptance")
 
