@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -27,7 +27,7 @@ class Watched:
         joules: Energy; by the GPU's own counter, or the power of each moment integrated where it has none.
         sm_mhz: Lowest and highest clock of the multiprocessors.
         memory_mhz: Lowest and highest clock of the memory.
-        throttled: Why it ran at less than full speed, if it did.
+        throttled: Why it ran at less than full speed, if it did; None where that is not known.
         sm_pct: Mean share of the time in which a kernel ran.
         nvdec_pct: Mean use of the video decoder.
     """
@@ -35,7 +35,7 @@ class Watched:
     joules: float | None = None
     sm_mhz: tuple[int, int] | None = None
     memory_mhz: tuple[int, int] | None = None
-    throttled: list[str] = field(default_factory=list)
+    throttled: list[str] | None = None
     sm_pct: float | None = None
     nvdec_pct: float | None = None
 
@@ -112,7 +112,7 @@ class Watch:
         self._memory: list[int] = []
         self._busy: list[int] = []
         self._nvdec: list[int] = []
-        self._reasons = 0
+        self._reasons: int | None = None
 
     def __enter__(self) -> Watch:
         if self._gpu is not None:
@@ -134,7 +134,9 @@ class Watch:
             joules=counted if counted is not None else integral(self._powers),
             sm_mhz=(min(self._sm), max(self._sm)) if self._sm else None,
             memory_mhz=(min(self._memory), max(self._memory)) if self._memory else None,
-            throttled=[reason for bit, reason in _THROTTLED.items() if self._reasons & bit],
+            throttled=None
+            if self._reasons is None
+            else [why for bit, why in _THROTTLED.items() if self._reasons & bit],
             sm_pct=_mean(self._busy),
             nvdec_pct=_mean(self._nvdec),
         )
@@ -156,7 +158,11 @@ class Watch:
             kept += [] if found is None else [found]
         self._busy += [] if busy is None else [busy.gpu]
         self._nvdec += [] if decoder is None else [decoder[0]]
-        self._reasons |= self._gpu.ask("nvmlDeviceGetCurrentClocksEventReasons") or 0
+        reasons = self._gpu.ask("nvmlDeviceGetCurrentClocksEventReasons")
+        if reasons is None:  # as drivers before 535 call it
+            reasons = self._gpu.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
+        if reasons is not None:
+            self._reasons = (self._reasons or 0) | reasons
 
 
 def integral(powers: list[tuple[float, float]]) -> float | None:

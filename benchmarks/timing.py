@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 4000
+ENOUGH = 7
+"""Turns, at least, for a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +38,19 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A median and where it lies with 95 %."""
+    """A median and where it lies with 95 %.
+
+    Attributes:
+        median: Of the turns.
+        low: Lower end.
+        high: Upper end.
+        turns: How many there were; 0 where that is not known.
+    """
 
     median: float
     low: float
     high: float
+    turns: int = 0
 
     def __str__(self) -> str:
         digits = 0 if self.median >= 100 else 1 if self.median >= 10 else 2
@@ -90,14 +100,16 @@ def median(values: NDArray[np.float64]) -> Interval:
     """Returns the median of some turns and its interval."""
     drawn = _resampled(len(values))
     medians = np.median(values[drawn], axis=1)
-    return Interval(float(np.median(values)), *map(float, np.percentile(medians, [2.5, 97.5])))
+    low, high = np.percentile(medians, [2.5, 97.5])
+    return Interval(float(np.median(values)), float(low), float(high), len(values))
 
 
 def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
     """Returns the ratio of two medians and its interval; round n of one is paired with round n of the other."""
     drawn = _resampled(min(len(one), len(other)))
     ratios = np.median(one[drawn], axis=1) / np.median(other[drawn], axis=1)
-    return Interval(float(np.median(one) / np.median(other)), *map(float, np.percentile(ratios, [2.5, 97.5])))
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return Interval(float(np.median(one) / np.median(other)), float(low), float(high), min(len(one), len(other)))
 
 
 def paired_ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
@@ -105,8 +117,34 @@ def paired_ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> Interv
     return median(one / other)
 
 
+def grouped_ratio(one: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np.float64]]) -> Interval:
+    """Returns the ratio of two medians and its interval, where turns come in groups that differ among themselves.
+
+    Groups are drawn first and turns within them (Davison and Hinkley 1997, section 3.8).
+
+    Args:
+        one: Turns of each start of a program.
+        other: Likewise, of another.
+    """
+    rng = np.random.default_rng(0)
+
+    def draw(groups: Sequence[NDArray[np.float64]]) -> float:
+        chosen = [groups[i] for i in rng.integers(0, len(groups), len(groups))]
+        return float(np.median(np.concatenate([rng.choice(group, len(group)) for group in chosen])))
+
+    ratios = [draw(one) / draw(other) for _ in range(RESAMPLES // 4)]
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    middle = float(np.median(np.concatenate(one)) / np.median(np.concatenate(other)))
+    return Interval(middle, float(low), float(high), min(len(one), len(other)))
+
+
 def verdict(found: Interval) -> str:
-    """Returns `faster`, `slower` or `no difference`, from the interval of a ratio alone."""
+    """Returns `faster`, `slower` or `no difference`, from the interval of a ratio alone.
+
+    Of fewer than seven turns the interval of a median is too narrow to go by: then it is `too few turns`.
+    """
+    if 0 < found.turns < ENOUGH:
+        return "too few turns"
     return "faster" if found.low > 1 else "slower" if found.high < 1 else "no difference"
 
 

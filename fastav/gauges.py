@@ -24,6 +24,7 @@ _SIDE = {"cuda": 8192, "mps": 2048, "cpu": 512}
 _COPIED = {"cuda": 1 << 29, "mps": 1 << 27, "cpu": 1 << 25}
 _SENT = {"cuda": 1 << 28, "mps": 1 << 24, "cpu": 1 << 22}
 _FROM_HOST = 1 << 26
+_WARM_S = {"cuda": 1.0}  # of the product: heat and limits of power show only then
 _PERIOD = 251  # the numbers that are copied and sent are 0 to 250, over and over
 _LARGEST = 8  # number in the matrices; 8192 products of two are below 2**24, float32 holds them
 _ROWS, _COLUMNS = 16, 256  # of a product that are computed again on the CPU
@@ -37,7 +38,7 @@ def product(device: torch.device, seconds: float) -> float:
 
     Args:
         device: Where.
-        seconds: To measure for.
+        seconds: To measure for; a second at least on a GPU.
 
     Raises:
         FastavError: The product is wrong.
@@ -60,6 +61,7 @@ def product(device: torch.device, seconds: float) -> float:
         moved = torch.mm(a.roll(side // 2, 0), b).roll(-(side // 2), 0)
         _refuse(moved != first, "numbers change with the place where they are computed")
         last = torch.empty_like(first)
+        seconds = max(seconds, _WARM_S.get(device.type, 0.0))
         rate = 2 * side**3 / _pace(device, lambda: torch.mm(a, b, out=last), seconds) / 1e12
         _refuse(last != first, "numbers change when they are computed again")
     finally:

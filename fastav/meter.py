@@ -168,6 +168,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cores_each() -> float:
+    """Cores for this one of the training processes of its node.
+
+    SLURM gives each task cores of its own, torchrun leaves all of them to all; only the first knows how many there are.
+    """
+    mine, ranks = num_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(mine, int(os.environ.get("SLURM_CPUS_ON_NODE", mine)) / ranks)
+
+
 def peak_memory_gib() -> float:
     """Peak allocated device memory of this process, or its peak resident memory where there is no GPU, GiB."""
     if torch.cuda.is_available():

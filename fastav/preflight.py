@@ -7,6 +7,7 @@ torchrun ... -m fastav.preflight             the ranks that it starts; accelerat
 from __future__ import annotations
 
 import argparse
+import contextlib
 import faulthandler
 import json
 import os
@@ -58,8 +59,10 @@ def main(args: argparse.Namespace) -> int:
             raise UserError(f"--{name} {getattr(args, name):g}: more than 0 expected")
     if not 0 <= args.slow <= 1:
         raise UserError(f"--slow {args.slow:g}: a share from 0 to 1 expected")
+    # A launcher's config that names a precision is as good as any: nothing is trained.
+    bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     try:
-        ranks = Ranks(Training())
+        ranks = Ranks(Training(precision="bf16" if bf16 else "fp32"))
         found = Preflight(ranks.crew, ranks.device, args.seconds, args.patience).run()
         faults, console = judge(found, args.slow), Console(sys.stdout, quiet=not ranks.main)
         for one in found:
@@ -70,7 +73,8 @@ def main(args: argparse.Namespace) -> int:
         if args.json and ranks.main:
             write_text(args.json, json.dumps(table(found, faults), indent=1))
     finally:
-        leave()
+        with contextlib.suppress(RuntimeError):  # of a broken device, which has been told
+            leave()
     return int(bool(_serious(faults, found)))
 
 
@@ -136,9 +140,21 @@ class Preflight:
         told = crew.gather((_node(os.environ), socket.gethostname(), where, name, serial))
         keys = list(dict.fromkeys(node for node, *_ in told))
         self.places = [Place(rank, host, keys.index(node), *rest) for rank, (node, host, *rest) in enumerate(told)]
+        self._check_kinds()
         self.nodes = [[one.rank for one in self.places if one.node == node] for node in range(len(keys))]
         self._rates: list[dict[str, float | None]] = [{} for _ in told]
         self._broken, self._hung = [""] * len(told), False
+
+    def _check_kinds(self) -> None:
+        """Refuses ranks without a GPU among others with one: they would not even measure the same.
+
+        Raises:
+            FastavError: Naming them.
+        """
+        without = [one for one in self.places if one.device == "cpu"]
+        if 0 < len(without) < len(self.places):
+            told = listed([one.tell() for one in without], _SHOWN)
+            raise FastavError(f"preflight: no GPU can be used by {told}; the other ranks have one")
 
     def run(self) -> list[Measured]:
         """Measures; stops after the first measure in which a rank is broken.
@@ -158,7 +174,8 @@ class Preflight:
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(_GRACE_S)
         if self._device.type == "cuda" and not self._hung:
-            torch.cuda.empty_cache()
+            with contextlib.suppress(Exception):  # of a broken device, which is yet to be told
+                torch.cuda.empty_cache()
         facts = zip(self.places, self._rates, self._broken, strict=True)
         return [Measured(place, rates, broken) for place, rates, broken in facts]
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,12 +22,14 @@ from benchmarks import train as suite
 from benchmarks.__main__ import main
 from benchmarks.nvml import Gpu, Watch, integral
 from benchmarks.plot import bars
-from benchmarks.scale import KINDS, paper_table
+from benchmarks.scale import KINDS, paper_table, rank
 from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, step, strong, weak
-from benchmarks.train.bench import MODES, Bench
+from benchmarks.timing import Interval, Turn, grouped_ratio, ratio, verdict
+from benchmarks.train.bench import MODES, Bench, Waits, busy_pct
 from benchmarks.train.bound import Parts, bound
 from fastav import recipe as recipes
-from fastav.errors import UserError
+from fastav.errors import FastavError, UserError
+from fastav.loader import StageStats
 from fastav.ranks import leave
 
 ROOT = Path(__file__).parents[1]
@@ -54,34 +57,89 @@ def test_turns_take_what_they_say(bench, monkeypatch):
 
     turn = bench.data()
     assert next(steps) == 0
-    assert len(taken) == bench._lead + 2 * accumulation
+    assert len(taken) >= bench._lead + 2 * accumulation
     assert turn.clips == 2 * bench.session.recipe.train.batch
-    assert turn.facts["stages"]["decode"] > 0
+    assert 0 < turn.facts["stages"]["decode"] <= 100
+    assert "wait" not in turn.facts["stages"]
+    assert "copy_pct" not in turn.facts, "copying to where it is already takes no time that anyone could tell"
 
     taken.clear()
     before = bench.session.step
-    bench.model()
+    turn = bench.model()
     assert not taken, "the model alone reads nothing"
     assert bench.session.step == before + 2
+    assert len(turn.facts["steps_ms"]) == 2
+    assert sum(turn.facts["steps_ms"]) == pytest.approx(1e3 * turn.wall_s, rel=0.1)
 
     turn = bench.end_to_end()
     assert bench.session.step == before + 2 + bench._lead + 2
-    assert len(taken) == (bench._lead + 2) * accumulation
-    assert 0 <= turn.facts["host_wait_pct"] <= 100
+    assert len(taken) > (bench._lead + 2) * accumulation, "the loader works on to the end of the turn, as in a run"
+    assert 0 < turn.facts["host_wait_pct"] <= 100
     assert turn.facts["device_idle_pct"] is None, "a CPU is host and device"
 
     taken.clear()
-    bench.beside()
+    turn = bench.beside()
     assert len(taken) > bench._lead, "batches were made meanwhile"
-    assert not (bench.session.run.checkpoints / "step_00000002").exists()
+    assert turn.facts["data_step_ms"] > 0
+    assert not list(bench.session.run.checkpoints.glob("*"))
     samples = [sample for _, sample, _ in taken]
     assert len(set(samples)) == len(samples)
+
+
+def test_a_loader_that_dies_beside_the_model_ends_the_turn(bench, monkeypatch):
+    real = bench.loader.batches
+
+    def short(requests):
+        yield from itertools.islice(real(requests), bench._lead + 1)
+        raise FastavError("the disk is gone")
+
+    monkeypatch.setattr(bench.loader, "batches", short)
+    with pytest.raises(FastavError, match="the disk is gone"):
+        bench.beside()
+
+
+def test_waits_of_host_and_device(monkeypatch):
+    """On a device whose clock is the host's: it is without work from the last kernel to the next forward pass."""
+    monkeypatch.setattr("benchmarks.train.bench.event", lambda device: Moment())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+
+    def slow():
+        for number in range(2):
+            time.sleep(0.05)
+            yield number
+
+    waits = Waits(SimpleNamespace(type="cuda"))
+    for _ in waits.watched(slow()):
+        time.sleep(0.02)  # the batch is copied
+        waits.forward()
+        time.sleep(0.03)  # a step
+    assert 0.1 <= waits.host_s < waits.device_s()
+    assert waits.device_s() >= 0.14
+    waits.restart()
+    assert waits.host_s == waits.device_s() == 0
+    assert Waits(torch.device("cpu")).device_s() is None
+
+
+class Moment:
+    """A CUDA event."""
+
+    def __init__(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other):
+        return 1e3 * (other.at - self.at)
+
+
+def test_how_busy_stages_are():
+    before = {"decode": StageStats(1.0, 1.0, 1.0, 5), "wait": StageStats()}
+    after = {"decode": StageStats(4.0, 1.5, 1.5, 9), "wait": StageStats(9.0)}
+    assert busy_pct(before, after) == {"decode": pytest.approx(75.0)}
 
 
 def test_turns_read_other_samples_each_time(bench):
     seen = []
     for _ in range(2):
-        with bench._batches(3) as batches:
+        with bench._batches() as batches:
             seen.append({id for _ in range(3) for id in next(batches).ids})
     assert seen[0] != seen[1]
 
@@ -121,6 +179,7 @@ def test_the_suite_runs_with_variants(tiny, tmp_path, capsys):
         (["--vary", "optim.lrr=1,2"], "lrr"),
         (["--optim.lrr", "1"], "lrr"),
         (["--rouns", "1"], "--rounds"),
+        (["--vary", "train.threads=1,2"], "holds for the whole process"),
     ],
 )
 def test_wrong_words_are_told(words, message, capsys, tmp_path, made):
@@ -143,16 +202,23 @@ STARVED = replace(FAST, data_s=0.4, end_s=0.4)
     [
         (FAST, "the model", "train.compile"),
         (replace(FAST, communication_pct=30.0, gpu=True), "communication", "train.reduce_dtype"),
+        (replace(FAST, sm_pct=40.0, gpu=True), "launching kernels", "train.compile"),
+        (replace(FAST, sm_pct=97.0, gpu=True), "the model", "bf16"),
         (replace(STARVED, cpu_pct=97.0), "host CPU", "fastav pack"),
         (replace(STARVED, cpu_pct=20.0, nvdec_pct=96.0, gpu=True), "decoding (NVDEC)", "--preset fast"),
+        (replace(STARVED, cpu_pct=20.0, copy_pct=93.0, gpu=True), "copying to the device", "sampling.frames"),
         (replace(STARVED, cpu_pct=50.0, stages={"decode": 99.0, "plan": 3.0}), "decoding threads",
          'loading.worker = "process"'),
-        (replace(STARVED, stages={"decode": 99.0}, processes=True), "decoding", "loading.workers"),
-        (replace(STARVED, stages={"plan": 99.0, "decode": 9.0}), "the loader's plan stage", "batch"),
+        (replace(STARVED, stages={"decode": 99.0}, decodes="processes"), "decoding", "loading.workers"),
+        (replace(STARVED, stages={"decode": 99.0, "prepare": 9.0}, decodes="dali"), "decoding (DALI)", "pipelines"),
+        (replace(STARVED, stages={"decode": 20.0, "prepare": 99.0}, decodes="dali"), "reading what DALI decodes",
+         "loading.workers"),
+        (replace(STARVED, stages={"plan": 99.0, "decode": 9.0}), "the loader's plan stage", "sampling.frames"),
         (replace(STARVED, cpu_pct=10.0, stages={"decode": 30.0}), "waiting for files", "faster"),
         (replace(FAST, end_s=0.3, beside_s=0.4), "sharing the machine", "more cores"),
         (replace(FAST, end_s=0.3, beside_s=0.3, gpu=True), "sharing the machine", "decode.pipelines"),
-        (replace(FAST, end_s=0.3, beside_s=0.21, gpu=True), "handing batches over", "loading.prefetch"),
+        (replace(FAST, end_s=0.3, data_beside_s=0.3, gpu=True), "sharing the machine", "decode.pipelines"),
+        (replace(FAST, end_s=0.3, beside_s=0.205, data_beside_s=0.12, gpu=True), "handing batches over", "prefetch"),
         (replace(FAST, end_s=0.3), "handing batches over", "loading.prefetch"),
     ],
 )  # fmt: skip
@@ -162,6 +228,54 @@ def test_what_binds_is_named_with_its_knob(parts, what, knob):
     assert knob in found.knob
     assert " ms" in found.why
     assert str(found).startswith(f"{what} binds (")
+
+
+def test_the_parts_are_medians_of_the_turns():
+    def turn(step_ms, **facts):
+        return Turn(8, 1.0, step_ms / 1e3, {"step_ms": step_ms, "cpu_pct": 50.0, "nvdec_pct": None, **facts})
+
+    stages = [{"decode": 90.0, "prepare": 10.0}, {"decode": 94.0, "prepare": 20.0}, {"decode": 98.0, "prepare": 30.0}]
+    turns = {
+        "data": [turn(100, stages=one, copy_pct=5.0) for one in stages],
+        "model": [turn(ms, sm_pct=96.0) for ms in (190, 200, 500)],
+        "end to end": [turn(210)] * 3,
+        "model beside data": [turn(220, data_step_ms=130.0)] * 3,
+        "model, not sending": [turn(150)] * 3,
+    }
+    loading = SimpleNamespace(worker="thread")
+    bench = SimpleNamespace(
+        session=SimpleNamespace(recipe=SimpleNamespace(loading=loading)), device=torch.device("cuda")
+    )
+    found = suite.parts(bench, turns)
+    assert found == Parts(
+        0.1, 0.2, 0.21, 0.22, cpu_pct=50.0, copy_pct=5.0, sm_pct=96.0, data_beside_s=0.13,
+        stages={"decode": 94.0, "prepare": 20.0}, decodes="dali", gpu=True, communication_pct=pytest.approx(25.0),
+    )  # fmt: skip
+    assert bound(found).what == "communication"
+
+
+def test_values_that_are_given_twice_are_two_variants():
+    choices = suite._choices("optim.lr=1,1,2")
+    assert [name for name, _ in choices] == ["optim.lr=1", "optim.lr=1 (2)", "optim.lr=2"]
+
+
+def test_few_turns_are_no_verdict():
+    assert verdict(Interval(2.0, 1.9, 2.1, 6)) == "too few turns"
+    assert verdict(Interval(2.0, 1.9, 2.1, 7)) == "faster"
+    assert verdict(Interval(2.0, 1.9, 2.1)) == "faster"
+
+
+def test_starts_that_differ_widen_the_interval():
+    draw = np.random.default_rng(1)
+    missed = {"grouped": 0, "pooled": 0}
+    for _ in range(60):
+        one, other = ([1 + draw.normal(0, 0.03) + draw.normal(0, 0.01, 5) for _ in range(5)] for _ in range(2))
+        grouped = grouped_ratio(one, other)
+        pooled = ratio(np.concatenate(one), np.concatenate(other))
+        missed["grouped"] += not grouped.low <= 1 <= grouped.high
+        missed["pooled"] += not pooled.low <= 1 <= pooled.high
+    assert missed["grouped"] <= 9
+    assert missed["pooled"] > missed["grouped"]
 
 
 def test_overlap_and_interference():
@@ -194,7 +308,7 @@ class Fake:
     def nvmlDeviceGetClockInfo(self, handle, which):
         return {1: 1500, 2: 2600}[which]
 
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle):
+    def nvmlDeviceGetCurrentClocksThrottleReasons(self, handle):
         return next(self.reasons)
 
     def nvmlDeviceGetEccMode(self, handle):
@@ -224,6 +338,11 @@ def test_what_nvml_cannot_say_is_none():
     with Watch(None) as watch:
         pass
     assert watch.found.joules is None
+    mute = Fake(True)
+    mute.nvmlDeviceGetCurrentClocksThrottleReasons = lambda handle: 1 / 0
+    with Watch(Gpu(mute, 0)) as watch:
+        pass
+    assert watch.found.throttled is None, "not known is not the same as never"
 
 
 def test_the_integral_of_power():
@@ -296,9 +415,12 @@ def test_a_link_is_found_again(ranks):
     found = fitted(times, ranks)
     assert found.gb_per_s == pytest.approx(2.5)
     assert found.latency_us == pytest.approx(40.0)
-    flat = fitted([(1.0, 0.001), (2.0, 0.001)], ranks)  # noise: no bandwidth can be told from it
-    assert flat.gb_per_s > 0
-    assert flat.latency_us == 0
+    flat = fitted([(1.0, 0.0011), (2.0, 0.001)], ranks)  # large ones are no slower: all of it is latency
+    assert flat.gb_per_s == math.inf
+    assert all_reduce_s(1.0, ranks, Cluster(flat, flat)) == pytest.approx(0.00105, rel=0.02)
+    steep = fitted([(1.0, 0.001), (2.0, 0.003)], ranks)
+    assert steep.latency_us == 0
+    assert steep.gb_per_s > 0
 
 
 def test_the_page_shows_what_the_model_makes():
@@ -307,6 +429,20 @@ def test_the_page_shows_what_the_model_makes():
     lines = paper_table(work, Cluster(Link(300.0, 5.0), Link(40.0, 10.0), 8), 64)
     assert "\n".join(lines) in page
     assert lines[-1].startswith("| 1024 |")
+
+
+def test_a_row_of_the_page_by_hand():
+    """1,024 ranks, 28 buckets of 25 MB: a ring in each node, two trees between 128 of them."""
+    inside = 14 * (25e6 / 8 / 300e9 + 5e-6)
+    ring = 2 * 127 * (25e6 / 8 / 128 / 40e9 + 10e-6)
+    trees = 2 * (25e6 / 8) / 40e9 + 2 * 7 * 10e-6
+    assert trees < ring
+    each = inside + trees
+    assert each < 0.6 * 0.128 / 28, "each bucket is through before the next is full"
+    straggling = 1e-3 * math.sqrt(2 * math.log(1024))
+    found = step(Work(0.128, 700.0, jitter_s=1e-3), 1024, Cluster(Link(300.0, 5.0), Link(40.0, 10.0), 8))
+    assert found.seconds == pytest.approx(0.128 + each + straggling, rel=1e-9)
+    assert found.communication_s == pytest.approx(28 * each)
 
 
 def test_paper_on_the_command_line(capsys):
@@ -363,16 +499,29 @@ def test_scaling_is_measured_and_held_against_paper(tiny, tmp_path, capsys):
     assert json.loads(again.read_text())["summary"] == found["summary"]
     assert main(["scale", "--files", files[1], "--out", str(again)]) == 2
     assert "no file of one rank" in capsys.readouterr().err
+    other = json.loads(Path(files[1]).read_text()) | {"batch": 1}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    assert main(["scale", "--files", files[0], str(tmp_path / "other.json"), "--out", str(again)]) == 2
+    assert "differ in their batch: 8, 1" in capsys.readouterr().err
     assert main(["scale", "--files", str(out), "--out", str(again)]) == 2
     assert "not what benchmarks.scale.rank writes" in capsys.readouterr().err
 
 
 def test_ranks_that_fail_are_told(tmp_path, made, capsys):
-    few = ["--ranks", "1", "--folder", str(tmp_path), "--data.manifest", str(made)]
-    assert main(["scale", "launch/recipes/small.toml", *few, "--train.batch", "3", "--train.num_processes", "2"]) == 1
-    assert "1 ranks ended with" in capsys.readouterr().err
+    few = ["scale", "launch/recipes/small.toml", "--folder", str(tmp_path), "--data.manifest", str(made)]
+    assert main([*few, "--ranks", "1", "--train.num_processes", "2"]) == 2
+    assert "1 ranks: train.num_processes = 2, but 1 are in force" in capsys.readouterr().err
+    assert main([*few, "--ranks", "1,2", "--train.batch", "5"]) == 2
+    assert "train.batch = 5: --ranks 1,2 cannot all share it" in capsys.readouterr().err
     assert main(["scale", "launch/recipes/small.toml", "--ranks", "2,4"]) == 2
     assert "expected 1 among them" in capsys.readouterr().err
+
+
+def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    with pytest.raises(UserError, match="srun started 16 tasks, but WORLD_SIZE is not set"):
+        rank.measure(recipes.load(None, []), tmp_path, 1, 1)
 
 
 def test_unsent_gradients_stay_on_their_rank(tiny, tmp_path):

@@ -6,6 +6,7 @@ import io
 
 import pytest
 
+from fastav import meter
 from fastav.meter import Console, Meter, clock_time, num_cores, peak_flops, tracker_values
 
 
@@ -104,3 +105,22 @@ def test_small_things():
         "step": 3.0,
         "eval/top1": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("mine", "environment", "each"),
+    [
+        (16, {}, 16),
+        (16, {"LOCAL_WORLD_SIZE": "8"}, 2),  # torchrun: all ranks may use all cores
+        (16, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "128"}, 16),  # SLURM has given each task its own
+        (128, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "128"}, 16),  # or has not
+        (64, {"LOCAL_WORLD_SIZE": "8", "SLURM_CPUS_ON_NODE": "64"}, 8),
+    ],
+)
+def test_cores_of_one_of_a_nodes_ranks(monkeypatch, mine, environment, each):
+    monkeypatch.setattr(meter, "num_cores", lambda: mine)
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_CPUS_ON_NODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert meter.cores_each() == each

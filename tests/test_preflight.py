@@ -15,6 +15,7 @@ import torch
 
 from fastav import gauges
 from fastav.__main__ import main
+from fastav.crew import Crew
 from fastav.errors import FastavError
 from fastav.measured import Measured, Place, judge, medians, summary, table
 from fastav.preflight import Preflight, _node
@@ -343,3 +344,27 @@ def test_slurm_ranks_know_how_many_share_their_node(tmp_path, tasks, node, expec
     done = subprocess.run(command[:2], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     assert "FASTAV_VERB is preflite; train or preflight expected" in done.stderr
+
+
+def test_a_node_without_a_gpu_among_others_is_named():
+    class Some(Crew):
+        def gather(self, item):
+            return [("0", "n1", "cuda:0", "NVIDIA H200", "GPU-1"), ("1", "n2", "cpu", "CPU", "")]
+
+    with pytest.raises(FastavError, match=r"no GPU can be used by rank 1 \(host n2, cpu, CPU\); the other ranks have"):
+        Preflight(Some(0, 2, None), torch.device("cpu"), 0.1, 5.0)
+
+
+def test_a_device_that_fails_for_good_is_still_told(monkeypatch):
+    """After an illegal access every call into CUDA fails, that which frees memory too."""
+    preflight = Preflight(Crew(), torch.device("cpu"), 0.1, 5.0)
+    preflight._device = torch.device("cuda", 0)
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(*words):
+        raise broken
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fail)
+    monkeypatch.setattr(torch.cuda, "set_device", fail)
+    (found,) = preflight.run()
+    assert "illegal memory access" in found.broken

@@ -92,3 +92,18 @@ def test_every_command_of_the_page_on_clusters_runs(call, tmp_path):
 def test_the_make_targets_of_the_readme_exist(target):
     assert f"make {target}" in README
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.M)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/cluster.md"])
+def test_commands_that_need_a_cluster_are_at_least_well_formed(page):
+    """Their syntax, the files and modules that they name, and the options of what is ours."""
+    found = blocks("bash", (ROOT / page).read_text(encoding="utf-8"))
+    for block in found:
+        done = subprocess.run(["bash", "-n"], input=block, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        for file in re.findall(r"(?:launch|benchmarks|docs)/[\w/.-]+\.\w+", block):
+            assert (ROOT / file).is_file(), file
+        for module in re.findall(r"-m ((?:fastav|benchmarks)[\w.]*)", block):
+            path = ROOT.joinpath(*module.split("."))
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+    assert found or page == "README.md"

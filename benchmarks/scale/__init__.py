@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +30,19 @@ from rich.table import Table
 
 from benchmarks import result as results
 from benchmarks.plot import lines
-from benchmarks.scale.paper import Cluster, Link, Work, fitted, strong, weak
-from benchmarks.timing import Interval, median, ratio
+from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, strong, weak
+from benchmarks.timing import Interval, grouped_ratio, median
 from benchmarks.train import prepared, split_keys
+from fastav import recipe as recipes
 from fastav.commandline import Parser
 from fastav.errors import FastavError, UserError
-from fastav.meter import num_cores
 
 KINDS = ("weak", "strong")
+_PATIENCE_S = 3600  # of one start
+_ALIKE: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "batch": lambda one: one["batch"], "recipe": lambda one: one["recipe"], "GPU": lambda one: one["machine"]["gpu"],
+    "torch": lambda one: one["versions"]["torch"], "threads": lambda one: one["threads"],
+}  # fmt: skip
 _FAR = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _SHARDED = ("fsdp", "zero3")
 
@@ -57,7 +62,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     gpus = torch.cuda.device_count()
     counts = ",".join(str(n) for n in (1, 2, 4, 8) if n <= gpus) or "1,2,4"
     parser.add_argument("--ranks", default=counts, metavar="N,M", help=f"numbers of ranks ({counts})")
-    parser.add_argument("--rounds", type=int, default=3, help="starts of each number of ranks (3)")
+    parser.add_argument("--rounds", type=int, default=5, help="starts of each number of ranks (5)")
     parser.add_argument(
         "--config", metavar="FILE", help="an accelerate config: the strategy of more than one rank (DDP)"
     )
@@ -76,6 +81,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     paper.add_argument("--between", default="0,0", metavar="GB/S,US", help="link of one rank to other nodes")
     paper.add_argument("--per-node", type=int, default=8, help="ranks of a node (8)")
     paper.add_argument("--jitter-ms", type=float, default=0.0, help="standard deviation of a rank's step (0)")
+    paper.add_argument("--fixed-ms", type=float, default=0.0, help="of the step, what does not shrink with it (0)")
     paper.add_argument("--sharded", action="store_true", help="FSDP or ZeRO-3: half as much traffic again")
     own, overrides = split_keys(words)
     args = parser.parse_args(own)
@@ -98,7 +104,7 @@ def main(words: Sequence[str] | None = None) -> int:
     found = results.new(
         "scale", list(words or []), {"ranks": sorted({one["world"] for one in measured}), "kind": list(KINDS)}
     )
-    series, dashed = report(found, console, measured)
+    series, dashed = report(found, console, measured, args.between)
     path = results.write(found, args.out)
     labels = ("ranks", "efficiency against one rank")
     picture = lines(found, series, path.with_suffix(".png"), labels, dashed)
@@ -120,44 +126,85 @@ def launch(args: argparse.Namespace, folder: Path, console: Console) -> list[Pat
     if 1 not in counts:
         raise UserError(f"--ranks {args.ranks}: expected 1 among them, which efficiency is against")
     path, words = prepared(args.recipe, args.overrides, args.footage, folder)
-    # A rank computes with one thread on a CPU, so that more ranks are more cores until there are no more.
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    batch = recipes.load(path, words).train.batch
+    if any(batch % count for count in (*counts, 2)):
+        raise UserError(f"train.batch = {batch}: --ranks {args.ranks} cannot all share it, or it cannot be halved")
     files = []
     for number in range(args.rounds):
         for count in counts if number % 2 == 0 else counts[::-1]:
             out = folder / f"ranks_{count}_{number}.json"
             rank = ["-m", "benchmarks.scale.rank", str(path), *words, "--steps", str(args.steps)]
             rank += ["--turns", str(args.turns), "--folder", str(folder / f"runs_{number}"), "--out", str(out)]
-            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-            strategy = {"FASTAV_ACCELERATE_CONFIG": args.config} if args.config and count > 1 else {}
-            done = subprocess.run(
-                [sys.executable, *launcher, *rank], env=environment | strategy, capture_output=True, text=True
-            )
-            if done.returncode:
-                raise FastavError(f"{count} ranks ended with {done.returncode}:\n{done.stderr[-2000:]}")
+            _start(count, rank, args.config if count > 1 else None, folder / f"ranks_{count}_{number}.log")
             console.log(f"round {number + 1} of {args.rounds}: {count} ranks")
             files.append(out)
     return files
 
 
+def _start(count: int, rank: Sequence[str], config: str | None, log: Path) -> None:
+    """Starts so many ranks and waits for them.
+
+    Raises:
+        UserError: They say that something was asked for wrongly.
+        FastavError: They failed, or took too long.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    # A rank computes with one thread on a CPU, so that more ranks are more cores until there are no more.
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if config:
+        environment["FASTAV_ACCELERATE_CONFIG"] = config
+    try:
+        with log.open("w") as file:
+            done = subprocess.run(
+                [*launcher, *rank], env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=_PATIENCE_S
+            )
+    except subprocess.TimeoutExpired:
+        raise FastavError(f"{count} ranks did not end within {_PATIENCE_S} s; see {log}") from None
+    if done.returncode:
+        told = [line for line in log.read_text().splitlines() if line.startswith("benchmarks: ")]
+        if told:
+            raise UserError(f"{count} ranks: {told[0].removeprefix('benchmarks: ')}")
+        raise FastavError(f"{count} ranks ended with {done.returncode}; see {log}:\n{log.read_text()[-2000:]}")
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text())
-        found["world"], found["step_s"]
+        found["world"], found["step_s"], found["machine"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not what benchmarks.scale.rank writes: {error!r}") from None
     return found
 
 
-def report(found: dict[str, Any], console: Console, measured: Sequence[dict[str, Any]]) -> tuple[Any, Any]:
-    """Adds and prints all figures; returns the lines of the picture, and those that were computed."""
+def check_alike(measured: Sequence[dict[str, Any]]) -> None:
+    """Refuses files that cannot be compared.
+
+    Raises:
+        UserError: Naming what differs.
+    """
     first = measured[0]
+    for other in measured[1:]:
+        for what, of in _ALIKE.items():
+            one, two = of(first), of(other)
+            if one != two:
+                raise UserError(
+                    f"files of {first['world']} and {other['world']} ranks differ in their {what}: {one}, {two}"
+                )
+
+
+def report(
+    found: dict[str, Any], console: Console, measured: Sequence[dict[str, Any]], between: str
+) -> tuple[Any, Any]:
+    """Adds and prints all figures; returns the lines of the picture, and those that were computed."""
     counts = sorted({one["world"] for one in measured})
     if counts[0] != 1:
         raise UserError("no file of one rank, which efficiency is against")
+    check_alike(measured)
+    first = next(one for one in measured if one["world"] == 1)
+    found |= {key: first[key] for key in ("machine", "versions", "recipe")}
     many = next(one for one in measured if one["world"] == counts[-1])
     found["work"] = {key: many[key] for key in ("strategy", "batch", "gradient_mb", "bucket_mb", "threads", "device")}
-    paper = _on_paper(measured)
+    paper = _on_paper(measured, between)
     table = Table(title=f"{many['strategy']}, {first['batch']} clips, {first['gradient_mb']:.1f} MB of gradients")
     for column in ("", "ms a step", "efficiency", "on paper", "send %", "loop"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -174,73 +221,91 @@ def report(found: dict[str, Any], console: Console, measured: Sequence[dict[str,
     console.print(table)
     found["paper"] = paper["inputs"]
     console.print(f"on paper from {paper['inputs']}", highlight=False, soft_wrap=True)
-    if counts[-1] > max(one["per_node"] for one in measured):
-        found["notes"].append(
-            "on paper, links between nodes are taken to be those inside one: they were not told apart"
-        )
-    if first["device"] == "cpu" and counts[-1] * first["threads"] > num_cores():
-        found["notes"].append(f"more ranks than the {num_cores()} cores: they share them")
+    for count, one in paper.get("all_reduce", {}).items():
+        found["runs"].append({"variant": f"all-reduce, {count} ranks", "repeat": 0, **one})
+        told = f"{one['mb']:.3g} MB over {count} ranks: {one['measured_ms']:.3g} ms, on paper {one['paper_ms']:.3g}"
+        console.print(told, highlight=False)
+    if counts[-1] > max(one["per_node"] for one in measured) and between == "0,0":
+        found["notes"].append("on paper, links between nodes are taken to be those inside one: give --between")
+    if first["device"] == "cpu" and counts[-1] * first["threads"] > first["cores"]:
+        found["notes"].append(f"more ranks than the {first['cores']} cores: they share them")
+    for note in found["notes"]:
+        console.print(note, highlight=False)
     return series, {kind: sorted(paper[kind].items()) for kind in KINDS if paper[kind]}
 
 
 def _row(found: dict[str, Any], measured: Sequence[dict[str, Any]], kind: str, count: int) -> dict[str, Interval]:
     """What was measured of one number of ranks."""
     named = kind if count > 1 else "weak"
-    alone, many = _steps(measured, 1, "weak: model"), _steps(measured, count, f"{named}: model")
-    clips = measured[0]["batch"] * (count if kind == "weak" else 1)
     share = 1 if kind == "weak" else count  # what perfect ranks would take of the step of one
-    row = {"ms": median(1e3 * many), "clips": median(clips / many), "efficiency": ratio(alone, many * share)}
-    apart = _steps(measured, count, f"{named}: apart")
+    alone, groups = _starts(measured, 1, "weak: model"), _starts(measured, count, f"{named}: model")
+    many, apart = np.concatenate(groups), np.concatenate(_starts(measured, count, f"{named}: apart") or [np.empty(0)])
+    clips = measured[0]["batch"] * (count if kind == "weak" else 1)
+    row = {"ms": median(1e3 * many), "clips": median(clips / many)}
+    row["efficiency"] = grouped_ratio(alone, [one * share for one in groups])
     if len(apart):
         row["share"] = median(100 * np.maximum(0, 1 - apart / many))
-    row["loop"] = ratio(
-        _steps(measured, 1, "weak: end to end"), _steps(measured, count, f"{named}: end to end") * share
-    )
+    loop = [one * share for one in _starts(measured, count, f"{named}: end to end")]
+    row["loop"] = grouped_ratio(_starts(measured, 1, "weak: end to end"), loop)
     units = {"ms": "step_ms", "clips": "clips_per_s", "share": "all_reduce_pct", "efficiency": "efficiency",
              "loop": "loop_efficiency"}  # fmt: skip
     for key, interval in row.items():
         results.summarise(found, f"{kind}, {count} ranks", units[key], interval)
-    for number, seconds in enumerate(many):
-        found["runs"].append({"variant": f"{kind}, {count} ranks", "repeat": number, "step_ms": 1e3 * seconds})
+    for one in (one for one in measured if one["world"] == count):
+        for mode, facts in one["facts"].items():
+            if mode.startswith(named):
+                found["runs"] += [{"variant": f"{count} ranks, {mode}", "repeat": i, **f} for i, f in enumerate(facts)]
     return row
 
 
-def _steps(measured: Sequence[dict[str, Any]], count: int, mode: str) -> Any:
-    """Seconds of a step, of all turns of all starts."""
-    return np.array([s for one in measured if one["world"] == count for s in one["step_s"].get(mode, [])])
+def _starts(measured: Sequence[dict[str, Any]], count: int, mode: str) -> list[Any]:
+    """Seconds of a step, of the turns of each start."""
+    return [np.array(one["step_s"][mode]) for one in measured if one["world"] == count and mode in one["step_s"]]
 
 
-def _on_paper(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Efficiencies that the model predicts, from one rank's steps and the links of the smallest group."""
-    first = measured[0]
-    whole, half = (_steps(measured, 1, f"{kind}: model") for kind in ("weak", "half"))
-    groups = sorted((one for one in measured if one["all_reduce_s"]), key=lambda one: int(one["world"]))
-    if not groups:
-        return {"weak": {}, "strong": {}, "inputs": None}
-    smallest = [one for one in groups if one["world"] == groups[0]["world"]]
-    times = [
-        (mb, float(np.median([s for one in smallest for s in one["all_reduce_s"][place][1]])))
-        for place, (mb, _) in enumerate(smallest[0]["all_reduce_s"])
+def _all_reduces(measured: Sequence[dict[str, Any]], count: int) -> list[tuple[float, float]]:
+    """(MB, median seconds) of all-reduces over so many ranks."""
+    files = [one for one in measured if one["world"] == count and one["all_reduce_s"]]
+    return [
+        (mb, float(np.median([s for one in files for s in one["all_reduce_s"][place][1]])))
+        for place, (mb, _) in enumerate(files[0]["all_reduce_s"] if files else [])
     ]
-    link = fitted(times, smallest[0]["world"])
-    on_cpu = first["device"] == "cpu"
-    compute = float(np.median(whole))
-    fixed = min(max(0.0, 2 * float(np.median(half)) - compute), compute) if len(half) else 0.0
-    work = Work(
-        compute, first["gradient_mb"], fixed, first["bucket_mb"],
-        passes=1.5 if groups[0]["strategy"] in _SHARDED else 1.0, hidden=0.0 if on_cpu else 1.0,
-    )  # fmt: skip
-    per_node = max(one["per_node"] for one in measured)
-    cluster = Cluster(link, link, per_node, cores=first["cores"] / first["threads"] if on_cpu else None)
+
+
+def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any]:
+    """Efficiencies that the model predicts, from one rank's steps and the links of the smallest group."""
+    first = next(one for one in measured if one["world"] == 1)
     counts = sorted({one["world"] for one in measured})
+    if len(counts) < 2:
+        return {"weak": {}, "strong": {}, "inputs": None}
+    group = next(one for one in measured if one["world"] == counts[1])
+    per_node, on_cpu = max(one["per_node"] for one in measured), first["device"] == "cpu"
+    link = fitted(_all_reduces(measured, counts[1]), counts[1])
+    outside = _link("--between", between) if between != "0,0" else link
+    cluster = Cluster(link, outside, per_node, cores=first["cores"] / first["threads"] if on_cpu else None)
+    compute = float(np.median(np.concatenate(_starts(measured, 1, "weak: model"))))
+    halves = _starts(measured, 1, "half: model")
+    fixed = min(max(0.0, 2 * float(np.median(np.concatenate(halves))) - compute), compute) if halves else 0.0
+    turns = [facts for one in measured if one["world"] == 1 for facts in one["facts"]["weak: model"]]
+    jitter_ms = float(np.median([np.std(facts["steps_ms"]) for facts in turns]))
+    sharded = group["strategy"] in _SHARDED
+    work = Work(
+        compute, first["gradient_mb"], fixed, first["bucket_mb"], hidden=0.0 if on_cpu else 1.0,
+        passes=(2.5 if group["reduce_dtype"] == "bf16" else 1.5) if sharded else 1.0,
+        jitter_s=jitter_ms / 1e3,
+    )  # fmt: skip
     inputs = {
-        "compute_ms": round(1e3 * work.compute_s, 3), "fixed_ms": round(1e3 * work.fixed_s, 3),
-        "gradient_mb": round(work.gradient_mb, 3), "link_gb_per_s": round(link.gb_per_s, 4),
-        "latency_us": round(link.latency_us, 1), "from_ranks": smallest[0]["world"],
+        "compute_ms": 1e3 * work.compute_s, "fixed_ms": 1e3 * work.fixed_s, "jitter_ms": 1e3 * work.jitter_s,
+        "gradient_mb": work.gradient_mb, "link_gb_per_s": link.gb_per_s, "latency_us": link.latency_us,
     }  # fmt: skip
+    sent = {
+        count: {"mb": mb, "measured_ms": 1e3 * took, "paper_ms": 1e3 * all_reduce_s(mb, count, cluster)}
+        for count in counts[1:]
+        for mb, took in _all_reduces(measured, count)[-1:]
+    }
     predicted = {"weak": weak(work, counts, cluster), "strong": strong(work, counts, cluster)}
     made = {kind: {one.ranks: efficiency for one, efficiency in rows} for kind, rows in predicted.items()}
-    return {**made, "inputs": inputs}
+    return {**made, "inputs": {key: float(f"{value:.4g}") for key, value in inputs.items()}, "all_reduce": sent}
 
 
 def show_paper(args: argparse.Namespace, console: Console) -> None:
@@ -253,7 +318,7 @@ def show_paper(args: argparse.Namespace, console: Console) -> None:
         raise UserError("--paper: expected --step-ms and --gradient-mb, and --inside and --between as GB/S,US")
     cluster = Cluster(_link("--inside", args.inside), _link("--between", args.between), args.per_node)
     work = Work(
-        args.step_ms / 1e3, args.gradient_mb, bucket_mb=args.bucket_mb, jitter_s=args.jitter_ms / 1e3,
+        args.step_ms / 1e3, args.gradient_mb, args.fixed_ms / 1e3, args.bucket_mb, jitter_s=args.jitter_ms / 1e3,
         passes=1.5 if args.sharded else 1.0,
     )  # fmt: skip
     for line in paper_table(work, cluster, args.clips):

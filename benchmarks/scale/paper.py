@@ -58,7 +58,8 @@ class Work:
         gradient_mb: What is reduced in a step.
         bucket_mb: In pieces of this size.
         backward: Share of `compute_s` that is the backward pass.
-        passes: Traffic as a multiple of one all-reduce: 1.5 where parameters are sharded (FSDP, ZeRO-3).
+        passes: Traffic as a multiple of one all-reduce of `gradient_mb`: 1.5 where parameters are sharded (FSDP,
+            ZeRO-3), 2.5 if only their gradients are sent in half as many bytes.
         hidden: Share of the transfers that may go on beside the backward pass; 0 where both need the same cores.
         jitter_s: Standard deviation of a rank's step.
     """
@@ -101,7 +102,7 @@ def all_reduce_s(mb: float, ranks: int, cluster: Cluster) -> float:
 
     Inside a node a ring: 2 (k - 1) messages of 1/k of the tensor (Patarasuk and Yuan 2009, section 3). Between
     nodes each rank sums its 1/k with its like on all others, by a ring or by two trees at once, whichever is faster:
-    2 ceil(log2 n) latencies and twice the piece (Sanders, Speck and Träff 2009, section 3).
+    2 ceil(log2 n) latencies and twice the piece (Sanders, Speck and Träff 2009; without their pipeline's filling).
     """
     inside = min(ranks, cluster.per_node)
     nodes = -(-ranks // cluster.per_node)
@@ -164,6 +165,8 @@ def fitted(times: Sequence[tuple[float, float]], ranks: int) -> Link:
     a1, b1 = (sum(x[i] for x in rows) for i in (0, 1))
     determinant = aa * bb - ab * ab
     slope, latency = (a1 * bb - b1 * ab) / determinant, (b1 * aa - a1 * ab) / determinant
-    if slope <= 0 or latency < 0:  # the sizes do not tell them apart: all of it is bandwidth
+    if latency < 0:  # the sizes do not tell them apart: all of it is bandwidth
         slope, latency = a1 / aa, 0.0
-    return Link(1 / slope / 1e9, latency * 1e6)
+    elif slope <= 0:  # large ones are as fast as small ones: all of it is latency
+        slope, latency = 0.0, b1 / bb
+    return Link(1 / slope / 1e9 if slope else math.inf, latency * 1e6)

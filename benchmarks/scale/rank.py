@@ -20,13 +20,14 @@ import msgspec
 import torch
 import torch.distributed as dist
 
+from benchmarks import result as results
 from benchmarks.scale import add_arguments
 from benchmarks.timing import interleave
-from benchmarks.train import split_keys
+from benchmarks.train import split_keys, without_places
 from benchmarks.train.bench import Bench
 from fastav import recipe as recipes
 from fastav.commandline import Parser
-from fastav.errors import FastavError
+from fastav.errors import FastavError, UserError
 from fastav.files import write_text
 from fastav.meter import num_cores
 from fastav.ranks import leave
@@ -55,14 +56,26 @@ def main(words: Sequence[str]) -> int:
 
 
 def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, Any]:
-    """Runs all turns; returns what a file of one world size holds."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    """Runs all turns; returns what a file of one world size holds.
+
+    Raises:
+        UserError: The ranks do not know of each other, or cannot share the batch.
+    """
+    world, tasks = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("SLURM_NTASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ and "SLURM_PROCID" in os.environ:
+        raise UserError(
+            f"srun started {tasks} tasks, but WORLD_SIZE is not set: each would measure alone; "
+            "FASTAV_VERB=scale sbatch launch/slurm/train.sbatch sets it, or start them by torchrun"
+        )
     batch = recipe.train.batch
+    if batch % world or batch % 2:
+        raise UserError(f"train.batch = {batch}: {world} ranks cannot share it, or it cannot be halved")
     # On one rank both kinds are the same, and half of the batch tells what of a step does not shrink with it.
     batches = {"weak": batch * world, "strong": batch} if world > 1 else {"weak": batch, "half": batch // 2}
     benches = {}
     for kind, clips in batches.items():
-        sized = msgspec.structs.replace(recipe.train, batch=clips, micro_batch=0)
+        micro = min(recipe.train.micro_batch or batch, clips // world)
+        sized = msgspec.structs.replace(recipe.train, batch=clips, micro_batch=micro)
         benches[kind] = Bench(msgspec.structs.replace(recipe, train=sized, out=str(folder / f"{world}_{kind}")), steps)
     modes = {}
     for kind, bench in benches.items():
@@ -73,18 +86,27 @@ def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, A
             modes[f"{kind}: end to end"] = bench.end_to_end
     made = interleave(modes, turns)
     first = benches["weak"]
-    trained = sum(p.numel() for p in first.session.model.parameters() if p.requires_grad)
-    gradient_mb = trained * (2 if recipe.train.reduce_dtype == "bf16" else 4) / 1e6
     found = {
         "world": world, "per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "device": first.device.type,
         "strategy": first.session.strategy.name, "batch": batch, "cores": num_cores(),
-        "threads": torch.get_num_threads(), "gradient_mb": gradient_mb, "bucket_mb": recipe.train.bucket_mb,
+        "threads": torch.get_num_threads(), "gradient_mb": _gradient_mb(first, recipe),
+        "bucket_mb": recipe.train.bucket_mb, "reduce_dtype": recipe.train.reduce_dtype,
         "step_s": {name: [turn.wall_s / steps for turn in turns] for name, turns in made.items()},
-        "all_reduce_s": _all_reduces(first.device, gradient_mb) if world > 1 else [],
+        "facts": {name: [turn.facts for turn in turns] for name, turns in made.items()},
+        "machine": results.machine(), "versions": results.new("scale", [], {})["versions"],
+        "recipe": without_places(recipe),
     }  # fmt: skip
+    found["all_reduce_s"] = _all_reduces(first.device, found["gradient_mb"]) if world > 1 else []
     for bench in benches.values():
         bench.close()
     return found
+
+
+def _gradient_mb(bench: Bench, recipe: Recipe) -> float:
+    """What is reduced in a step."""
+    trained = [p for p in bench.session.model.parameters() if p.requires_grad]
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)  # ZeRO-3 leaves nothing of them in place
+    return count * (2 if recipe.train.reduce_dtype == "bf16" else 4) / 1e6
 
 
 def _all_reduces(device: torch.device, gradient_mb: float) -> list[tuple[float, list[float]]]:

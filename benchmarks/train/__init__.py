@@ -31,7 +31,7 @@ from rich.table import Table
 
 from benchmarks import result as results
 from benchmarks.data.clips import make, repeated
-from benchmarks.timing import Interval, Turn, interleave, median, paired_ratio
+from benchmarks.timing import Interval, Turn, interleave, median, paired_ratio, per_second
 from benchmarks.train.bench import APART, MODES, Bench
 from benchmarks.train.bound import Parts, bound
 from fastav import recipe as recipes
@@ -41,6 +41,7 @@ from fastav.ranks import leave
 from fastav.recipe import Recipe
 
 _ROOT = Path(__file__).parents[2]
+_ONE_FOR_ALL = ("train.threads", "train.deterministic")
 _COPIES = 512  # rows of the manifest of made clips
 _PLOTTED = {
     "clips_per_s": "clips per second", "overlap_efficiency": "overlap efficiency: the slower side alone over both",
@@ -72,7 +73,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="what to train")
     parser.add_argument("--vary", metavar="KEY=A,B", help="variants: this key of the recipe with each of the values")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each that count (9)")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each that count (10)")
     parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a turn (10)")
     parser.add_argument("--footage", type=Path, metavar="FILE", help="a real video of 10 s for the clips that are made")
     parser.add_argument("--folder", type=Path, help="keep clips and run folders here; default: a temporary one")
@@ -98,13 +99,17 @@ def main(words: Sequence[str] | None = None) -> int:
         folder = args.folder or Path(scratch)
         chosen = variants(args, folder)
         found = results.new("train", list(words or []), _varied(args.vary))
-        found["recipe"] = _without_places(next(iter(chosen.values())))
+        found["recipe"] = without_places(next(iter(chosen.values())))
         benches = {name: Bench(recipe, args.steps) for name, recipe in chosen.items()}
         try:
             first = next(iter(benches.values()))
             found["gpu"] = first.gpu.facts() if first.gpu else None
+            if Path(next(iter(chosen.values())).data.manifest).parent == folder:
+                found["notes"].append(f"{_COPIES} rows of one packed clip: read from memory, not from a disk")
             found["ranks"], found["device"] = first.session.ranks.world, first.session.ranks.describe()
-            turns = {_label(name, mode): run for name, one in benches.items() for mode, run in one.modes().items()}
+            # Variants of a mode are neighbours, as they are compared in pairs.
+            turns = {_label(name, mode): run for mode in (*MODES, APART) for name, one in benches.items()
+                     if (run := one.modes().get(mode))}  # fmt: skip
             made = interleave(turns, args.rounds, told=lambda text: console.log(text))
             for name, one in benches.items():
                 _report(found, console, name, one, {mode: made[_label(name, mode)] for mode in one.modes()})
@@ -119,7 +124,7 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _without_places(recipe: Recipe) -> dict[str, Any]:
+def without_places(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe without where its files lie on this machine."""
     data = msgspec.structs.replace(recipe.data, manifest=Path(recipe.data.manifest).name, shards="", aliases="")
     return recipes.to_table(msgspec.structs.replace(recipe, data=data, out=""))
@@ -166,7 +171,13 @@ def _choices(vary: str | None) -> list[tuple[str, list[str]]]:
     key, equals, values = vary.partition("=")
     if not equals or len(values.split(",")) < 2:
         raise UserError(f"--vary {vary}: expected KEY=A,B with two values or more")
-    return [(f"{key}={value}", [f"--{key}", value]) for value in values.split(",")]
+    if key in _ONE_FOR_ALL:
+        raise UserError(f"--vary {vary}: {key} holds for the whole process; measure the values one after the other")
+    listed = values.split(",")
+    twice = [
+        f" ({listed[:place].count(value) + 1})" if value in listed[:place] else "" for place, value in enumerate(listed)
+    ]
+    return [(f"{key}={value}{again}", [f"--{key}", value]) for value, again in zip(listed, twice, strict=True)]
 
 
 def _varied(vary: str | None) -> dict[str, list[Any]]:
@@ -208,7 +219,8 @@ def _report(found: dict[str, Any], console: Console, variant: str, bench: Bench,
     binds = bound(parts(bench, turns))
     found.setdefault("bound", []).append({"variant": variant, **asdict(binds)})
     found["runs"].append({"variant": variant or "start", "repeat": 0, "start_s": round(bench.start_s, 2)})
-    throttled = sorted({reason for made in turns.values() for turn in made for reason in turn.facts["throttled"]})
+    throttled = sorted({reason for made in turns.values() for turn in made
+                        for reason in turn.facts["throttled"] or ()})  # fmt: skip
     if throttled:
         found["notes"].append(f"{_label(variant, 'the GPU')} was throttled: {', '.join(throttled)}")
         console.print(found["notes"][-1], style="yellow", highlight=False)
@@ -217,18 +229,19 @@ def _report(found: dict[str, Any], console: Console, variant: str, bench: Bench,
 
 def parts(bench: Bench, turns: dict[str, list[Turn]]) -> Parts:
     """What tells which side binds: medians of the turns."""
-    recipe, data = bench.session.recipe, turns["data"]
-    took = sum(turn.wall_s for turn in data)
-    stages = {}
-    for name in data[0].facts["stages"].keys() - {"wait"}:  # that is the consumer
-        threads = 1 if name in ("plan", "collate") else recipe.loading.num_workers()
-        stages[name] = 100 * sum(turn.facts["stages"][name] for turn in data) / took / threads
+    data, model, beside = turns["data"], turns["model"], turns["model beside data"]
+    stages = {name: float(np.median([turn.facts["stages"][name] for turn in data])) for name in data[0].facts["stages"]}
     d, m, e, b = (float(np.median(step_s(turns[mode]))) for mode in MODES)
     sent = 1 - float(np.median(step_s(turns[APART]))) / m if APART in turns else 0.0
+    data_beside_ms = median_of(beside, "data_step_ms")
+    whole = "prepare" in stages  # decoders of whole batches have clips prepared for them
+    worker = bench.session.recipe.loading.worker
     return Parts(
-        d, m, e, b, cpu_pct=median_of(data, "cpu_pct"), nvdec_pct=median_of(data, "nvdec_pct"), stages=stages,
-        processes=recipe.loading.worker == "process", gpu=bench.device.type == "cuda",
-        communication_pct=100 * max(0.0, sent),
+        d, m, e, b, cpu_pct=median_of(data, "cpu_pct"), nvdec_pct=median_of(data, "nvdec_pct"),
+        copy_pct=median_of(data, "copy_pct"), sm_pct=median_of(model, "sm_pct"), stages=stages,
+        data_beside_s=None if data_beside_ms is None else data_beside_ms / 1e3,
+        decodes="dali" if whole else "processes" if worker == "process" else "threads",
+        gpu=bench.device.type == "cuda", communication_pct=100 * max(0.0, sent),
     )  # fmt: skip
 
 
@@ -247,6 +260,6 @@ def _verdicts(found: dict[str, Any], console: Console, names: Sequence[str], mad
     for name in names[1:]:
         for mode in MODES:
             a, b = _label(name, mode), _label(names[0], mode)
-            interval = paired_ratio(1 / step_s(made[a]), 1 / step_s(made[b]))
-            word = results.judge(found, a, b, "steps_per_s", interval)
+            interval = paired_ratio(per_second(made[a]), per_second(made[b]))
+            word = results.judge(found, a, b, "clips_per_s", interval)
             console.print(f"{a} / {names[0]}: {interval} ({word})", highlight=False)

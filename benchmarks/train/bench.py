@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -18,7 +17,8 @@ import torch
 from benchmarks.nvml import Gpu, Watch
 from benchmarks.timing import Turn
 from fastav.clip import Batch
-from fastav.meter import num_cores
+from fastav.loader import StageStats
+from fastav.meter import cores_each, peak_memory_gib
 from fastav.pipeline import choose_pin_memory, make_loader
 from fastav.ranks import StopSignals
 from fastav.recipe import Recipe
@@ -29,45 +29,56 @@ APART = "model, not sending"
 _FOREVER = 1_000_000  # steps: nobody waits for the end of such a run
 
 
-@dataclass(slots=True)
-class Idle:
-    """The device's idle time between the last kernel before a wait for a batch and the first one after it.
+def event(device: torch.device) -> Any:
+    """A moment of the device's own time, when it has come to here; None on a CPU, which does one thing at a time."""
+    if device.type != "cuda":
+        return None
+    made = torch.cuda.Event(enable_timing=True)
+    made.record()
+    return made
+
+
+class Waits:
+    """How long host and device wait for batches.
+
+    Args:
+        device: Where the model is.
 
     Attributes:
-        device: Where the model is; times are of CUDA events, a CPU has none.
-        pairs: Events before and after each wait.
+        host_s: Seconds that the host has waited for the loader.
     """
 
-    device: torch.device
-    pairs: list[tuple[Any, Any]] = field(default_factory=list)
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, None
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was counted."""
+        self.host_s, self._pairs = 0.0, list[tuple[Any, Any]]()
 
     def watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches."""
+        """The same batches; the device's wait begins when it has done what it was given before."""
         while True:
-            before = self._now()
+            self._before, begun = event(self._device), time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            if before is not None:
-                self.pairs.append((before, self._now()))
+            self.host_s += time.perf_counter() - begun
             yield batch
 
-    def seconds(self) -> float | None:
-        """Of all waits so far, which are forgotten; None on a CPU, which is the device and the host."""
-        if self.device.type != "cuda":
-            return None
-        torch.cuda.synchronize(self.device)
-        found = sum(float(before.elapsed_time(after)) for before, after in self.pairs) / 1e3
-        self.pairs.clear()
-        return found
+    def forward(self) -> None:
+        """Ends the device's wait: the batch is on the device, and the forward pass begins."""
+        if self._before is not None:
+            self._pairs.append((self._before, event(self._device)))
+            self._before = None
 
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
+    def device_s(self) -> float | None:
+        """Seconds that the device has been without work, copying the batch included; None on a CPU."""
+        if self._device.type != "cuda":
             return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        torch.cuda.synchronize(self._device)
+        return sum(float(before.elapsed_time(after)) for before, after in self._pairs) / 1e3
 
 
 class Bench:
@@ -94,10 +105,11 @@ class Bench:
             self.session.recipe, self.session.source, self.session.skip, pin_memory=choose_pin_memory(self.device)
         )
         self._lead = recipe.loading.prefetch + 1  # batches that lie ready, and one to settle
-        self._at, self._idle = 0, Idle(self.device)
-        with self._batches(1) as batches:
+        self._at, self._waits = 0, Waits(self.device)
+        self._steps_s: list[float] = []
+        with self._batches() as batches:
             self._resident = next(batches).to(self.device)
-            self.trainer.step(itertools.repeat(self._resident))
+        self.trainer.step(itertools.repeat(self._resident))
         self.wait()
         self.start_s = time.perf_counter() - begun
 
@@ -119,17 +131,25 @@ class Bench:
 
     def data(self) -> Turn:
         """Batches from the files to the device, and no model."""
-        before = self._stages()
-        with self._batches(self._lead + self.steps * self._parts) as batches:
+        copies: list[tuple[Any, Any]] = []
+        stages: dict[str, float] = {}
+        with self._batches() as batches:
             for _ in range(self._lead):
                 next(batches).to(self.device)
 
             def work() -> None:
+                before = self.loader.stats()
                 for _ in range(self.steps * self._parts):
-                    next(batches).to(self.device)
+                    batch, begun = next(batches), event(self.device)
+                    batch.to(self.device)
+                    copies.append((begun, event(self.device)))
+                stages.update(busy_pct(before, self.loader.stats()))
 
             turn = self._timed(work)
-        turn.facts["stages"] = {name: self._stages()[name] - busy for name, busy in before.items()}
+        turn.facts["stages"] = stages
+        if self.device.type == "cuda":
+            copied_s = sum(float(before.elapsed_time(after)) for before, after in copies) / 1e3
+            turn.facts["copy_pct"] = 100 * copied_s / turn.wall_s
         return turn
 
     def model(self) -> Turn:
@@ -139,13 +159,8 @@ class Bench:
 
     def apart(self) -> Turn:
         """Like `model`, but no gradient is sent (DDP); the ranks still agree on each step's loss."""
-        strategy: Any = self.session.strategy
-        joined = strategy.part
-        strategy.part = lambda *, last: joined(last=False)
-        try:
+        with self._parted(lambda joined, last: joined(last=False)):
             return self.model()
-        finally:
-            strategy.part = joined
 
     @property
     def sends(self) -> bool:
@@ -154,76 +169,125 @@ class Bench:
 
     def end_to_end(self) -> Turn:
         """Optimizer steps on the loader's batches: what a run does."""
-        meter = self.session.meter
-        with self._batches((self._lead + self.steps) * self._parts) as batches:
-            watched = self._idle.watched(batches)
+        waits = self._waits
+
+        def noted(joined: Any, last: bool) -> Any:
+            waits.forward()
+            return joined(last=last)
+
+        with self._batches() as batches, self._parted(noted):
+            watched = waits.watched(batches)
             for _ in range(self._lead):
                 self.trainer.step(watched)
-            self._idle.seconds()
-            meter.restart()
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            waits.restart()
             turn = self._timed(lambda: self._train(watched))
-        rates, idle_s = meter.rates(), self._idle.seconds()
-        told = {"host_wait_pct": rates.stall_pct, "peak_mem_gib": rates.peak_mem_gib, "mfu_pct": rates.mfu_pct}
-        idle_pct = None if idle_s is None else 100 * idle_s / turn.wall_s
-        return replace(turn, facts={**turn.facts, **told, "device_idle_pct": idle_pct})
+        idle_s, meter = waits.device_s(), self.session.meter
+        flops_per_s = turn.clips / turn.wall_s * meter.flops_per_clip
+        turn.facts.update(
+            host_wait_pct=100 * waits.host_s / turn.wall_s,
+            device_idle_pct=None if idle_s is None else 100 * idle_s / turn.wall_s,
+            mfu_pct=100 * flops_per_s / meter.peak_flops if flops_per_s and meter.peak_flops else None,
+            peak_mem_gib=peak_memory_gib(),
+        )
+        return turn
 
     def beside(self) -> Turn:
         """Optimizer steps on the resident batch, while a thread takes batches to the device and throws them away."""
-        resident, end = itertools.repeat(self._resident), threading.Event()
-        with self._batches(_FOREVER) as batches:
+        resident, end, failed, thrown = itertools.repeat(self._resident), threading.Event(), list[BaseException](), [0]
+        with self._batches() as batches:
             for _ in range(self._lead):
                 next(batches)
 
             def throw_away() -> None:
-                while not end.is_set():
-                    next(batches).to(self.device)
+                try:
+                    while not end.is_set():
+                        next(batches).to(self.device)
+                        thrown[0] += 1
+                except BaseException as error:  # told by the turn: a loader that is dead disturbs nobody
+                    failed.append(error)
 
             thread = threading.Thread(target=throw_away, name="thrown away", daemon=True)
             thread.start()
             try:
-                return self._timed(lambda: self._train(resident))
+                turn = self._timed(lambda: self._train(resident))
             finally:
                 end.set()
                 thread.join()
+        if failed:
+            raise failed[0]
+        turn.facts["data_step_ms"] = 1e3 * turn.wall_s * self._parts / max(thrown[0], 1)
+        return turn
 
     @property
     def _parts(self) -> int:
         return self.session.shares.accumulation
 
     @contextlib.contextmanager
-    def _batches(self, count: int) -> Iterator[Iterator[Batch]]:
-        """So many of this rank's micro-batches of the plan, others in each turn."""
-        shares = self.session.shares
-        first, self._at = self._at, self._at + min(-(-count // self._parts), self._lead + self.steps)
-        requests = itertools.islice(shares.requests(first, first + _FOREVER), count)
+    def _parted(self, around: Callable[[Any, bool], Any]) -> Iterator[None]:
+        """Puts something around each micro-batch's forward and backward pass."""
+        strategy: Any = self.session.strategy
+        joined = strategy.part
+        strategy.part = lambda *, last: around(joined, last)
+        try:
+            yield
+        finally:
+            strategy.part = joined
+
+    @contextlib.contextmanager
+    def _batches(self) -> Iterator[Iterator[Batch]]:
+        """This rank's micro-batches of the plan, others in each turn, without end: at its own it would be idle."""
+        first, self._at = self._at, self._at + self._lead + self.steps
+        requests = self.session.shares.requests(first, first + _FOREVER)
         with contextlib.closing(self.loader.batches(requests)) as batches:
             yield batches
 
     def _train(self, batches: Iterator[Batch]) -> None:
+        self._steps_s = []
         for _ in range(self.steps):
-            self.trainer.step(batches)
-
-    def _stages(self) -> dict[str, float]:
-        return {name: stage.busy_s for name, stage in self.loader.stats().items()}
+            begun = time.perf_counter()
+            self.trainer.step(batches)  # it ends by reading the loss back: the device has done it
+            self._steps_s.append(time.perf_counter() - begun)
 
     def _timed(self, work: Callable[[], None]) -> Turn:
-        """Does it under the clock, this GPU's meter and the machine's count of CPU time."""
+        """Does it under the clock, the GPU's meter and the count of CPU time; the slowest rank's time is the turn's."""
         self.wait()
+        self._steps_s = []
         with Watch(self.gpu) as watch:
             cpu, wall = time.process_time(), time.perf_counter()
             work()
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent, took = time.process_time() - cpu, time.perf_counter() - wall
-        clips, seen = self.steps * self.session.recipe.train.batch, watch.found
+        seen = watch.found
+        every = self.session.ranks.gather((took, seen.joules, seen.throttled))
+        slowest = max(range(len(every)), key=lambda rank: every[rank][0])
+        joules = [math.nan if spent_j is None else spent_j for _, spent_j, _ in every]
+        reasons = [why for _, _, why in every]
+        took, clips = every[slowest][0], self.steps * self.session.recipe.train.batch
         inside = self.session.recipe.loading.worker == "thread"  # CPU time of other processes is not known here
-        unknown = float("nan")
-        joules = self.session.ranks.total([unknown if seen.joules is None else seen.joules])[0] / clips
-        cores = num_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return Turn(clips, spent, took, {
-            "step_ms": 1e3 * took / self.steps, "clips_per_s": clips / took,
-            "cpu_pct": 100 * spent / took / cores if inside else None,
-            "joules_per_clip": None if math.isnan(joules) else joules,
-            "sm_pct": seen.sm_pct, "nvdec_pct": seen.nvdec_pct, "throttled": seen.throttled,
+            "step_ms": 1e3 * took / self.steps, "steps_ms": [round(1e3 * one, 3) for one in self._steps_s],
+            "clips_per_s": clips / took, "slowest_rank": slowest,
+            "cpu_pct": 100 * spent / took / cores_each() if inside else None,
+            "joules_per_clip": None if math.isnan(sum(joules)) else sum(joules) / clips,
+            "sm_pct": seen.sm_pct, "nvdec_pct": seen.nvdec_pct,
+            "throttled": None if None in reasons else sorted({one for why in reasons for one in why or ()}),
             "clocks_mhz": {"sm": seen.sm_mhz, "memory": seen.memory_mhz},
         })  # fmt: skip
+
+
+def busy_pct(before: dict[str, StageStats], after: dict[str, StageStats]) -> dict[str, float]:
+    """Share of the time of a stage's threads in which they worked, percent; without the consumer's own.
+
+    Args:
+        before: The loader's counts.
+        after: Later.
+    """
+    found = {}
+    for name in after.keys() - {"wait"}:
+        spent = {key: value - asdict(before[name])[key] for key, value in asdict(after[name]).items()}
+        total = spent["busy_s"] + spent["put_wait_s"] + spent["get_wait_s"]
+        found[name] = 100 * spent["busy_s"] / max(total, 1e-9)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 FULL_PCT = 85.0
 """A resource this busy is the one that binds."""
@@ -22,8 +23,11 @@ class Parts:
         beside_s: Seconds of a step on a resident batch while batches are made and thrown away.
         cpu_pct: This process's share of its cores while it makes batches alone; None where others make them.
         nvdec_pct: Of the video decoder, likewise.
+        copy_pct: Share of that time in which batches are copied to the device.
+        sm_pct: Share of the time of the model alone in which a kernel runs.
+        data_beside_s: Seconds of a step's batches while the model runs on another; None where that is not known.
         stages: Stage of the loader -> share of the time of its threads that they worked, percent.
-        processes: Whether clips are decoded by processes.
+        decodes: Who decodes: threads, processes, or DALI, which takes whole batches.
         gpu: Whether the model is on one.
         communication_pct: Share of a step that is waiting for other ranks' gradients, percent.
     """
@@ -34,8 +38,11 @@ class Parts:
     beside_s: float
     cpu_pct: float | None = None
     nvdec_pct: float | None = None
+    copy_pct: float | None = None
+    sm_pct: float | None = None
+    data_beside_s: float | None = None
     stages: Mapping[str, float] = field(default_factory=dict)
-    processes: bool = False
+    decodes: Literal["threads", "processes", "dali"] = "threads"
     gpu: bool = False
     communication_pct: float = 0.0
 
@@ -77,9 +84,9 @@ def bound(parts: Parts) -> Bound:
     """Names what binds: the slower of the two sides, or that they do not fit together."""
     if parts.end_s <= MARGIN * parts.ideal_s:
         return _data(parts) if parts.data_s > parts.model_s else _model(parts)
-    # On a GPU what the model loses to the loader must account for the loss; a CPU is shared by all.
-    accounted = parts.end_s <= MARGIN * max(parts.data_s, parts.beside_s) or not parts.gpu
-    return _interference(parts) if parts.interference > MARGIN and accounted else _hand_over(parts)
+    together = max(parts.beside_s, parts.data_beside_s or parts.data_s)
+    disturbed = together > MARGIN * parts.ideal_s or (not parts.gpu and parts.interference > MARGIN)
+    return _interference(parts) if disturbed else _hand_over(parts)
 
 
 def _sides(parts: Parts) -> str:
@@ -96,21 +103,29 @@ def _data(parts: Parts) -> Bound:
         decoder = "" if parts.gpu else " or decode on a GPU"
         knob = f"pack the clips (fastav pack), sampling.repeat = 2, more cores{decoder}, or {fewer}"
         return Bound("host CPU", f"its cores {parts.cpu_pct:.0f} % busy; {sides}", knob)
+    if parts.copy_pct is not None and parts.copy_pct >= FULL_PCT:
+        knob = f"{fewer}; `fastav preflight` tells whether the link to the device is slow"
+        return Bound("copying to the device", f"{parts.copy_pct:.0f} % of the time; {sides}", knob)
     stage, busy = max(parts.stages.items(), key=lambda pair: pair[1], default=("", 0.0))
-    if busy >= FULL_PCT and stage == "decode" and not parts.processes:
-        knob = 'loading.worker = "process", or more loading.workers: threads wait for one lock of Python, or for files'
-        return Bound("decoding threads", f"{busy:.0f} % busy while cores are free; {sides}", knob)
-    if busy >= FULL_PCT and stage == "decode":
-        return Bound("decoding", f"{busy:.0f} % busy while cores are free; {sides}", "more loading.workers")
-    if busy >= FULL_PCT:
-        return Bound(f"the loader's {stage} stage", f"{busy:.0f} % busy; {sides}", f"a larger train.batch, or {fewer}")
-    knob = 'a faster or nearer disk, loading.shards.cache, sampling.order = "blocked", or more loading.workers'
-    return Bound("waiting for files", f"no stage of the loader is busy; {sides}", knob)
+    if busy < FULL_PCT:
+        knob = 'a faster or nearer disk, loading.shards.cache, sampling.order = "blocked", or more loading.workers'
+        return Bound("waiting for files", f"no stage of the loader is busy; {sides}", knob)
+    what, knob = {
+        ("decode", "threads"): ("decoding threads", 'loading.worker = "process", or more loading.workers: threads wait '
+                                "for one lock of Python, or for files"),
+        ("decode", "processes"): ("decoding", "more loading.workers"),
+        ("decode", "dali"): ("decoding (DALI)", "decode.pipelines, decode.threads, a larger train.micro_batch"),
+        ("prepare", "dali"): ("reading what DALI decodes", "more loading.workers, a nearer disk"),
+    }.get((stage, parts.decodes), (f"the loader's {stage} stage", fewer))  # fmt: skip
+    return Bound(what, f"{busy:.0f} % busy; {sides}", knob)
 
 
 def _interference(parts: Parts) -> Bound:
     """Both sides want the same means."""
-    why = f"the model takes {parts.interference:.2f} times as long while batches are made; {_sides(parts)}"
+    why = f"the model takes {parts.interference:.2f} times as long while batches are made"
+    if parts.data_beside_s is not None:
+        why += f", batches {parts.data_beside_s / parts.data_s:.2f} times while it runs"
+    why += f"; {_sides(parts)}"
     if parts.gpu:
         knob = "fewer loading.workers or decode.pipelines, train.compile (fewer launches), or clips that are packed"
     else:
@@ -129,5 +144,8 @@ def _model(parts: Parts) -> Bound:
     if parts.communication_pct >= 15:
         knob = 'larger train.micro_batch, train.reduce_dtype = "bf16", train.bucket_mb; or fewer, faster nodes'
         return Bound("communication", f"{parts.communication_pct:.0f} % of a step; {sides}", knob)
-    knob = 'nothing here is wasted; faster still: train.compile, train.precision = "bf16", a larger train.batch'
+    if parts.sm_pct is not None and parts.sm_pct < FULL_PCT:
+        knob = "train.compile, a larger train.micro_batch: the GPU waits for the host to launch kernels"
+        return Bound("launching kernels", f"one runs in {parts.sm_pct:.0f} % of the time; {sides}", knob)
+    knob = 'the loader keeps up; faster still: train.compile, train.precision = "bf16", a larger train.batch'
     return Bound("the model", sides, knob if parts.gpu else f"{knob}, a GPU")

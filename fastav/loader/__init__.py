@@ -37,7 +37,6 @@ torch runs on one core in each worker, as whole clips run in parallel; the consu
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -50,7 +49,7 @@ from fastav.errors import MediaError, TooManyBroken
 from fastav.loader.assemble import Assembler, Request
 from fastav.loader.processes import Processes
 from fastav.loader.stream import StageStats, Stream
-from fastav.meter import num_cores
+from fastav.meter import cores_each
 from fastav.shards import Reading
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ class Loading(Config, frozen=True):
         """Returns the number of decoding threads in force."""
         if self.workers:
             return self.workers
-        return max(1, num_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return max(1, int(cores_each()))
 
 
 class Loader:

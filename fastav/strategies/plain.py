@@ -23,7 +23,8 @@ class Single:
     Args:
         model: On its device.
         make_optimizer: Of the model's parameters.
-        compiled: Whether to compile it.
+        compiled: Whether to compile it, for the one shape of its batches: a second model of other shapes in the process
+            would make both slower by symbolic sizes.
     """
 
     name: Name = "single"
@@ -31,7 +32,7 @@ class Single:
 
     def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, *, compiled: bool = False) -> None:
         self.model, self.optimizer = model, make_optimizer()
-        self.network = torch.compile(model) if compiled else model  # type: ignore[assignment]
+        self.network = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
 
     def check(self, world: int, accumulation: int) -> None:
         """See `Strategy`."""
@@ -126,7 +127,7 @@ class DDP(Single):
         )
         if reduce_dtype == "bf16":
             self._ddp.register_comm_hook(None, bf16_compress_hook)
-        self.network = torch.compile(self._ddp) if compiled else self._ddp  # type: ignore[assignment]
+        self.network = torch.compile(self._ddp, dynamic=False) if compiled else self._ddp  # type: ignore[assignment]
 
     def check(self, world: int, accumulation: int) -> None:
         """See `Strategy`."""

@@ -76,7 +76,7 @@ class Zero:
         start = _start_deepspeed(next(model.parameters()).device)
         self.engine, *_ = start(model=model, optimizer=self.optimizer, config={**settings, **ours})
         if compiled:
-            self.engine.compile()
+            self.engine.compile(compile_kwargs={"dynamic": False})
         self.network: nn.Module = self.engine
         self._zero = self.engine.optimizer
         self._parameters = dict(model.named_parameters())
