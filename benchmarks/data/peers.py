@@ -205,9 +205,11 @@ def peers_of(path: Path, clip: Clip) -> dict[str, Callable[[], Peer]]:
 
 @functools.cache
 def _loads(module: str) -> bool:
-    """Whether a module can be imported: torchcodec, for one, needs FFmpeg's libraries installed on the system."""
+    """Whether a module works here: torchcodec and SPDL need FFmpeg's libraries installed on the system."""
     try:
-        importlib.import_module(module)
+        loaded = importlib.import_module(module)
+        if module == "spdl.io":
+            loaded.decode_config()  # it looks for them at the first call
     except (ImportError, OSError, RuntimeError):
         return False
     return True
