@@ -11,7 +11,7 @@ import pytest
 @pytest.fixture(scope="session")
 def realdata() -> Path:
     """The folder of real media; tests that want it skip where it is absent."""
-    folder = Path(os.environ.get("FASTAV_REALDATA", Path(__file__).parents[2] / "shared" / "realdata"))
+    folder = Path(os.environ.get("FASTAV_REALDATA") or Path(__file__).parents[2] / "shared" / "realdata")
     if not folder.is_dir():
         pytest.skip("no real media here (set FASTAV_REALDATA)")
     return folder
