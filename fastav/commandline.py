@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
+import os
 import re
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from fastav.errors import FastavError, UserError, did_you_mean
@@ -42,7 +45,16 @@ def run(verb: str, module_name: str, argv: Sequence[str]) -> int:
 
     Returns:
         The exit code: 0, 2 for a user's mistake, 3 for too many broken clips, 75 when stopped by a signal, 1 otherwise.
+        Where FASTAV_EXIT_CODES names a folder, it is left there as well: launchers rewrite it.
     """
+    code = _run(verb, module_name, argv)
+    if folder := os.environ.get("FASTAV_EXIT_CODES"):
+        with contextlib.suppress(OSError):  # a full disk must not hide the code itself
+            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(f"{code}\n")
+    return code
+
+
+def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
     words = [word for word in argv if word != "--debug"]
     debug = len(words) != len(argv)
     try:

@@ -184,6 +184,7 @@ CHANGEABLE = (
     "train.activation_checkpointing",
     "train.patience_s",
     "guard.limit",
+    "guard.on_non_finite",  # a step that is not finite is never taken
     "guard.slow_rank",
     "guard.preflight",
     "guard.slow_device",

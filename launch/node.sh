@@ -4,10 +4,11 @@
 #   launch/node.sh RUN_FOLDER RECIPE [--key value ...]
 #
 # Reads NUM_NODES, NODE_RANK, MASTER_ADDR, MASTER_PORT (29500) and NUM_RANKS, the ranks of a node (one for each GPU).
-# torchrun ends with 1 whatever its ranks end with; this ends with 75 where the run was stopped after a checkpoint.
+# torchrun ends with 1 whatever its ranks end with; this ends as they did: 75 where all were stopped after a checkpoint,
+# 2 or 3 where one of them found a mistake in the recipe or too many broken clips.
 set -euo pipefail
 
-if (($# < 2)); then
+if (($# < 2)) || [[ $1 == *.toml ]]; then
     echo "node.sh: usage: node.sh RUN_FOLDER RECIPE [--key value ...]" >&2
     exit 2
 fi
@@ -28,6 +29,8 @@ until getent hosts "$address" > /dev/null; do
     sleep 1
 done
 
+codes=$(mktemp -d)
+export FASTAV_EXIT_CODES=$codes # each rank leaves its own there
 torchrun --nnodes "$nodes" --node-rank "${NODE_RANK:-0}" --nproc-per-node "$ranks" --master-addr "$address" \
     --master-port "${MASTER_PORT:-29500}" --max-restarts 0 -m fastav.train "$@" --out "$run" \
     --train.num_processes "$((nodes * ranks))" &
@@ -46,8 +49,11 @@ while true; do
     kill -0 "$job" 2> /dev/null || break # a signal ends `wait`, not the ranks
 done
 
-state=$(sed -n 's/^ *"state": "\(.*\)",*$/\1/p' "$run/status.json" 2> /dev/null || true)
-if [[ $state == stopped ]]; then
-    exit 75
-fi
+told=$(cat "$codes"/* 2> /dev/null || true)
+left=$(grep --count . <<< "$told" || true)
+rm -rf "$codes"
+for mistake in 2 3; do
+    if grep --quiet --line-regexp "$mistake" <<< "$told"; then exit "$mistake"; fi
+done
+if ((left == ranks)) && ! grep --quiet --invert-match --line-regexp 75 <<< "$told"; then exit 75; fi
 exit "$code"

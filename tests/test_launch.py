@@ -134,6 +134,8 @@ def test_a_node_saves_when_it_is_told_to_end_and_goes_on(tiny, tmp_path):
     assert node.returncode == 75, told[-2000:]
     assert json.loads((out / "status.json").read_text())["state"] == "stopped"
     del environment["NUM_RANKS"]  # it counts the GPUs, and without the tool that does, starts one rank
+    wrong = subprocess.run([*command, "--optim.lrr", "3"], cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert wrong.returncode == 2, "a mistake, although the run was stopped before: another try would end the same"
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resumed after step" in done.stderr
