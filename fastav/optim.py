@@ -417,7 +417,7 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
     tensors: dict[str, Tensor] = {}
     others: dict[str, dict[str, Any]] = {}
     for name, parameter in _named(optimizer).items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+        for key, value in sorted(optimizer.state.get(parameter, {}).items()):
             if isinstance(value, Tensor):
                 tensors[f"{name}:{key}"] = value.detach()
             else:

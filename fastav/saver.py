@@ -7,6 +7,7 @@ every rank has done so. What goes wrong there is raised by the next `wait`, on e
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -62,14 +63,17 @@ class Saver:
         tensors: Mapping[str, Tensor],
         state: Mapping[str, Any],
         best: Mapping[str, Any] | None = None,
+        *,
+        order: str = "",
     ) -> None:
         """Begins to write a checkpoint, once the one before is done; every rank must call it.
 
         Args:
             step: Optimizer steps done.
-            tensors: `kind/name` -> what this rank writes, see `own`; they may change once this returns.
+            tensors: `kind/name` -> what this rank writes, see `Shares`; they may change once this returns.
             state: Anything JSON can hold; that of rank 0 is written.
             best: Step, metric and value of the best checkpoint, which is not removed.
+            order: `Shares.order`; ranks that differ in it would leave tensors out or mix them up, and write nothing.
 
         Raises:
             FastavError: As `wait`.
@@ -77,10 +81,10 @@ class Saver:
         self.wait()
         self._step = step
         if not self._asynchronous:
-            self._write(step, dict(tensors), state, best or {})
+            self._write(step, dict(tensors), state, best or {}, order)
             self.wait()
             return
-        words = (step, self._staged(tensors), state, best or {})
+        words = (step, self._staged(tensors), state, best or {}, order)
         self._thread = threading.Thread(target=self._write, args=words, name="fastav-saver")
         self._thread.start()
 
@@ -121,9 +125,14 @@ class Saver:
                 f"{self._checkpoints.folder}: cannot save the checkpoint of step {self._step}: {reason}; {safe}"
             )
 
-    def _write(self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], best: Mapping[str, Any]) -> None:
+    def _write(
+        self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], best: Mapping[str, Any], order: str
+    ) -> None:
         """Writes on every rank, then renames on rank 0; leaves the reason in `_reason` where that fails."""
         try:
+            if len(set(self._crew.gather(order))) > 1:
+                self._reason = "ranks list its tensors in different orders, which is a mistake of this program"
+                return
             self._reason = self._written(step, tensors, state, best)
         except (Exception, CheckpointException) as error:  # another rank is gone; whatever gloo raises then
             self._reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -183,21 +192,35 @@ def _write_part(beside: Path, tensors: dict[str, Tensor], crew: Crew) -> dict[st
     return {file.name: sha256(file) for file in sorted(beside.glob(f"shard-{crew.rank + 1:05d}-*"))}
 
 
-def own(tensors: Iterable[tuple[str, Tensor]], crew: Crew, loads: list[int]) -> dict[str, Tensor]:
-    """Chooses what this rank writes: its pieces of what is cut, and a fair share of what every rank has whole.
+class Shares:
+    """Who writes what of a checkpoint: every rank counts along, and must see the same names in the same order.
 
     Args:
-        tensors: Name -> tensor, in the same order on every rank; each is dropped at once where another writes it.
         crew: The processes.
-        loads: Elements that each rank writes so far; counted on.
     """
-    kept = {}
-    for name, tensor in tensors:
-        if isinstance(tensor, DTensor):
-            kept[name] = tensor.detach()
-            continue
-        rank = loads.index(min(loads))
-        loads[rank] += tensor.numel()
-        if rank == crew.rank:
-            kept[name] = tensor.detach()
-    return kept
+
+    def __init__(self, crew: Crew) -> None:
+        self._rank, self._loads, self._names = crew.rank, [0] * crew.world, hashlib.blake2b(digest_size=8)
+
+    def own(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Chooses what this rank writes: its pieces of what is cut, and a fair share of what every rank has whole.
+
+        Args:
+            tensors: Name -> tensor, in the same order on every rank; each is dropped at once where another writes it.
+        """
+        kept = {}
+        for name, tensor in tensors:
+            self._names.update(name.encode() + b"\0")
+            if isinstance(tensor, DTensor):
+                kept[name] = tensor.detach()
+                continue
+            rank = self._loads.index(min(self._loads))
+            self._loads[rank] += tensor.numel()
+            if rank == self._rank:
+                kept[name] = tensor.detach()
+        return kept
+
+    @property
+    def order(self) -> str:
+        """A digest of the names so far."""
+        return self._names.hexdigest()

@@ -29,7 +29,7 @@ from fastav.rank_log import RankLog
 from fastav.ranks import Ranks
 from fastav.recipe import Recipe
 from fastav.run import RunFolder
-from fastav.saver import Saver, own
+from fastav.saver import Saver, Shares
 
 
 class Session:
@@ -231,16 +231,16 @@ class Session:
         kinds = {"model": self.strategy.saved(self.strategy.state()), "optimizer": optimizer}
         if self.ema:
             kinds["ema"] = self.strategy.saved(self.ema.state_dict())
-        loads, tensors = [0] * self.ranks.world, dict[str, Tensor]()
+        shares, tensors = Shares(self.ranks.crew), dict[str, Tensor]()
         for kind, named in kinds.items():
-            tensors |= own(((f"{kind}/{name}", tensor) for name, tensor in named), self.ranks.crew, loads)
+            tensors |= shares.own((f"{kind}/{name}", tensor) for name, tensor in named)
         state = {
             "recipe": recipes.to_table(self.recipe), "data": self.data_digest, "optimizer": meta,
             "schedule": self.schedule.state_dict(), "guard": self.guard.state_dict(), "best": dict(self.best),
             "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
             "classes": list(self.source.classes), "world": self.ranks.world, "strategy": self.strategy.name,
         }  # fmt: skip
-        self.saver.start(self.step, tensors, state, best=dict(self.best))
+        self.saver.start(self.step, tensors, state, best=dict(self.best), order=shares.order)
         self.collect_skipped()
 
     def weights(self) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from fastav import strategies
 from fastav.checkpoint import Checkpoints
 from fastav.crew import Crew
 from fastav.optim import Optim
-from fastav.saver import Saver, own
+from fastav.saver import Saver, Shares
 
 ROUNDS, WIDTH = 8, 1024
 
@@ -50,13 +50,13 @@ def main(folder: Path) -> None:
         for name, saver in savers.items():
             step()
             optimizer, _ = spread.saved_optimizer()
-            loads, tensors = [0] * world, {}
+            shares, tensors = Shares(crew), {}
             for kind, named in (("model", spread.saved(spread.state())), ("optimizer", optimizer)):
-                tensors |= own(((f"{kind}/{key}", value) for key, value in named), crew, loads)
+                tensors |= shares.own((f"{kind}/{key}", value) for key, value in named)
             before = {key: _local(value).clone() for key, value in tensors.items()}
             dist.barrier()
             begun = time.perf_counter()
-            saver.start(2 * number + (name == "async"), tensors, {})
+            saver.start(2 * number + (name == "async"), tensors, {}, order=shares.order)
             took = time.perf_counter() - begun
             for _ in range(3):
                 step()

@@ -16,7 +16,7 @@ from torch import nn
 from fastav import strategies
 from fastav.crew import Crew
 from fastav.optim import Ema, Optim
-from fastav.saver import own
+from fastav.saver import Shares
 
 STEPS, BATCH = 4, 8
 
@@ -104,7 +104,7 @@ def run(name, accumulation, clip_norm):
     named, meta = spread.saved_optimizer()
     optimizer = whole_of(named)
     states = {"model": whole(spread, spread.state()), "optimizer": optimizer, "ema": whole(spread, ema.state_dict())}
-    shares = [len(own(iter(states["model"].items()), crew, [0, 0]))]
+    shares = [len(Shares(crew).own(iter(states["model"].items())))]
     again = resumed(build, states, meta, accumulation, clip_norm, schedule)
     backward(spread, STEPS, accumulation)
     spread.step(clip_norm)
@@ -124,6 +124,14 @@ def whole_of(named):
     }
 
 
+def check_order(spread):
+    """What has been put back is listed in one order on all ranks, though each hashes its words in another way."""
+    shares, orders = Shares(Crew(dist.get_rank(), 2, None)), [None] * 2
+    shares.own(spread.saved_optimizer()[0])
+    dist.all_gather_object(orders, shares.order)
+    assert orders[0] == orders[1], f"{spread.name}: ranks list the optimizer's tensors in different orders"
+
+
 def resumed(build, states, meta, accumulation, clip_norm, schedule):
     """The state put into a new model, and one more step of it."""
     model = Net()
@@ -136,6 +144,7 @@ def resumed(build, states, meta, accumulation, clip_norm, schedule):
             value = torch.distributed.tensor.distribute_tensor(value, target.device_mesh, target.placements)
         targets[full] = target.copy_(value)
     spread.restore_optimizer(targets, meta)
+    check_order(spread)
     schedule.set_step(STEPS - 1)
     backward(spread, STEPS, accumulation)
     spread.step(clip_norm)

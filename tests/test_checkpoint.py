@@ -20,7 +20,7 @@ from fastav.errors import FastavError, UserError
 from fastav.model import AVModel
 from fastav.optim import Ema, restore_optimizer
 from fastav.recipe import Recipe, to_table
-from fastav.saver import Saver, own
+from fastav.saver import Saver, Shares
 
 OLD = Path(__file__).parent / "checkpoints"
 SUMS_OF_OLD = {"model": 45.043644, "ema": 46.975115}  # the same training, by one process and by two
@@ -85,9 +85,32 @@ def test_what_is_asked_for_must_be_there(tmp_path):
 
 def test_ranks_share_out_what_all_of_them_have():
     named = [(f"t{n}", torch.full((size,), float(n))) for n, size in enumerate((50, 10, 20, 30, 5, 40))]
-    parts = [own(named, Crew(rank, 3), [0] * 3) for rank in range(3)]
+    parts = [Shares(Crew(rank, 3)).own(named) for rank in range(3)]
     assert sorted(name for part in parts for name in part) == [name for name, _ in named]
     assert max(sum(t.numel() for t in part.values()) for part in parts) <= 70
+
+
+def test_ranks_that_list_other_tensors_write_nothing(tmp_path):
+    """Each would leave out what it takes to be the other's; nothing would be missed before the next resume."""
+    names = [("exp_avg", "exp_avg_sq"), ("exp_avg_sq", "exp_avg")]
+    orders = []
+    for listed in names:
+        shares = Shares(Crew(0, 2))
+        shares.own((f"optimizer/a:{name}", torch.ones(3)) for name in listed)
+        orders.append(shares.order)
+    assert orders[0] != orders[1]
+
+    class Other(Crew):
+        def gather(self, item):
+            return [item, orders[1]] if item == orders[0] else [item]
+
+    saver = Saver(Checkpoints(tmp_path, crew=Other()))
+    saver.start(3, tensors(3), {}, order=orders[1])
+    saver.wait()
+    saver.start(5, tensors(5), {}, order=orders[0])
+    with pytest.raises(FastavError, match=r"step 5: ranks list its tensors in different orders.*step 3 is intact"):
+        saver.wait()
+    assert not Checkpoints(tmp_path).path(5).exists()
 
 
 @pytest.mark.parametrize("number", [1, 2])

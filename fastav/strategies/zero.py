@@ -164,7 +164,7 @@ class Zero:
         self._link()
         state: dict[str, Any] = next(iter(self.optimizer.state.values()), {})
         for name in self.shards():
-            for key, value in state.items():
+            for key, value in sorted(state.items()):  # all ranks together, whatever order each has them in
                 if isinstance(value, Tensor) and value.ndim:
                     yield f"{name}:{key}", safe_get_full_optimizer_state(self._parameters[name], key)
                 else:
@@ -179,7 +179,7 @@ class Zero:
             raise FastavError(f"the saved optimizer is {meta['optimizer']}, not {type(self.optimizer).__name__}")
         if not filled:
             return
-        whole = {full.rpartition(":")[2] for full, value in filled.items() if value.ndim}
+        whole = sorted({full.rpartition(":")[2] for full, value in filled.items() if value.ndim})
         counts = {full.rpartition(":")[2]: value for full, value in filled.items() if not value.ndim}
         for flat in self._flat_parameters():
             self.optimizer.state[flat].update({key: torch.zeros_like(flat) for key in whole})
