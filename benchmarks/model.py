@@ -242,4 +242,4 @@ def _time(
                 interval = paired_ratio(rates[a], rates[b])
                 results.judge(found, a, b, f"{what}: clips_per_s", interval)
         console.print(table)
-        results.write(found, args.out, _PLOTTED)
+        results.write(found, args.out)  # its picture comes at the end

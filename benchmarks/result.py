@@ -48,7 +48,7 @@ def new(suite: str, command: list[str], varied: dict[str, list[Any]]) -> dict[st
         "command": " ".join(["python -m benchmarks", suite, *(Path(w).name if "/" in w else w for w in command)]),
         "git": _git(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "varied": varied,
         "runs": [],
         "summary": [],
@@ -132,8 +132,9 @@ def check(result: dict[str, Any]) -> None:
                 raise UserError(f'result: an entry of "{key}" lacks {", ".join(sorted(missing))}')
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
+def versions() -> dict[str, str | None]:
+    """Returns the versions of Python and of the packages that may matter; None for one that is not there."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
             found[name] = version(name)

@@ -53,12 +53,21 @@ class Interval:
     turns: int = 0
 
     def __str__(self) -> str:
-        digits = 0 if self.median >= 100 else 1 if self.median >= 10 else 2
-        return f"{self.median:.{digits}f} ({self.low:.{digits}f} to {self.high:.{digits}f})"
+        low, high = (f"{value:.{_digits(self.median)}f}" for value in (self.low, self.high))
+        return f"{short(self.median)} ({low} to {high})"
 
     def rounded(self) -> list[float]:
         """Median, low and high to five significant digits, for a file."""
         return [float(f"{value:.5g}") for value in (self.median, self.low, self.high)]
+
+
+def short(value: float) -> str:
+    """A figure with about three digits."""
+    return f"{value:.{_digits(value)}f}"
+
+
+def _digits(value: float) -> int:
+    return 0 if value >= 100 else 1 if value >= 10 else 2
 
 
 def interleave(

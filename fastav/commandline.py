@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -66,7 +66,7 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         overrides: list[str] = []
         if getattr(module, "OVERRIDES", False):
             parser.epilog = "Any key of the recipe is an option too: --optim.lr 1e-4; `fastav recipe show` lists them."
-            words, overrides = _split_overrides(words)
+            words, overrides = split_overrides(words, lambda word: word != "--help")
         args = parser.parse_args(words)
         args.overrides = overrides
         return int(module.main(args))
@@ -88,14 +88,19 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         return 1
 
 
-def _split_overrides(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts the parser's words from `--key value` pairs meant for the recipe."""
+def split_overrides(words: Sequence[str], is_key: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Parts a parser's words from `--key value` and `--key=value` meant for the recipe.
+
+    Args:
+        words: All of them.
+        is_key: Of an option as it is given, whether it is a key of the recipe.
+    """
     kept: list[str] = []
     overrides: list[str] = []
     rest = list(words)
     while rest:
         word = rest.pop(0)
-        if not word.startswith("--") or word == "--help":
+        if not word.startswith("--") or not is_key(word):
             kept.append(word)
             continue
         overrides.append(word)

@@ -130,16 +130,18 @@ class Saver:
     ) -> None:
         """Writes on every rank, then renames on rank 0; leaves the reason in `_reason` where that fails."""
         try:
-            if len(set(self._crew.gather(order))) > 1:
-                self._reason = "ranks list its tensors in different orders, which is a mistake of this program"
-                return
-            self._reason = self._written(step, tensors, state, best)
+            self._reason = self._written(step, tensors, state, best, order)
         except (Exception, CheckpointException) as error:  # another rank is gone; whatever gloo raises then
             self._reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
-    def _written(self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], best: Mapping[str, Any]) -> str:
+    def _written(
+        self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], best: Mapping[str, Any], order: str
+    ) -> str:
         crew, main = self._crew, self._crew.rank == 0
-        beside = self._checkpoints.folder / f".step_{step:08d}.{crew.gather(uuid.uuid4().hex[:12])[0]}.tmp"
+        words, orders = zip(*crew.gather((uuid.uuid4().hex[:12], order)), strict=True)
+        if len(set(orders)) > 1:
+            return "ranks list its tensors in different orders, which is a mistake of this program"
+        beside = self._checkpoints.folder / f".step_{step:08d}.{words[0]}.tmp"
 
         def finish(sums: Mapping[str, str]) -> None:
             if main:

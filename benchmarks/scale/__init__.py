@@ -31,7 +31,7 @@ from rich.table import Table
 from benchmarks import result as results
 from benchmarks.plot import lines
 from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, strong, weak
-from benchmarks.timing import Interval, grouped_ratio, median
+from benchmarks.timing import Interval, grouped_ratio, median, short
 from benchmarks.train import prepared, split_keys
 from fastav import recipe as recipes
 from fastav.commandline import Parser
@@ -215,7 +215,7 @@ def report(
             series[kind].append((count, row["efficiency"].median, row["efficiency"].low, row["efficiency"].high))
             told = paper[kind].get(count)
             off = "" if told is None else f"{told:.2f} ({100 * (told / row['efficiency'].median - 1):+.0f}%)"
-            ms, share, loop = (str(row[key]).split(" ")[0] if key in row else "" for key in ("ms", "share", "loop"))
+            ms, share, loop = (short(row[key].median) if key in row else "" for key in ("ms", "share", "loop"))
             table.add_row(f"{kind}, {count}", ms, str(row["efficiency"]), off, share, loop)
             found["runs"].append({"variant": f"{kind}, {count} ranks", "repeat": 0, "paper_efficiency": told})
     console.print(table)

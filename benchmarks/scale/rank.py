@@ -86,14 +86,14 @@ def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, A
             modes[f"{kind}: end to end"] = bench.end_to_end
     made = interleave(modes, turns)
     first = benches["weak"]
-    found = {
+    found: dict[str, Any] = {
         "world": world, "per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "device": first.device.type,
         "strategy": first.session.strategy.name, "batch": batch, "cores": num_cores(),
         "threads": torch.get_num_threads(), "gradient_mb": _gradient_mb(first, recipe),
         "bucket_mb": recipe.train.bucket_mb, "reduce_dtype": recipe.train.reduce_dtype,
         "step_s": {name: [turn.wall_s / steps for turn in turns] for name, turns in made.items()},
         "facts": {name: [turn.facts for turn in turns] for name, turns in made.items()},
-        "machine": results.machine(), "versions": results.new("scale", [], {})["versions"],
+        "machine": results.machine(), "versions": results.versions(),
         "recipe": without_places(recipe),
     }  # fmt: skip
     found["all_reduce_s"] = _all_reduces(first.device, found["gradient_mb"]) if world > 1 else []

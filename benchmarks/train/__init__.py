@@ -31,11 +31,11 @@ from rich.table import Table
 
 from benchmarks import result as results
 from benchmarks.data.clips import make, repeated
-from benchmarks.timing import Interval, Turn, interleave, median, paired_ratio, per_second
+from benchmarks.timing import Turn, interleave, median, paired_ratio, per_second, short
 from benchmarks.train.bench import APART, MODES, Bench
 from benchmarks.train.bound import Parts, bound
 from fastav import recipe as recipes
-from fastav.commandline import Parser
+from fastav.commandline import Parser, split_overrides
 from fastav.errors import UserError
 from fastav.ranks import leave
 from fastav.recipe import Recipe
@@ -53,18 +53,7 @@ _OF_THE_LOOP = ("host_wait_pct", "device_idle_pct", "mfu_pct", "joules_per_clip"
 
 def split_keys(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Parts a suite's own words from the recipe's: options with a dot, `--optim.lr 1e-4`, and their values."""
-    own: list[str] = []
-    keys: list[str] = []
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or "." not in word.partition("=")[0]:
-            own.append(word)
-            continue
-        keys.append(word)
-        if "=" not in word and rest and not rest[0].startswith("--"):
-            keys.append(rest.pop(0))
-    return own, keys
+    return split_overrides(words, lambda word: "." in word.partition("=")[0])
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -201,8 +190,9 @@ def _report(found: dict[str, Any], console: Console, variant: str, bench: Bench,
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for mode, made in turns.items():
         label, seconds = _label(variant, mode), step_s(made)
-        results.summarise(found, label, "clips_per_s", rate := median(made[0].clips / bench.steps / seconds))
-        shown = [_told(median_of(made, key)) for key in ("cpu_pct", "sm_pct", "nvdec_pct", "joules_per_clip")]
+        results.summarise(found, label, "clips_per_s", rate := median(per_second(made)))
+        medians = [median_of(made, key) for key in ("cpu_pct", "sm_pct", "nvdec_pct", "joules_per_clip")]
+        shown = ["" if value is None else short(value) for value in medians]
         table.add_row(mode, str(median(1e3 * seconds)), f"{rate.median:.3g}", *shown)
         found["runs"] += [{"variant": label, "repeat": number, **turn.facts} for number, turn in enumerate(made)]
     console.print(table)
@@ -210,9 +200,8 @@ def _report(found: dict[str, Any], console: Console, variant: str, bench: Bench,
     derived = {"overlap_efficiency": median(np.maximum(d, m) / e), "interference": median(b / m)}
     loop = turns["end to end"]
     for key in _OF_THE_LOOP:
-        values = [turn.facts[key] for turn in loop]
-        if all(value is not None for value in values):
-            derived[key] = median(np.array(values, np.float64))
+        if (values := known(loop, key)) is not None:
+            derived[key] = median(values)
     for key, interval in derived.items():
         results.summarise(found, _label(variant, "end to end"), key, interval)
         console.print(f"{key.replace('_', ' ')}: {interval}", highlight=False)
@@ -247,12 +236,14 @@ def parts(bench: Bench, turns: dict[str, list[Turn]]) -> Parts:
 
 def median_of(turns: Sequence[Turn], key: str) -> float | None:
     """The median of a fact of some turns; None where one lacks it."""
+    values = known(turns, key)
+    return None if values is None else float(np.median(values))
+
+
+def known(turns: Sequence[Turn], key: str) -> NDArray[np.float64] | None:
+    """A fact of each turn; None where one lacks it."""
     values = [turn.facts.get(key) for turn in turns]
-    return None if any(value is None for value in values) else float(np.median(np.array(values, np.float64)))
-
-
-def _told(value: float | None) -> str:
-    return "" if value is None else str(Interval(value, value, value)).split(" ")[0]
+    return None if any(value is None for value in values) else np.array(values, np.float64)
 
 
 def _verdicts(found: dict[str, Any], console: Console, names: Sequence[str], made: dict[str, list[Turn]]) -> None:
