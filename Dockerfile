@@ -3,7 +3,7 @@
 # BASE      any Debian or Ubuntu whose python3 is 3.11 to 3.13. CUDA comes with PyTorch's wheels and the driver from the
 #           host, so a base with CUDA in it adds nothing but gigabytes.
 # PACKAGES  more of the base's packages, such as ffmpeg, which torchcodec and SPDL want in `python -m benchmarks data`.
-# REVISION  the commit, for the label: --build-arg REVISION="$(git rev-parse HEAD)"
+# REVISION  the commit, for the label and each run's env.json: --build-arg REVISION="$(git rev-parse HEAD)"
 #
 # An own package index: --secret id=pip,src=pip.conf; the file is there while pip runs and in no layer.
 ARG BASE=debian:bookworm-slim
@@ -55,6 +55,7 @@ RUN chmod -R a+rX . && chmod 1777 .
 USER 1000:1000
 RUN fastav doctor --no-gpu
 ARG REVISION=""
+ENV FASTAV_REVISION=${REVISION}
 LABEL org.opencontainers.image.title="fastav" \
     org.opencontainers.image.description="Trains audiovisual classifiers on video clips as fast as the hardware allows" \
     org.opencontainers.image.licenses="Apache-2.0" \

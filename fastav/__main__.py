@@ -23,7 +23,7 @@ VERBS = {
     "convert": ("fastav.convert", "turn a checkpoint of MBT's authors into a model"),
     "doctor": ("fastav.doctor", "look over this machine, and measure which stage will hold a run up"),
     "preflight": ("fastav.preflight", "measure every rank's device and network, and name what is slow or broken"),
-    "recipe": ("fastav.show", "recipe show FILE: the resolved recipe, what differs from the defaults marked"),
+    "recipe": ("fastav.show", "recipe show FILE: the resolved recipe; recipe explain KEY: what a key means"),
 }
 
 

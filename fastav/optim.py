@@ -98,7 +98,7 @@ class Optim(Config, frozen=True):
         name: `adamw`, `sgd`, `adam`, `rmsprop` or `adagrad` of torch, made by timm's factory. AdamW's weight decay is
             decoupled, that of the others is added to the gradient.
         lr: Peak learning rate for the nominal global batch; nothing scales it.
-        weight_decay: For the parameters that are decayed at all (see the module).
+        weight_decay: For the parameters that are decayed at all (see `fastav.optim`).
         betas: Of adamw and adam.
         momentum: Of sgd and rmsprop.
         nesterov: Nesterov's momentum in sgd.

@@ -213,7 +213,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit and dirtiness of the checkout the package runs from; None outside one."""
+    """Commit and dirtiness of the checkout the package runs from; outside one what FASTAV_REVISION names, or None."""
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -222,5 +222,6 @@ def _git_state() -> dict[str, Any] | None:
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):
-        return None
+    except (OSError, subprocess.SubprocessError):  # the image has no git, and names the commit it was built from
+        revision = os.environ.get("FASTAV_REVISION")
+        return {"commit": revision, "dirty": None} if revision else None

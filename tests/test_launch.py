@@ -154,14 +154,17 @@ def test_a_dead_rank_ends_the_job_at_once_and_is_named(tiny, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     job = subprocess.Popen([*torchrun, "-m", "fastav.train", *words], cwd=ROOT, env=environment,
                            stderr=subprocess.PIPE, text=True)  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not (out / "metrics.jsonl").exists() and job.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    started = (out / "logs" / "rank_00000.log").read_text()
-    os.kill(int(re.search(r"process (\d+) on", started)[1]), signal.SIGKILL)  # the one that writes the run's status
-    begun = time.monotonic()
-    _, told = job.communicate(timeout=120)
-    assert time.monotonic() - begun < 60
+    try:
+        deadline = time.monotonic() + 120
+        while not (out / "metrics.jsonl").exists() and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        started = (out / "logs" / "rank_00000.log").read_text()
+        os.kill(int(re.search(r"process (\d+) on", started)[1]), signal.SIGKILL)  # it writes the run's status
+        begun = time.monotonic()
+        _, told = job.communicate(timeout=120)
+        assert time.monotonic() - begun < 60
+    finally:
+        job.terminate()  # torchrun then ends its ranks
     assert job.returncode != 0
     status = json.loads((out / "status.json").read_text())
     assert status["state"] == "failed"

@@ -61,6 +61,15 @@ def test_status_and_environment_are_readable(tmp_path):
     assert environment["versions"]["torch"]
 
 
+def test_outside_a_checkout_the_revision_that_the_image_names_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))  # no git, as in the image
+    RunFolder(tmp_path / "plain").write_environment()
+    assert json.loads((tmp_path / "plain" / "env.json").read_text())["git"] is None
+    monkeypatch.setenv("FASTAV_REVISION", "abc")
+    RunFolder(tmp_path / "image").write_environment()
+    assert json.loads((tmp_path / "image" / "env.json").read_text())["git"]["commit"] == "abc"
+
+
 def test_a_folder_that_cannot_be_made_is_a_users_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot make the run folder"):

@@ -38,7 +38,7 @@ class Bottleneck(Kind, frozen=True, tag="bottleneck"):
             bottleneck sees all frames. `joint`: one sequence of all frames from the first layer on, with one
             set of class tokens and a learned embedding of the frames' time (MBT).
         head: `mean` of both towers' logits, or `concat`: a linear layer on both towers' features side by
-        side.
+            side.
         project: Joins towers of different width by a linear layer for the bottleneck, to the audio tower's
             width and back.
         attention: Implementation of the attention in fusion layers, `auto` for the best one here.

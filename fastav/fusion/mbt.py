@@ -27,7 +27,7 @@ from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
 
 
 class MBT(Kind, frozen=True, tag="mbt"):
-    """MBT, see above.
+    """MBT as its authors coded it: tubelets, joint space-time tokens, one head for both modalities.
 
     Attributes:
         start: First layer with fusion, counted from 0; the towers' depth for late fusion.

@@ -69,7 +69,7 @@ class Loading(Config, frozen=True):
     Attributes:
         workers: Decoding threads; 0 shares the machine's cores among its training processes.
         worker: What a worker is: `thread`, or `process`: the threads have their clips decoded by a process each, which
-            pays above two or three of them (see above).
+            pays above two or three of them (see `fastav.loader`).
         prefetch: Batches that may be on their way.
         watchdog_s: Seconds without a batch after which a warning names what is being waited for; it repeats.
         max_broken: Share of broken samples above which `Loader.check_broken` raises.

@@ -24,12 +24,12 @@ _MARK = "FASTAV_ROW"
 _ALONE = {"OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
 
 
-def launched(strategy: str, module: str = "fastav.train") -> list[str]:
-    """The words that start a run of one process, or of two under a strategy."""
+def launched(strategy: str, ranks: int = 2, module: str = "fastav.train") -> list[str]:
+    """The words that start a run of one process, or of some under a strategy."""
     if strategy == "single":
         return [sys.executable, "-m", module]
-    config = "cpu_2" if strategy == "ddp" else f"cpu_2_{strategy}"
-    return [str(_BIN / "accelerate"), "launch", "--config_file", f"launch/accelerate/{config}.yaml", "-m", module]
+    config = f"launch/accelerate/{'cpu_2' if strategy == 'ddp' else f'cpu_2_{strategy}'}.yaml"
+    return [str(_BIN / "accelerate"), "launch", "--config_file", config, "--num_processes", str(ranks), "-m", module]
 
 
 def common(work: Path, *words: str) -> list[str]:
@@ -43,9 +43,9 @@ def common(work: Path, *words: str) -> list[str]:
     ]  # fmt: skip
 
 
-def asked(strategy: str) -> list[str]:
-    """Keys that insist on the strategy."""
-    return ["--train.strategy", strategy, "--train.num_processes", "1" if strategy == "single" else "2"]
+def asked(strategy: str, ranks: int = 2) -> list[str]:
+    """Keys that insist on the strategy and on the number of ranks."""
+    return ["--train.strategy", strategy, "--train.num_processes", "1" if strategy == "single" else str(ranks)]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -83,31 +83,33 @@ def spread(work: Path) -> Result:
 
 
 def resumes(work: Path) -> Result:
-    """Each strategy 2->2, 2->1, 1->2, stopped twice in an epoch: 2->2 to the bit, others 1e-6; every clip once."""
+    """Each strategy from and to 1, 2 and 4 ranks, stopped twice in an epoch: 2->2 the same bits, else 1e-6."""
     fresh(work)
     words, figures, good = common(work, "--train.epochs", "5"), {}, True
     for strategy in ("single", *SPREAD):
         call(*launched(strategy), *words, *asked(strategy), "--out", str(work / strategy), env=_ALONE)
     for strategy in SPREAD:
-        for name, legs in {"2->2": [strategy] * 3, "2->1": [strategy, strategy, "single"],
-                           "1->2": ["single", "single", strategy]}.items():  # fmt: skip
+        for name in ("2->2->2", "2->2->1", "1->1->2", "2->4->1", "1->4->2"):
             run, record = work / f"{strategy} {name}", work / f"ids {strategy} {name}"
             # Epochs are of 4 steps: both stops are in the second, before the sixth and before the seventh step.
-            for leg, stop in zip(legs, ("6", "7", "-1"), strict=True):
-                expected = 0 if stop == "-1" else 75 if leg == "single" else 1  # accelerate turns 75 into 1
-                environment = _ALONE | {"FASTAV_RECORD": str(record), "FASTAV_STOP_AT": stop, "PYTHONPATH": _paths()}
-                call(
-                    *launched(leg, "tests.recorded"), *words, *asked(leg), "--out", str(run), env=environment,
-                    expect=expected,
-                )  # fmt: skip
-                state = json.loads((run / "status.json").read_text())["state"]
-                if state != ("done" if stop == "-1" else "stopped"):
-                    raise Failed(f"{run}: {state} after being stopped before step {stop}")
-            gap, distance, bits = apart(work / (strategy if name == "2->2" else "single"), run)
+            for ranks, stop in zip(map(int, name.split("->")), ("6", "7", "-1"), strict=True):
+                _leg("single" if ranks == 1 else strategy, ranks, stop, words, run, record)
+            gap, distance, bits = apart(work / (strategy if name == "2->2->2" else "single"), run)
             twice, missed = _seen(record)
             figures[run.name] = {"loss": gap, "weights": distance, "bits": bits, "twice": twice, "missed": missed}
-            good &= not twice and not missed and (bits if name == "2->2" else gap <= 1e-6 and distance <= 1e-5)
+            good &= not twice and not missed and (bits if name == "2->2->2" else gap <= 1e-6 and distance <= 1e-5)
     return figures, good
+
+
+def _leg(strategy: str, ranks: int, stop: str, words: list[str], run: Path, record: Path) -> None:
+    """Starts or resumes a run that stops before a step, or ends where that is -1."""
+    expected = 0 if stop == "-1" else 75 if ranks == 1 else 1  # accelerate turns 75 into 1
+    environment = _ALONE | {"FASTAV_RECORD": str(record), "FASTAV_STOP_AT": stop, "PYTHONPATH": _paths()}
+    start = launched(strategy, ranks, "tests.recorded")
+    call(*start, *words, *asked(strategy, ranks), "--out", str(run), env=environment, expect=expected)
+    state = json.loads((run / "status.json").read_text())["state"]
+    if state != ("done" if stop == "-1" else "stopped"):
+        raise Failed(f"{run}: {state} after being stopped before step {stop}")
 
 
 def _paths() -> str:

@@ -36,6 +36,8 @@ _RUN = (
     "localhost",
 )  # the name that buildah gives resolves to nothing, and ranks want one that does
 _TESTS = ("tests/test_image.py", "tests/test_launch.py", "tests/test_benchmarks.py")
+_REVISION = "f" * 40  # what an image is told of its commit
+_TOLD = Path("runs/told")
 _FIND_TOOLS = "for tool in g++ c++ clang make cmake git; do command -v $tool; done; true"
 
 
@@ -153,7 +155,8 @@ def _build(images: Store, work: Path) -> str:
     command = [*images.words, "bud", "--isolation", "chroot", "--network", "host", "--layers=false",
                "--disable-compression", "--secret", f"id=pip,src={work}/tmp/pip.conf",
                *(word for volume in volumes for word in ("--volume", volume)),
-               "--build-arg", "BASE=localhost/fastav-base", "--tag", "localhost/fastav", "."]  # fmt: skip
+               "--build-arg", "BASE=localhost/fastav-base", "--build-arg", f"REVISION={_REVISION}",
+               "--tag", "localhost/fastav", "."]  # fmt: skip
     log = work / "build.log"
     with log.open("w") as file:
         build = subprocess.Popen(command, env=images.environment, stdout=file, stderr=subprocess.STDOUT)
@@ -196,6 +199,8 @@ def image(work: Path) -> Result:
         figures["build_tools"] = inside("sh", "-c", _FIND_TOOLS).split()
         figures["index_in_a_layer"] = (mount / "etc/pip.conf").exists()
         figures["sigterm"] = _told_to_end(images, name, mount, work)
+        environment = json.loads((mount / "opt/fastav" / _TOLD / "env.json").read_text())
+        figures["revision"] = environment["git"]["commit"]
         tested = subprocess.run(
             [*images.words, *_RUN, name, "--", "python", "-m", "pytest", "-q", *_TESTS],
             env=images.environment, capture_output=True, text=True,
@@ -203,7 +208,7 @@ def image(work: Path) -> Result:
         (work / "tests.log").write_text(tested.stdout + tested.stderr)
         figures |= {"tests_exit": tested.returncode, "tests": tested.stdout.strip().splitlines()[-1]}
     wanted = {"user": "1000", "build_tools": [], "index_in_a_layer": False, "sigterm": [75, "stopped"],
-              "tests_exit": 0}  # fmt: skip
+              "tests_exit": 0, "revision": _REVISION}  # fmt: skip
     good = all(figures[key] == value for key, value in wanted.items())
     return figures, good and figures["clips"] == Synth().train + Synth().test
 
@@ -211,8 +216,7 @@ def image(work: Path) -> Result:
 def _told_to_end(images: Store, name: str, mount: Path, work: Path) -> list[object]:
     """Sends SIGTERM to the entrypoint in the middle of a run, as a cluster does; returns exit code and state."""
     entrypoint = json.loads(images.call("inspect", "--type", "container", name))["OCIv1"]["config"]["Entrypoint"]
-    run = Path("runs/told")
-    words = ["launch/node.sh", str(run), "launch/recipes/quickstart_video.toml", *TINY, "--train.epochs", "100",
+    words = ["launch/node.sh", str(_TOLD), "launch/recipes/quickstart_video.toml", *TINY, "--train.epochs", "100",
              "--log.every", "1", "--train.threads", "1"]  # fmt: skip
     log = work / "told.log"
     with log.open("w") as file:
@@ -220,7 +224,7 @@ def _told_to_end(images: Store, name: str, mount: Path, work: Path) -> list[obje
         job = subprocess.Popen(command, env=images.environment, stdout=file, stderr=file)
         patience = threading.Timer(300, job.kill)
         patience.start()
-        steps = mount / "opt/fastav" / run / "metrics.jsonl"
+        steps = mount / "opt/fastav" / _TOLD / "metrics.jsonl"
         while not steps.exists() and job.poll() is None:
             time.sleep(0.2)
         for process in _below(job.pid):
