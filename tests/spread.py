@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from fastav.crew import Crew
 from fastav.optim import Ema, Optim
 from fastav.saver import Shares
 
+ROOT = Path(__file__).parents[1]
 STEPS, BATCH = 4, 8
 
 
@@ -66,9 +68,10 @@ def whole(spread, shards):
 def run(name, accumulation, clip_norm):
     """Steps, with one discarded and one that is not finite between them; then out and into a second model."""
     model = Net()
-    settings = {"zero_optimization": {"stage": int(name[-1])}} if name.startswith("zero") else {}
-    settings = {"reshard": True} if name == "fsdp" else settings
-    wanted = strategies.Asked(name, settings)
+    settings = {"reshard": True} if name == "fsdp" else {}
+    if name.startswith("zero"):
+        settings = json.loads((ROOT / "launch" / "deepspeed" / f"{name}.json").read_text())
+    wanted = strategies.Asked(name.partition("_")[0], settings)
     options = strategies.Options(BATCH // 2 // accumulation, accumulation, clip_norm)
 
     def build(model):

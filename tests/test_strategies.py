@@ -16,7 +16,7 @@ from fastav.strategies import asked
 from fastav.strategies.zero import check_settings
 
 ROOT = Path(__file__).parents[1]
-SPREAD = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+SPREAD = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
 
 
 @pytest.fixture(scope="module")

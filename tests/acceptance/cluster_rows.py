@@ -17,7 +17,7 @@ import torch
 
 from tests.acceptance.rows import TINY, Failed, Result, call, fastav, fresh, weights
 
-SPREAD = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+SPREAD = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")
 STEPS = 20
 _BIN = Path(sys.executable).parent
 _MARK = "FASTAV_ROW"
@@ -45,6 +45,7 @@ def common(work: Path, *words: str) -> list[str]:
 
 def asked(strategy: str, ranks: int = 2) -> list[str]:
     """Keys that insist on the strategy and on the number of ranks."""
+    strategy = strategy.partition("_")[0]
     return ["--train.strategy", strategy, "--train.num_processes", "1" if strategy == "single" else str(ranks)]
 
 
@@ -67,7 +68,7 @@ def apart(one: Path, other: Path) -> tuple[float, float, bool]:
 
 
 def spread(work: Path) -> Result:
-    """20 steps, fp32, EMA: 1 process, DDP, FSDP2, ZeRO-1/2/3 on 2, accumulation 1 and 2: losses 1e-6, weights 1e-5."""
+    """20 steps, fp32, EMA: 1 process; DDP, FSDP2, ZeRO-1/2/3, offload on 2, accumulation 1 and 2: loss 1e-6, weights 1e-5."""
     fresh(work)
     words, figures, good = common(work), {}, True
     call(*launched("single"), *words, *asked("single"), "--out", str(work / "single"), env=_ALONE)
