@@ -68,7 +68,7 @@ def apart(one: Path, other: Path) -> tuple[float, float, bool]:
 
 
 def spread(work: Path) -> Result:
-    """20 steps, fp32, EMA: 1 process; DDP, FSDP2, ZeRO-1/2/3, offload on 2, accumulation 1 and 2: loss 1e-6, weights 1e-5."""
+    """20 steps, fp32, EMA: 1 process; DDP, FSDP2, ZeRO-1/2/3, offload x 2, accumulation 1 and 2: 1e-6, weights 1e-5."""
     fresh(work)
     words, figures, good = common(work), {}, True
     call(*launched("single"), *words, *asked("single"), "--out", str(work / "single"), env=_ALONE)
