@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import nvml, result
+from benchmarks import nvml, result, scale
 from benchmarks import train as suite
 from benchmarks.__main__ import main
 from benchmarks.nvml import Gpu, Watch, integral
 from benchmarks.plot import bars
 from benchmarks.scale import KINDS, paper_table, rank
-from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, step, strong, weak
+from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, fitted_between, step, strong, weak
 from benchmarks.timing import Interval, Turn, grouped_ratio, ratio, verdict
 from benchmarks.train.bench import MODES, Bench, Waits, busy_pct
 from benchmarks.train.bound import Parts, bound
@@ -421,6 +421,30 @@ def test_a_link_is_found_again(ranks):
     steep = fitted([(1.0, 0.001), (2.0, 0.003)], ranks)
     assert steep.latency_us == 0
     assert steep.gb_per_s > 0
+
+
+@pytest.mark.parametrize(("nodes", "per_node"), [(2, 8), (2, 1), (3, 4)])
+def test_the_link_between_nodes_is_found_again(nodes, per_node):
+    inside, between = Link(100.0, 4.0), Link(12.5, 15.0)
+    cluster = Cluster(inside, between, per_node)
+    times = [(mb, all_reduce_s(mb, nodes * per_node, cluster)) for mb in (0.004, 0.25, 1.0, 4.0, 30.0)]
+    found = fitted_between(times, nodes, per_node, inside)
+    assert found.gb_per_s == pytest.approx(12.5)
+    assert found.latency_us == pytest.approx(15.0)
+    no_cost = [(mb, all_reduce_s(mb, per_node, cluster)) for mb in (1.0, 4.0)]
+    assert fitted_between(no_cost, nodes, per_node, inside) == inside
+
+
+def test_links_are_those_that_the_smallest_groups_show():
+    cluster, sizes = Cluster(Link(100.0, 4.0), Link(12.5, 15.0), 8), (0.004, 0.25, 1.0, 4.0, 30.0)
+    files = [
+        {"world": world, "all_reduce_s": [(mb, [all_reduce_s(mb, world, cluster)]) for mb in sizes]}
+        for world in (8, 16, 64)
+    ]
+    inside, between = scale._links(files, [1, 8, 16, 64], 8, "0,0")
+    assert (inside.gb_per_s, between.gb_per_s) == pytest.approx((100.0, 12.5))
+    assert scale._links(files, [1, 8, 16, 64], 8, "40,10")[1] == Link(40.0, 10.0)
+    assert scale._links(files, [1, 8], 8, "0,0") == (inside, inside), "one node shows nothing of others"
 
 
 def test_the_page_shows_what_the_model_makes():

@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks import result as results
 from benchmarks.plot import lines
-from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, strong, weak
+from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, fitted_between, strong, weak
 from benchmarks.timing import Interval, grouped_ratio, median, short
 from benchmarks.train import prepared, split_keys
 from fastav import recipe as recipes
@@ -225,8 +225,6 @@ def report(
         found["runs"].append({"variant": f"all-reduce, {count} ranks", "repeat": 0, **one})
         told = f"{one['mb']:.3g} MB over {count} ranks: {one['measured_ms']:.3g} ms, on paper {one['paper_ms']:.3g}"
         console.print(told, highlight=False)
-    if counts[-1] > max(one["per_node"] for one in measured) and between == "0,0":
-        found["notes"].append("on paper, links between nodes are taken to be those inside one: give --between")
     if first["device"] == "cpu" and counts[-1] * first["threads"] > first["cores"]:
         found["notes"].append(f"more ranks than the {first['cores']} cores: they share them")
     for note in found["notes"]:
@@ -280,8 +278,7 @@ def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any
         return {"weak": {}, "strong": {}, "inputs": None}
     group = next(one for one in measured if one["world"] == counts[1])
     per_node, on_cpu = max(one["per_node"] for one in measured), first["device"] == "cpu"
-    link = fitted(_all_reduces(measured, counts[1]), counts[1])
-    outside = _link("--between", between) if between != "0,0" else link
+    link, outside = _links(measured, counts, per_node, between)
     cluster = Cluster(link, outside, per_node, cores=first["cores"] / first["threads"] if on_cpu else None)
     compute = float(np.median(np.concatenate(_starts(measured, 1, "weak: model"))))
     halves = _starts(measured, 1, "half: model")
@@ -298,6 +295,8 @@ def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any
         "compute_ms": 1e3 * work.compute_s, "fixed_ms": 1e3 * work.fixed_s, "jitter_ms": 1e3 * work.jitter_s,
         "gradient_mb": work.gradient_mb, "link_gb_per_s": link.gb_per_s, "latency_us": link.latency_us,
     }  # fmt: skip
+    if counts[-1] > per_node:
+        inputs |= {"between_gb_per_s": outside.gb_per_s, "between_latency_us": outside.latency_us}
     sent = {
         count: {"mb": mb, "measured_ms": 1e3 * took, "paper_ms": 1e3 * all_reduce_s(mb, count, cluster)}
         for count in counts[1:]
@@ -306,6 +305,17 @@ def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any
     predicted = {"weak": weak(work, counts, cluster), "strong": strong(work, counts, cluster)}
     made = {kind: {one.ranks: efficiency for one, efficiency in rows} for kind, rows in predicted.items()}
     return {**made, "inputs": {key: float(f"{value:.4g}") for key, value in inputs.items()}, "all_reduce": sent}
+
+
+def _links(measured: Sequence[dict[str, Any]], counts: Sequence[int], per_node: int, between: str) -> tuple[Link, Link]:
+    """The link inside a node and the one between nodes: given, or what the smallest groups show."""
+    inside = fitted(_all_reduces(measured, counts[1]), counts[1])
+    far = next((count for count in counts[2:] if count > per_node), None)
+    if between != "0,0":
+        return inside, _link("--between", between)
+    if far is None:
+        return inside, inside
+    return inside, fitted_between(_all_reduces(measured, far), -(-far // per_node), per_node, inside)
 
 
 def show_paper(args: argparse.Namespace, console: Console) -> None:

@@ -170,3 +170,18 @@ def fitted(times: Sequence[tuple[float, float]], ranks: int) -> Link:
     elif slope <= 0:  # large ones are as fast as small ones: all of it is latency
         slope, latency = 0.0, b1 / bb
     return Link(1 / slope / 1e9 if slope else math.inf, latency * 1e6)
+
+
+def fitted_between(times: Sequence[tuple[float, float]], nodes: int, per_node: int, inside: Link) -> Link:
+    """The link between nodes that all-reduces over some of them show, less what they take inside each.
+
+    Args:
+        times: (MB, seconds) of each size.
+        nodes: That took part; few, as rings are assumed.
+        per_node: Ranks of each.
+        inside: Between these; what is returned if the nodes cost no time beside it.
+    """
+    alone = Cluster(inside, inside, per_node)
+    rest = [(mb / per_node, took - all_reduce_s(mb, per_node, alone)) for mb, took in times]
+    seen = [(mb, took) for mb, took in rest if took > 0]
+    return fitted(seen, nodes) if len(seen) > 1 else inside
