@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from benchmarks import result as results
+from benchmarks.console import open_console
 from benchmarks.kernels.ceilings import timed
 from benchmarks.literal import Literal
 from benchmarks.timing import interleave, median, paired_ratio, per_second
@@ -77,7 +78,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the suite."""
-    args, console = arguments(words), Console()
+    args, console = arguments(words), open_console()
     torch._dynamo.config.recompile_limit = 64  # the variants share their code, not what it is compiled to
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = results.new("model", list(words or []), {"frames": [args.frames], "pass": list(PASSES)})

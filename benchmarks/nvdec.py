@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import result as results
+from benchmarks.console import open_console
 from benchmarks.data.clips import make, repeated, scene
 from benchmarks.nvml import Gpu, Watch
 from fastav.commandline import Parser
@@ -100,7 +101,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/")
     args = parser.parse_args(words)
-    console = Console()
+    console = open_console()
     lack = missing("gpu")
     if lack:
         _check_on_cpu(console)

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import result
 from benchmarks.__main__ import main
+from benchmarks.console import open_console
 from benchmarks.data import peers, planner
 from benchmarks.data.clips import PACKS, make
 from benchmarks.data.peers import Dump, Ours, PyAVLinear, peers_of
@@ -174,3 +175,11 @@ def test_wrong_words(capsys):
     assert main([]) == 2
     assert main(["data", "--rouns", "3"]) == 2
     assert "--rouns" in capsys.readouterr().err
+
+
+def test_tables_are_not_cut_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    open_console().print("clips per second " * 8, soft_wrap=False)
+    assert capsys.readouterr().out.count("\n") == 1
+    monkeypatch.setenv("COLUMNS", "40")
+    assert open_console().width == 40

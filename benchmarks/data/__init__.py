@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks import result as results
+from benchmarks.console import open_console
 from benchmarks.data.clips import PACKS, Media, make
 from benchmarks.data.duels import duels
 from benchmarks.data.loading import loading_turns, sweep_turns
@@ -49,7 +50,7 @@ def main(words: Sequence[str]) -> int:
     """Runs the suite."""
     args = _arguments(words)
     torch.set_num_threads(1)
-    console = Console()
+    console = open_console()
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         media = make(folder, args.footage, frames=args.frames, size=args.size)

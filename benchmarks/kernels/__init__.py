@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import result as results
+from benchmarks.console import open_console
 from benchmarks.kernels.cases import BACKENDS, CASES, Case, Found, check, implementation, implementations
 from benchmarks.kernels.ceilings import Ceiling, ceilings, timed
 from benchmarks.timing import interleave, median, paired_ratio, per_second
@@ -55,7 +56,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the suite."""
-    args, console = arguments(words), Console()
+    args, console = arguments(words), open_console()
     # FlexAttention is compiled anew for each shape and dtype, and past the limit runs unfused without a word.
     torch._dynamo.config.recompile_limit = 256
     gpu = torch.cuda.is_available()

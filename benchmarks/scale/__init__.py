@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import result as results
+from benchmarks.console import open_console
 from benchmarks.plot import lines
 from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, fitted_between, strong, weak
 from benchmarks.timing import Interval, grouped_ratio, median, short
@@ -93,7 +94,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the suite."""
-    args, console = arguments(list(words or [])), Console()
+    args, console = arguments(list(words or [])), open_console()
     if args.paper:
         show_paper(args, console)
         return 0

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import result as results
+from benchmarks.console import open_console
 from benchmarks.data.clips import make, repeated
 from benchmarks.timing import Turn, interleave, median, paired_ratio, per_second, short
 from benchmarks.train.bench import APART, MODES, Bench
@@ -83,7 +84,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the suite."""
     args = arguments(list(words or []))
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")
+    console = open_console(quiet=os.environ.get("RANK", "0") != "0")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or Path(scratch)
         chosen = variants(args, folder)
