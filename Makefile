@@ -34,7 +34,7 @@ lint: .venv/.installed-dev
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --cov --cov-report=term --cov-fail-under=90 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=90 -m "not slow and not gpu"
 
 acceptance: .venv/.installed-dev
 	$(BIN)/python -m tests.acceptance $(ROWS)
