@@ -7,7 +7,7 @@ QUICKSTART := $(foreach run,video audio score late bottleneck,launch/recipes/qui
 
 help:
 	@echo "make quickstart   install, make the data set, train five models, print and write the report"
-	@echo "make test         install, lint, type-check and test (about 15 minutes on 2 cores)"
+	@echo "make test         install, lint, type-check and test (about 25 minutes on 2 cores)"
 	@echo "make acceptance   the long checks: kill and resume, three quickstart seeds, real clips (resumable)"
 
 install: .venv/.installed
