@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -70,28 +71,20 @@ def explain(asked: Sequence[str]) -> str:
 
 def _below(node: Any, place: str, default: Any) -> Iterator[Key]:
     """Yields the keys of a struct, or of each of the kinds of a union."""
-    structs = _structs(node)
+    structs = recipe.structs_of(node)
     if structs[0].tag_field:
-        yield Key(f"{place}kind", "", _one_of(s.tag for s in structs), _toml(_tag(default, structs)), _kinds(structs))
+        chosen = _toml(recipe.to_table(default)["kind"])
+        yield Key(f"{place}kind", "", _one_of(s.tag for s in structs), chosen, _kinds(structs))
     for struct in structs:
         kind = str(struct.tag) if struct.tag_field else ""
         config = default if type(default) is struct.cls else struct.cls()
         meanings = _meanings(struct.cls)
         for field in struct.fields:
             name, value = place + field.name, getattr(config, field.name)
-            if _structs(field.type):
+            if recipe.structs_of(field.type):
                 yield from _below(field.type, f"{name}.", value)
             else:
                 yield Key(name, kind, _values(field.type), _toml(value), meanings[field.name])
-
-
-def _structs(node: Any) -> list[inspect.StructType]:
-    node = node.type if isinstance(node, inspect.Metadata) else node
-    return [one for one in getattr(node, "types", (node,)) if isinstance(one, inspect.StructType)]
-
-
-def _tag(default: Any, structs: Sequence[inspect.StructType]) -> str:
-    return next(str(struct.tag) for struct in structs if struct.cls is type(default))
 
 
 def _kinds(structs: Sequence[inspect.StructType]) -> str:
@@ -109,8 +102,6 @@ def _meanings(cls: type) -> dict[str, str]:
 
 def _values(node: Any) -> str:
     """The type of a value in words."""
-    if isinstance(node, inspect.Metadata):
-        return _values(node.type)
     if isinstance(node, inspect.LiteralType):
         return _one_of(node.values)
     if isinstance(node, inspect.BoolType):
@@ -123,7 +114,9 @@ def _values(node: Any) -> str:
         return f"[{', '.join(map(_values, node.item_types))}]"
     if isinstance(node, inspect.VarTupleType):
         inner = node.item_type
-        tables = [f"tables of {', '.join(field.name for field in struct.fields)}" for struct in _structs(inner)]
+        tables = [
+            f"tables of {', '.join(field.name for field in struct.fields)}" for struct in recipe.structs_of(inner)
+        ]
         return f"list of {tables[0]}" if tables else f"list, each {_values(inner)}"
     if isinstance(node, inspect.DictType):
         return "table of free keys"
@@ -136,12 +129,5 @@ def _one_of(values: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{value}"'
-    if isinstance(value, (tuple, list)):
-        return f"[{', '.join(map(_toml, value))}]"
-    return str(value)
+    """A default as TOML writes it, which for these values is as JSON does; TOML has no word for none."""
+    return "none" if value is None else json.dumps(value)

@@ -312,6 +312,11 @@ def show(recipe: Recipe) -> str:
     return "\n".join(lines) + "\n"
 
 
+def structs_of(node: Any) -> list[inspect.StructType]:
+    """The structs that a type stands for: one, or one of each kind; none where it is a plain value."""
+    return [one for one in getattr(node, "types", (node,)) if isinstance(one, inspect.StructType)]
+
+
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
     """Dotted keys whose values differ and that are not `CHANGEABLE`: key -> (old, new).
 
@@ -375,7 +380,7 @@ def _merge(node: Any, base: Any, over: Any, key: str, fail: Any) -> Any:
     """Lays `over` onto the defaults `base`, checking keys and kinds against the type `node`."""
     if isinstance(node, inspect.Metadata):
         node = node.type
-    structs = [t for t in getattr(node, "types", (node,)) if isinstance(t, inspect.StructType)]
+    structs = structs_of(node)
     if not structs:
         if isinstance(over, dict):  # a table of free keys, such as a tower's args
             return {**(base or {}), **{name: _typed(inspect.AnyType(), value) for name, value in over.items()}}

@@ -39,8 +39,8 @@ def test_other_pictures_than_ffmpeg_shows_are_seen(seeds, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("route", [fuzz.fuzz_raw, fuzz.fuzz_pack])
 def test_damaged_ones_are_named_or_right(route, tmp_path):
-    found = route(tmp_path, 10, 0)
-    assert found["files"] >= 10
+    found = route(tmp_path, 20, 0)
+    assert found["files"] >= 20
     assert not found["silent"]
     assert not found["changed"]
     assert found.get("verify", 1) == 1
