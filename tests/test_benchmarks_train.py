@@ -445,6 +445,8 @@ def test_links_are_those_that_the_smallest_groups_show():
     assert (inside.gb_per_s, between.gb_per_s) == pytest.approx((100.0, 12.5))
     assert scale._links(files, [1, 8, 16, 64], 8, "40,10")[1] == Link(40.0, 10.0)
     assert scale._links(files, [1, 8], 8, "0,0") == (inside, inside), "one node shows nothing of others"
+    blend, same = scale._links(files, [1, 16, 64], 8, "0,0")
+    assert blend == same, "no run on one node tells the two apart"
 
 
 def test_the_page_shows_what_the_model_makes():

@@ -226,6 +226,8 @@ def report(
         found["runs"].append({"variant": f"all-reduce, {count} ranks", "repeat": 0, **one})
         told = f"{one['mb']:.3g} MB over {count} ranks: {one['measured_ms']:.3g} ms, on paper {one['paper_ms']:.3g}"
         console.print(told, highlight=False)
+    if between == "0,0" and counts[1:] and counts[1] > max(one["per_node"] for one in measured) > 1:
+        found["notes"].append("no run on a whole node: on paper, links between nodes are those inside; give --between")
     if first["device"] == "cpu" and counts[-1] * first["threads"] > first["cores"]:
         found["notes"].append(f"more ranks than the {first['cores']} cores: they share them")
     for note in found["notes"]:
@@ -311,10 +313,10 @@ def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any
 def _links(measured: Sequence[dict[str, Any]], counts: Sequence[int], per_node: int, between: str) -> tuple[Link, Link]:
     """The link inside a node and the one between nodes: given, or what the smallest groups show."""
     inside = fitted(_all_reduces(measured, counts[1]), counts[1])
-    far = next((count for count in counts[2:] if count > per_node), None)
     if between != "0,0":
         return inside, _link("--between", between)
-    if far is None:
+    far = next((count for count in counts if count > per_node), None)
+    if far is None or far == counts[1]:  # no other nodes, or none that was measured alone
         return inside, inside
     return inside, fitted_between(_all_reduces(measured, far), -(-far // per_node), per_node, inside)
 
