@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from fastav.errors import FastavError, did_you_mean
+from fastav.core.errors import FastavError, did_you_mean
 
 SUITES = {
     "data": ("benchmarks.data", "decoding and loading: packed and raw, ours and what people would use instead"),

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastav.augment import normalise_frames, normalise_mel
-from fastav.fusion import Bottleneck
-from fastav.model import AVModel
+from fastav.model.av_model import AVModel
+from fastav.model.fusion import Bottleneck
+from fastav.model.transforms import normalise_frames, normalise_mel
 
 
 class Literal(nn.Module):

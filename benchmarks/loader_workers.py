@@ -32,15 +32,15 @@ from torch import Tensor, nn
 
 from benchmarks import result as results
 from benchmarks.timing import median, paired_ratio
-from fastav.clip import Clip, ClipPlan
-from fastav.commandline import Parser
-from fastav.decode.base import Read
-from fastav.decode.probe import probe
-from fastav.decode.pyav import PyAV
-from fastav.frontend import Frontend
-from fastav.loader import Loader, Loading
-from fastav.manifest import Manifest, write_manifest
-from fastav.plan import Plan, Sampling
+from fastav.core.cli import Parser
+from fastav.data.clip import Clip, ClipPlan
+from fastav.data.manifest import Manifest, write_manifest
+from fastav.data.plan import Plan, Sampling
+from fastav.loader.loader import Loader, Loading
+from fastav.media.decoder import Read
+from fastav.media.probe import probe
+from fastav.media.pyav import PyAV
+from fastav.media.spectrogram import Frontend
 
 _PLOTTED = {
     "first_batch_s": "first batch from a standing start, s",

@@ -26,16 +26,17 @@ from benchmarks import result as results
 from benchmarks.console import open_console
 from benchmarks.data.clips import make, repeated, scene
 from benchmarks.nvml import Gpu, Watch
-from fastav.commandline import Parser
-from fastav.decode import Dali, Read, mp4
-from fastav.decode.dali import missing
-from fastav.decode.dali_graph import Engine, Film, FilmGraph, Place
-from fastav.errors import FastavError
-from fastav.frontend import Frontend
-from fastav.loader import Loader, Loading
-from fastav.plan import Plan, Sampling, segment_frames
-from fastav.shards.layout import UnitKind
-from fastav.shards.splice import needed_units
+from fastav.core.cli import Parser
+from fastav.core.errors import FastavError
+from fastav.data.plan import Plan, Sampling, segment_frames
+from fastav.loader.loader import Loader, Loading
+from fastav.media import mp4
+from fastav.media.dali.decoder import Dali, missing
+from fastav.media.dali.graph import Engine, Film, FilmGraph, Place
+from fastav.media.decoder import Read
+from fastav.media.shards.format import UnitKind
+from fastav.media.shards.splice import needed_units
+from fastav.media.spectrogram import Frontend
 
 SIZES, GOPS, FRAMES, BATCH, SIDE = ((640, 360), (448, 256)), (250, 8, 4, 1), 8, 64, 224
 _PLOTTED = {

@@ -17,9 +17,9 @@ import torch
 
 from benchmarks.plot import bars
 from benchmarks.timing import Interval, verdict
-from fastav.errors import UserError
-from fastav.files import write_text
-from fastav.meter import num_cores
+from fastav.core.atomic_files import write_text
+from fastav.core.errors import UserError
+from fastav.training.throughput import num_cores
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"

@@ -14,10 +14,11 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from fastav.clip import ClipPlan
-from fastav.decode import PyAV, Read
-from fastav.frontend import Frontend
-from fastav.manifest import Manifest
+from fastav.data.clip import ClipPlan
+from fastav.data.manifest import Manifest
+from fastav.media.decoder import Read
+from fastav.media.pyav import PyAV
+from fastav.media.spectrogram import Frontend
 
 DOCS = Path(__file__).parent
 QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",

@@ -9,19 +9,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastav.clip import Batch as Batch
-    from fastav.clip import Clip as Clip
-    from fastav.clip import ClipPlan as ClipPlan
-    from fastav.errors import FastavError as FastavError
-    from fastav.errors import MediaError as MediaError
-    from fastav.errors import UserError as UserError
-    from fastav.frontend import Frontend as Frontend
-    from fastav.loader import Loader as Loader
-    from fastav.manifest import Manifest as Manifest
-    from fastav.manifest import write_manifest as write_manifest
-    from fastav.model import AVModel as AVModel
-    from fastav.plan import Plan as Plan
-    from fastav.recipe import Recipe as Recipe
+    from fastav.core.errors import FastavError as FastavError
+    from fastav.core.errors import MediaError as MediaError
+    from fastav.core.errors import UserError as UserError
+    from fastav.data.clip import Batch as Batch
+    from fastav.data.clip import Clip as Clip
+    from fastav.data.clip import ClipPlan as ClipPlan
+    from fastav.data.manifest import Manifest as Manifest
+    from fastav.data.manifest import write_manifest as write_manifest
+    from fastav.data.plan import Plan as Plan
+    from fastav.loader.loader import Loader as Loader
+    from fastav.media.spectrogram import Frontend as Frontend
+    from fastav.model.av_model import AVModel as AVModel
+    from fastav.recipe.schema import Recipe as Recipe
 
 _WHERE = {
     "Batch": "clip",

@@ -6,24 +6,27 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from fastav.commandline import run
-from fastav.errors import did_you_mean
+from fastav.core.cli import run
+from fastav.core.errors import did_you_mean
 
 VERBS = {
-    "synth": ("fastav.synth", "make a small data set of real mp4 files on which only fusion can win"),
+    "synth": ("fastav.synth.dataset", "make a small data set of real mp4 files on which only fusion can win"),
     "index": (
-        "fastav.index",
+        "fastav.datasets.build_manifest",
         "turn a folder of media into a manifest, and name what is wrong with which file",
     ),
-    "pack": ("fastav.pack", "transcode a manifest's clips once into shards that decode many times faster"),
+    "pack": ("fastav.pack.build", "transcode a manifest's clips once into shards that decode many times faster"),
     "train": ("fastav.train", "train the model of one or more recipes; goes on where it was stopped"),
     "evaluate": ("fastav.evaluate", "evaluate a run on its test split, or on another manifest"),
-    "report": ("fastav.report", "write report.html for a run or a folder of runs"),
-    "export": ("fastav.export", "write the model of any checkpoint of a run as safetensors"),
-    "convert": ("fastav.convert", "turn a checkpoint of MBT's authors into a model"),
-    "doctor": ("fastav.doctor", "look over this machine, and measure which stage will hold a run up"),
-    "preflight": ("fastav.preflight", "measure every rank's device and network, and name what is slow or broken"),
-    "recipe": ("fastav.show", "recipe show FILE: the resolved recipe; recipe explain KEY: what a key means"),
+    "report": ("fastav.report.page", "write report.html for a run or a folder of runs"),
+    "export": ("fastav.commands.export", "write the model of any checkpoint of a run as safetensors"),
+    "convert": ("fastav.commands.convert", "turn a checkpoint of MBT's authors into a model"),
+    "doctor": ("fastav.commands.doctor", "look over this machine, and measure which stage will hold a run up"),
+    "preflight": (
+        "fastav.diagnostics.rank_check",
+        "measure every rank's device and network, and name what is slow or broken",
+    ),
+    "recipe": ("fastav.commands.recipe", "recipe show FILE: the resolved recipe; recipe explain KEY: what a key means"),
 }
 
 

@@ -12,18 +12,18 @@ import msgspec
 import torch
 from rich.table import Table
 
-from fastav import recipe as recipes
-from fastav.clip import Batch, Clip
-from fastav.errors import MediaError, Stopped, UserError
-from fastav.files import write_text
-from fastav.meter import Console
-from fastav.metrics import Evaluation, Metrics, Predictions
-from fastav.model import AVModel
-from fastav.pipeline import Source, choose_pin_memory, evaluation_source, make_loader
-from fastav.ranks import Ranks, Shares
-from fastav.recipe import Recipe
-from fastav.run import RunFolder
-from fastav.task import write_predictions
+from fastav.core.atomic_files import write_text
+from fastav.core.errors import MediaError, Stopped, UserError
+from fastav.data.clip import Batch, Clip
+from fastav.model.av_model import AVModel
+from fastav.recipe import schema as recipes
+from fastav.recipe.schema import Recipe
+from fastav.task.classification import write_predictions
+from fastav.task.metrics import Evaluation, Metrics, Predictions
+from fastav.training.inputs import Source, choose_pin_memory, evaluation_source, make_loader
+from fastav.training.ranks import Ranks, Shares
+from fastav.training.run_folder import RunFolder
+from fastav.training.throughput import Console
 
 OVERRIDES = True
 

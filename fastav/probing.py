@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from fastav.decode.probe import MediaInfo, probe, probe_image, probe_mel
-from fastav.errors import MediaError
-from fastav.meter import num_cores
-from fastav.parallel import each
+from fastav.core.errors import MediaError
+from fastav.core.process_pool import each
+from fastav.media.probe import MediaInfo, probe, probe_image, probe_mel
+from fastav.training.throughput import num_cores
 
 Job = tuple[Path, tuple[str, ...]]
 """A file, and what is wanted of it: "video", "audio" or both, or "image", or "mel"."""

@@ -14,20 +14,20 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fastav import recipe as recipes
-from fastav.clip import Batch
-from fastav.commandline import run as run_verb
-from fastav.errors import FastavError, Stopped, UserError
+from fastav.core.atomic_files import write_text
+from fastav.core.cli import run as run_verb
+from fastav.core.errors import FastavError, Stopped, UserError
+from fastav.data.clip import Batch
 from fastav.evaluate import evaluate, forward, summary
-from fastav.files import write_text
-from fastav.meter import Console, clock_time, tracker_values
-from fastav.metrics import Evaluation
-from fastav.pipeline import choose_pin_memory, evaluation_source, make_loader
-from fastav.ranks import StopSignals, leave
-from fastav.recipe import Recipe
-from fastav.run import RunFolder
-from fastav.session import Session
-from fastav.task import write_predictions
+from fastav.recipe import schema as recipes
+from fastav.recipe.schema import Recipe
+from fastav.task.classification import write_predictions
+from fastav.task.metrics import Evaluation
+from fastav.training.inputs import choose_pin_memory, evaluation_source, make_loader
+from fastav.training.ranks import StopSignals, leave
+from fastav.training.run_folder import RunFolder
+from fastav.training.state import Session
+from fastav.training.throughput import Console, clock_time, tracker_values
 
 OVERRIDES = True
 WATCH_EVERY = 20  # steps at least over which ranks are compared: a single one may wait for anything

@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastav import strategies
-from fastav.checkpoint import Checkpoints
-from fastav.crew import Crew
-from fastav.optim import Optim
-from fastav.saver import Saver, Shares
+from fastav.distributed import launcher as strategies
+from fastav.distributed.host_group import Crew
+from fastav.optim.optimizer import Optim
+from fastav.training.checkpoint import Checkpoints
+from fastav.training.checkpoint_writer import Saver, Shares
 
 ROUNDS, WIDTH = 8, 1024
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastav.decode import PyAV, Read
-from fastav.decode.dali import Dali, missing
-from fastav.frontend import Frontend
+from fastav.media.dali.decoder import Dali, missing
+from fastav.media.decoder import Read
+from fastav.media.pyav import PyAV
+from fastav.media.shards.format import ShardWriter
+from fastav.media.spectrogram import Frontend
 from fastav.pack.settings import PackSettings
 from fastav.pack.transcode import Order, pack_clip
-from fastav.shards.layout import ShardWriter
 from tests.make_media import numbered, write_media
 from tests.planned import clip_of
 

@@ -8,8 +8,8 @@ import sys
 import torch
 
 from benchmarks.train.bench import Bench
-from fastav import recipe as recipes
-from fastav.ranks import leave
+from fastav.recipe import schema as recipes
+from fastav.training.ranks import leave
 
 
 def spread(bench):

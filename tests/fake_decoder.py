@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastav.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
-from fastav.decode.base import Read
-from fastav.errors import MediaError
-from fastav.frontend import Frontend
-from fastav.loader import Loader, Loading
+from fastav.core.errors import MediaError
+from fastav.data.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
+from fastav.loader.loader import Loader, Loading
+from fastav.media.decoder import Read
+from fastav.media.spectrogram import Frontend
 
 T, SIZE, MELS, WINDOW = 2, 4, 3, 5
 FRONTEND = Frontend(num_mels=MELS, floor_db=-80.0)

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from fastav.clip import PlanBatch
-from fastav.plan import Plan, Sampling
+from fastav.data.clip import PlanBatch
+from fastav.data.plan import Plan, Sampling
 
 MEL_BANDS = 128
 

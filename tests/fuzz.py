@@ -25,16 +25,16 @@ import av.logging
 import numpy as np
 from PIL import Image, ImageOps
 
-from fastav.clip import Clip
-from fastav.decode import PyAV, Read
-from fastav.decode.media import read_media
-from fastav.decode.pyav import read_image
-from fastav.errors import MediaError
-from fastav.frontend import Frontend
-from fastav.loader import Loader, Loading
-from fastav.manifest import Manifest
-from fastav.plan import Plan, Sampling
-from fastav.shards.layout import table_place
+from fastav.core.errors import MediaError
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest
+from fastav.data.plan import Plan, Sampling
+from fastav.loader.loader import Loader, Loading
+from fastav.media.container import read_media
+from fastav.media.decoder import Read
+from fastav.media.pyav import PyAV, read_image
+from fastav.media.shards.format import table_place
+from fastav.media.spectrogram import Frontend
 from tests.make_media import clicks, numbered, write_media
 from tests.planned import plan_of
 

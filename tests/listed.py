@@ -12,10 +12,10 @@ from types import ModuleType
 import numpy as np
 from rich.console import Console
 
-from fastav.clip import Clip
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest, Problem
 from fastav.datasets import Listing
-from fastav.index import build_manifest
-from fastav.manifest import Manifest, Problem
+from fastav.datasets.build_manifest import build_manifest
 from tests.make_media import write_media
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 
-from fastav.clip import Clip
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest
 from fastav.datasets import Listing
-from fastav.index import build_manifest
-from fastav.manifest import Manifest
+from fastav.datasets.build_manifest import build_manifest
 
 
 def wav(

@@ -8,7 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from fastav.decode.probe import probe
+from fastav.media.probe import probe
 
 BITS = 8
 

@@ -6,10 +6,11 @@ import msgspec
 import numpy as np
 import torch
 
-from fastav.clip import Clip, ClipPlan
-from fastav.decode import PyAV, Read
-from fastav.decode.probe import probe, probe_any
-from fastav.frontend import PRESETS
+from fastav.data.clip import Clip, ClipPlan
+from fastav.media.decoder import Read
+from fastav.media.probe import probe, probe_any
+from fastav.media.pyav import PyAV
+from fastav.media.spectrogram import PRESETS
 
 RATE = 16_000
 

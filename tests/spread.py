@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastav import strategies
-from fastav.crew import Crew
-from fastav.optim import Ema, Optim
-from fastav.saver import Shares
+from fastav.distributed import launcher as strategies
+from fastav.distributed.host_group import Crew
+from fastav.optim.optimizer import Ema, Optim
+from fastav.training.checkpoint_writer import Shares
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH = 4, 8

@@ -5,7 +5,7 @@ import torchvision.transforms.v2.functional as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastav.augment import crop_box, mask_bands, mix, normalise_frames, normalise_mel, resize_crop
+from fastav.model.transforms import crop_box, mask_bands, mix, normalise_frames, normalise_mel, resize_crop
 
 
 def picture(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:

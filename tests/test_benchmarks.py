@@ -27,7 +27,7 @@ from benchmarks.timing import (
     ratio,
     verdict,
 )
-from fastav.errors import UserError
+from fastav.core.errors import UserError
 
 
 @pytest.fixture(scope="module")

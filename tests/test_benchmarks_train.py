@@ -27,10 +27,10 @@ from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, fi
 from benchmarks.timing import Interval, Turn, grouped_ratio, ratio, verdict
 from benchmarks.train.bench import MODES, Bench, Waits, busy_pct
 from benchmarks.train.bound import Parts, bound
-from fastav import recipe as recipes
-from fastav.errors import FastavError, UserError
-from fastav.loader import StageStats
-from fastav.ranks import leave
+from fastav.core.errors import FastavError, UserError
+from fastav.loader.threads import StageStats
+from fastav.recipe import schema as recipes
+from fastav.training.ranks import leave
 
 ROOT = Path(__file__).parents[1]
 

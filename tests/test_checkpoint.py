@@ -13,14 +13,14 @@ import msgspec
 import pytest
 import torch
 
-from fastav import recipe as recipes
-from fastav.checkpoint import Checkpoints, check_resumable
-from fastav.crew import Crew
-from fastav.errors import FastavError, UserError
-from fastav.model import AVModel
-from fastav.optim import Ema, restore_optimizer
-from fastav.recipe import Recipe, to_table
-from fastav.saver import Saver, Shares
+from fastav.core.errors import FastavError, UserError
+from fastav.distributed.host_group import Crew
+from fastav.model.av_model import AVModel
+from fastav.optim.optimizer import Ema, restore_optimizer
+from fastav.recipe import schema as recipes
+from fastav.recipe.schema import Recipe, to_table
+from fastav.training.checkpoint import Checkpoints, check_resumable
+from fastav.training.checkpoint_writer import Saver, Shares
 
 OLD = Path(__file__).parent / "checkpoints"
 SUMS_OF_OLD = {"model": 45.043644, "ema": 46.975115}  # the same training, by one process and by two
@@ -202,7 +202,7 @@ def test_checksums_cannot_point_outside_the_folder(tmp_path):
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     checkpoints = Checkpoints(tmp_path)
-    monkeypatch.setattr("fastav.saver.FORMAT", 99)
+    monkeypatch.setattr("fastav.training.checkpoint_writer.FORMAT", 99)
     save(checkpoints, 1)
     with pytest.raises(FastavError, match="newer"):
         checkpoints.read(1)
@@ -225,9 +225,9 @@ def test_a_full_disk_while_saving_is_one_clear_error_and_loses_nothing(tmp_path)
     """A limit on the size of files stands in for the full disk: the write fails in the middle, as there."""
     script = f"""
         import pathlib, resource, signal, torch
-        from fastav.checkpoint import Checkpoints
-        from fastav.errors import FastavError
-        from fastav.saver import Saver
+        from fastav.training.checkpoint import Checkpoints
+        from fastav.core.errors import FastavError
+        from fastav.training.checkpoint_writer import Saver
         saver = Saver(Checkpoints(pathlib.Path({str(tmp_path)!r})))
         saver.start(1, {{"model/a": torch.ones(10)}}, {{}})
         saver.wait()

@@ -6,12 +6,14 @@ from collections import Counter
 
 import pytest
 
-from fastav.clip import Clip
-from fastav.decode import Auto, Census, Dali, PyAV, choose, sampled
-from fastav.errors import UserError
-from fastav.manifest import Manifest
-from fastav.pipeline import describe_decoder, training_source
-from fastav.recipe import load
+from fastav.core.errors import UserError
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest
+from fastav.media.dali.decoder import Dali
+from fastav.media.decoder_choice import Auto, Census, choose, sampled
+from fastav.media.pyav import PyAV
+from fastav.recipe.schema import load
+from fastav.training.inputs import describe_decoder, training_source
 
 
 def video(codec, width=448, height=256, shard=""):
@@ -27,7 +29,7 @@ def test_a_census():
 
 
 def test_without_a_gpu_it_is_pyav_and_says_why(monkeypatch):
-    monkeypatch.setattr("fastav.decode.choice.missing", lambda device: "PyTorch finds no CUDA device")
+    monkeypatch.setattr("fastav.media.decoder_choice.missing", lambda device: "PyTorch finds no CUDA device")
     choice = choose(Auto(), Census.of([video("h264")]), True)
     assert isinstance(choice.config, PyAV)
     assert choice.reason == "DALI cannot be used: PyTorch finds no CUDA device"
@@ -44,16 +46,16 @@ def test_without_a_gpu_it_is_pyav_and_says_why(monkeypatch):
     ],
 )
 def test_with_a_gpu_it_goes_by_codec_and_size(monkeypatch, clips, looks, kind, reason):
-    monkeypatch.setattr("fastav.decode.choice.missing", lambda device: "")
-    monkeypatch.setattr("fastav.decode.choice.ailing", lambda device: "")
+    monkeypatch.setattr("fastav.media.decoder_choice.missing", lambda device: "")
+    monkeypatch.setattr("fastav.media.decoder_choice.ailing", lambda device: "")
     choice = choose(Auto(), Census.of(clips), looks)
     assert isinstance(choice.config, kind)
     assert reason in choice.reason
 
 
 def test_a_gpu_that_shows_other_pictures_is_left_alone(monkeypatch):
-    monkeypatch.setattr("fastav.decode.choice.missing", lambda device: "")
-    monkeypatch.setattr("fastav.decode.choice.ailing", lambda device: "spliced groups come out grey")
+    monkeypatch.setattr("fastav.media.decoder_choice.missing", lambda device: "")
+    monkeypatch.setattr("fastav.media.decoder_choice.ailing", lambda device: "spliced groups come out grey")
     choice = choose(Auto(), Census.of([video("h264")]), True)
     assert isinstance(choice.config, PyAV)
     assert choice.reason == "DALI does not work here: spliced groups come out grey"
@@ -72,7 +74,7 @@ def test_what_is_asked_for_is_taken(monkeypatch):
     assert choose(PyAV(threads_per_clip=3), Census.of([]), True).config == PyAV(threads_per_clip=3)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     forced = choose(Dali(device="gpu"), Census.of([video("h264")]), True).config
-    from fastav.decode import Read
+    from fastav.media.decoder import Read
 
     with pytest.raises(UserError, match=r'decode.kind "dali" with device "gpu": (PyTorch finds no CUDA|the package)'):
         forced.build(Read())

@@ -10,8 +10,8 @@ import types
 import pytest
 
 from fastav import __main__ as entry
-from fastav.commandline import run
-from fastav.errors import FastavError, MediaError, Stopped, TooManyBroken, UserError, did_you_mean
+from fastav.core.cli import run
+from fastav.core.errors import FastavError, MediaError, Stopped, TooManyBroken, UserError, did_you_mean
 
 
 @pytest.fixture

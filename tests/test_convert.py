@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from fastav.__main__ import main
-from fastav.errors import UserError
-from fastav.frontend import Frontend
-from fastav.fusion import Streams
-from fastav.model import AVModel
-from fastav.plan import Sampling
-from fastav.scenic import read_checkpoint
+from fastav.core.errors import UserError
+from fastav.data.plan import Sampling
+from fastav.media.spectrogram import Frontend
+from fastav.model.av_model import AVModel
+from fastav.model.fusion import Streams
+from fastav.model.scenic_checkpoint import read_checkpoint
 from tests.test_mbt import MODALITY, config_of, parity, tree_of
 
 __all__ = ["parity"]

@@ -9,8 +9,8 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch.nn import functional
 
-from fastav.augment import resize_crop
-from fastav.decode.crop import Cropper, cuttable
+from fastav.media.crop import Cropper, cuttable
+from fastav.model.transforms import resize_crop
 
 WIDTH, HEIGHT = 128, 96
 

@@ -18,13 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastav.augment import crop_box, resize_crop
-from fastav.decode import PyAV, Read, dali, mp4
-from fastav.decode.dali import Dali, missing
-from fastav.decode.dali_graph import Engine, Film, FilmGraph, Place
-from fastav.errors import FastavError, MediaError, UserError
+from fastav.core.errors import FastavError, MediaError, UserError
+from fastav.media import mp4
+from fastav.media.dali import decoder as dali
+from fastav.media.dali.decoder import Dali, missing
+from fastav.media.dali.graph import Engine, Film, FilmGraph, Place
+from fastav.media.decoder import Read
+from fastav.media.pyav import PyAV
+from fastav.media.shards import SplicedFrames
+from fastav.model.transforms import crop_box, resize_crop
 from fastav.pack.settings import PackSettings
-from fastav.shards import SplicedFrames
 from tests.dali_media import (  # fixtures
     DB,
     LEVELS,
@@ -76,7 +79,7 @@ def test_what_is_missing_is_told_in_one_line(monkeypatch):
 
 
 def test_dali_is_loaded_by_the_first_pipeline_not_by_the_import():
-    code = "import sys, fastav.decode.dali as d; d.missing('auto'); print('nvidia.dali' in sys.modules)"
+    code = "import sys, fastav.media.dali.decoder as d; d.missing('auto'); print('nvidia.dali' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 

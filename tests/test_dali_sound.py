@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastav.decode import PyAV, Read
-from fastav.decode.dali_sound import SoundCut, shortened, wav_of
-from fastav.errors import MediaError
-from fastav.frontend import PRESETS, Frontend
+from fastav.core.errors import MediaError
+from fastav.media.dali.audio import SoundCut, shortened, wav_of
+from fastav.media.decoder import Read
+from fastav.media.pyav import PyAV
+from fastav.media.shards import FLAC_BLOCK, Reading, Shards
+from fastav.media.spectrogram import PRESETS, Frontend
 from fastav.pack.settings import PackSettings
-from fastav.shards import FLAC_BLOCK, Reading, Shards
 from tests.dali_media import (  # fixtures
     DB,
     RATE,

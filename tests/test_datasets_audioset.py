@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastav.core.errors import UserError
 from fastav.datasets import audioset
-from fastav.errors import UserError
 from tests.listed import indexed, kinds, listed, media, table, tree
 
 COMMENTS = (

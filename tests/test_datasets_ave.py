@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from fastav.__main__ import main
+from fastav.core.errors import UserError
 from fastav.datasets import ave
-from fastav.errors import UserError
 from tests.listed import indexed, kinds, listed, media, table, tree
 
 HEADER = "Category&VideoID&Quality&StartTime&EndTime"

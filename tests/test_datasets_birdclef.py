@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fastav.core.errors import UserError
 from fastav.datasets import birdclef
 from fastav.datasets.birdclef import label_list
-from fastav.errors import UserError
 from tests.listed import kinds, listed, table, tree
 from tests.made_sounds import probed
 from tests.make_media import write_media

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from fastav.core.errors import UserError
 from fastav.datasets import inatsounds
-from fastav.errors import UserError
 from tests.listed import kinds, listed, tree
 from tests.made_sounds import probed, wav
 

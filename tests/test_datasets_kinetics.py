@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fastav.commandline import Parser
+from fastav.core.cli import Parser
+from fastav.core.errors import UserError
 from fastav.datasets import kinetics
-from fastav.errors import UserError
 from tests.listed import indexed, kinds, listed, media, table, tree
 
 HEADER = "label,youtube_id,time_start,time_end,split,is_cc"

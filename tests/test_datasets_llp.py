@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastav.core.errors import UserError
 from fastav.datasets import llp
-from fastav.errors import UserError
 from tests.listed import indexed, kinds, listed, media, table, tree
 
 HEADER, EVENTS = "filename\tevent_labels", "filename\tonset\toffset\tevent_labels"

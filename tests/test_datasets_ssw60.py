@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from fastav.core.errors import UserError
 from fastav.datasets import ssw60
-from fastav.errors import UserError
 from tests.listed import kinds, listed, media, table, tree
 from tests.made_sounds import picture, probed, wav
 

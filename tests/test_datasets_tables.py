@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError
+from fastav.data.clip import Clip
 from fastav.datasets.tables import (
     MediaFolders,
     Rows,
@@ -22,7 +23,6 @@ from fastav.datasets.tables import (
     parse_table,
     read_table,
 )
-from fastav.errors import UserError
 from tests.listed import tree
 
 

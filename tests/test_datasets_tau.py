@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fastav.core.errors import UserError
 from fastav.datasets import tau
 from fastav.datasets.tau import location
-from fastav.errors import UserError
 from tests.listed import kinds, listed, media, table, tree
 from tests.made_sounds import probed, wav
 

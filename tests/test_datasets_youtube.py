@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fastav.core.errors import UserError
 from fastav.datasets.youtube import Row, file_names, find, second, table_in
-from fastav.errors import UserError
 from tests.listed import kinds, tree
 
 ODD = "-a_B-c_30_4"  # ids may start with "-", and hold "_" and what looks like a time

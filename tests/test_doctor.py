@@ -9,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastav import doctor, examine
 from fastav.__main__ import main
-from fastav.clip import Clip
-from fastav.decode import Census
-from fastav.doctor import Speed
-from fastav.examine import Disk
-from fastav.recipe import load
+from fastav.commands import doctor
+from fastav.commands.doctor import Speed
+from fastav.data.clip import Clip
+from fastav.diagnostics import machine as examine
+from fastav.diagnostics.machine import Disk
+from fastav.media.decoder_choice import Census
+from fastav.recipe.schema import load
 
 TOWER = "{patch_size = 16, embed_dim = 16, depth = 2, num_heads = 2}"
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from fastav import draw
-from fastav.draw import MAX_PERMUTE, permute, philox4x32, split_words, uniform
+from fastav.data import rng as draw
+from fastav.data.rng import MAX_PERMUTE, permute, philox4x32, split_words, uniform
 
 ONES = 0xFFFFFFFF
 # Random123's kat_vectors, "philox4x32 10": counter, key, answer.

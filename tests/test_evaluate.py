@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastav import recipe as recipes
 from fastav.__main__ import main as fastav
-from fastav.manifest import Manifest, write_manifest
-from fastav.task import read_predictions
+from fastav.data.manifest import Manifest, write_manifest
+from fastav.recipe import schema as recipes
+from fastav.task.classification import read_predictions
 from fastav.train import train
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fastav import recipe
 from fastav.__main__ import main
-from fastav.errors import UserError
-from fastav.explain import Key, explain, keys
+from fastav.core.errors import UserError
+from fastav.recipe import schema as recipe
+from fastav.recipe.explain import Key, explain, keys
 
 
 @pytest.mark.parametrize("key", keys(), ids=lambda key: key.name + key.kind)

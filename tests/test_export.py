@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastav import recipe as recipes
 from fastav.__main__ import main
-from fastav.model import AVModel
+from fastav.model.av_model import AVModel
+from fastav.recipe import schema as recipes
 from fastav.train import train
 
 OLD = Path(__file__).parent / "checkpoints"

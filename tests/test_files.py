@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 
-from fastav.files import sha256, write_text, written_beside
+from fastav.core.atomic_files import sha256, write_text, written_beside
 
 
 def test_a_failure_while_writing_leaves_the_old_file_and_nothing_beside_it(tmp_path):

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError
+from fastav.data.clip import Clip
 from fastav.datasets import Listing, folder
 from fastav.datasets.folder import HoldOut, cut, hold_out, rows
-from fastav.decode.probe import IMAGE_SUFFIXES, MEL_SUFFIXES
-from fastav.errors import UserError
+from fastav.media.probe import IMAGE_SUFFIXES, MEL_SUFFIXES
 
 
 def tree(root: Path, *names: str) -> Path:

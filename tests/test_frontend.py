@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastav.errors import UserError
-from fastav.frontend import PRESETS, Frontend
+from fastav.core.errors import UserError
+from fastav.media.spectrogram import PRESETS, Frontend
 
 
 def noisy_chirp(config: Frontend, seconds: float = 3.0, channels: int = 1) -> torch.Tensor:

@@ -8,10 +8,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastav.bottleneck import BottleneckBlock
-from fastav.errors import UserError
-from fastav.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Streams, Video, over_windows
-from fastav.towers import Tower
+from fastav.core.errors import UserError
+from fastav.model.bottleneck_block import BottleneckBlock
+from fastav.model.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Streams, Video, over_windows
+from fastav.model.tower import Tower
 
 B, T, W, K = 2, 3, 2, 5
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}

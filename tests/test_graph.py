@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-import fastav.bottleneck
-from fastav.augment import mask_bands, normalise_frames, normalise_mel
-from fastav.bottleneck import enter_blocks
-from fastav.towers import Tower
+import fastav.model.bottleneck_block
+from fastav.model.bottleneck_block import enter_blocks
+from fastav.model.tower import Tower
+from fastav.model.transforms import mask_bands, normalise_frames, normalise_mel
 
 _HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()
 pytestmark = [
@@ -125,7 +125,7 @@ def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
         rows = clips * num_frames * num_tokens + (clips * copies * num_bottleneck if asks else 0)
         return attention(qkv, rows)
 
-    monkeypatch.setattr(fastav.bottleneck, "bottleneck_attention", stand_in)
+    monkeypatch.setattr(fastav.model.bottleneck_block, "bottleneck_attention", stand_in)
     x, z = torch.randn(C, T, N, D, requires_grad=True), torch.randn(C, Z, D, requires_grad=True)
 
     def both(depth):

@@ -9,9 +9,9 @@ import signal
 
 import pytest
 
-from fastav.errors import FastavError
-from fastav.guard import Guard, Guarding
-from fastav.rank_log import RankLog, record_flights
+from fastav.core.errors import FastavError
+from fastav.distributed.rank_log import RankLog, record_flights
+from fastav.optim.loss_guard import Guard, Guarding
 
 
 def step(guard, loss, grad_norm=1.0, number=0, clips=()):

@@ -15,14 +15,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from fastav import index, probing
-from fastav.clip import Clip
-from fastav.commandline import run
-from fastav.decode.probe import MediaInfo
-from fastav.errors import MediaError, UserError
-from fastav.index import build_manifest, fill, problems_path
-from fastav.manifest import Manifest
-from fastav.progress import progress
+from fastav import probing
+from fastav.core.cli import run
+from fastav.core.errors import MediaError, UserError
+from fastav.core.progress import progress
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest
+from fastav.datasets import build_manifest as index
+from fastav.datasets.build_manifest import build_manifest, fill, problems_path
+from fastav.media.probe import MediaInfo
 
 RATE = 16000
 
@@ -97,7 +98,9 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def indexed(root: Path, out: Path, *words: str) -> int:
-    return run("index", "fastav.index", ["folder", str(root), "--out", str(out), "--workers", "2", *words])
+    return run(
+        "index", "fastav.datasets.build_manifest", ["folder", str(root), "--out", str(out), "--workers", "2", *words]
+    )
 
 
 def problems(out: Path) -> list[dict[str, str]]:
@@ -287,7 +290,7 @@ def test_a_span_between_two_frames() -> None:
 def test_a_file_that_kills_its_process_is_named(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "dying.py").write_text(
         "import os\n"
-        "from fastav.decode.probe import MediaInfo\n"
+        "from fastav.media.probe import MediaInfo\n"
         "def look(job):\n"
         "    if job[0].name == 'crash.mp4':\n"
         "        os.abort()\n"
@@ -318,7 +321,7 @@ def test_a_fault_of_the_prober_is_a_fault_of_the_file(monkeypatch: pytest.Monkey
 
 def failed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """Runs the verb; exit code 2 and one line on standard error are expected."""
-    assert run("index", "fastav.index", words) == 2
+    assert run("index", "fastav.datasets.build_manifest", words) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1, said
     return said
@@ -386,7 +389,7 @@ def test_a_bar_on_a_terminal(media: Path, tmp_path: Path) -> None:
 
 
 def test_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastav.progress._PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("fastav.core.progress._PLAIN_EVERY_S", 0.0)
     text = io.StringIO()
     with progress(Console(file=text), "probing", 3, "files") as advance:
         for _ in range(3):

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastav.frontend import Frontend
-from fastav.fusion import Bottleneck
-from fastav.model import AVModel, Inputs, Model
-from fastav.towers import Tower
+from fastav.media.spectrogram import Frontend
+from fastav.model.av_model import AVModel, Inputs, Model
+from fastav.model.fusion import Bottleneck
+from fastav.model.tower import Tower
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments, bottleneck_attention
 from tests.attention_cases import KINDS, error, exact, packed, small, words
 

@@ -16,9 +16,9 @@ import pytest
 import torch
 import yaml
 
-from fastav import recipe as recipes
-from fastav.errors import UserError
-from fastav.ranks import Ranks, leave
+from fastav.core.errors import UserError
+from fastav.recipe import schema as recipes
+from fastav.training.ranks import Ranks, leave
 
 ROOT = Path(__file__).parents[1]
 
@@ -174,11 +174,11 @@ def test_a_dead_rank_ends_the_job_at_once_and_is_named(tiny, tmp_path):
 
 
 def test_activation_checkpointing_changes_no_number():
-    from fastav.frontend import Frontend
-    from fastav.fusion import Bottleneck
-    from fastav.model import AVModel, Inputs, Model
-    from fastav.strategies import checkpoint_activations
-    from fastav.towers import Tower
+    from fastav.distributed.launcher import checkpoint_activations
+    from fastav.media.spectrogram import Frontend
+    from fastav.model.av_model import AVModel, Inputs, Model
+    from fastav.model.fusion import Bottleneck
+    from fastav.model.tower import Tower
 
     tower = Tower(name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2},
                   drop_path=0.3)  # fmt: skip

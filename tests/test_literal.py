@@ -7,10 +7,10 @@ import torch
 
 from benchmarks.__main__ import main as benchmark
 from benchmarks.literal import Literal
-from fastav.frontend import Frontend
-from fastav.fusion import Bottleneck
-from fastav.model import AVModel, Inputs, Model
-from fastav.towers import Tower
+from fastav.media.spectrogram import Frontend
+from fastav.model.av_model import AVModel, Inputs, Model
+from fastav.model.fusion import Bottleneck
+from fastav.model.tower import Tower
 
 ARGS = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "init_values": 0.5}
 INPUTS = Inputs(frames=3, image_size=32, num_mels=16, window=24)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastav.clip import Batch, Clip, ClipPlan, Sample
-from fastav.decode.base import Read
-from fastav.errors import MediaError, TooManyBroken
-from fastav.frontend import Frontend
-from fastav.loader import Batches, Loader, Loading
+from fastav.core.errors import MediaError, TooManyBroken
+from fastav.data.clip import Batch, Clip, ClipPlan, Sample
+from fastav.loader.loader import Batches, Loader, Loading
+from fastav.media.decoder import Read
+from fastav.media.spectrogram import Frontend
 from tests.fake_decoder import (
     MELS,
     SIZE,
@@ -390,7 +390,7 @@ def test_a_used_up_stream_leaves_nothing_and_the_loader_goes_on() -> None:
 def test_a_clip_that_hangs_does_not_hold_up_the_end(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastav.loader.stream._JOIN_S", 0.1)
+    monkeypatch.setattr("fastav.loader.threads._JOIN_S", 0.1)
     held = threading.Event()
     loader = make_loader(FakePlan(make_clips(4)), FakeDecoder(lambda clip, plans: held.wait(5) and None))
     batches = loader.batches(train_requests(2, 2))
@@ -462,8 +462,8 @@ def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_real_files_end_to_end(tmp_path: Path) -> None:
     from benchmarks.loader_workers import make_clips as make_media
-    from fastav.decode.pyav import PyAV
-    from fastav.plan import Plan, Sampling
+    from fastav.data.plan import Plan, Sampling
+    from fastav.media.pyav import PyAV
 
     manifest = make_media(tmp_path / "made.parquet", 5)
     broken = manifest.clip(3)

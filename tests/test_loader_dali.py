@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from fastav.decode import Dali, PyAV, Read
-from fastav.frontend import Frontend
-from fastav.loader import Loader, Loading
-from fastav.manifest import Manifest
-from fastav.pack import build_pack
+from fastav.data.manifest import Manifest
+from fastav.data.plan import Plan, Sampling
+from fastav.loader.loader import Loader, Loading
+from fastav.media.dali.decoder import Dali
+from fastav.media.decoder import Read
+from fastav.media.pyav import PyAV
+from fastav.media.shards import Reading, Shards
+from fastav.media.spectrogram import Frontend
+from fastav.pack.build import build_pack
 from fastav.pack.settings import PackSettings
-from fastav.plan import Plan, Sampling
-from fastav.shards import Reading, Shards
 
 pytest.importorskip("nvidia.dali")
 

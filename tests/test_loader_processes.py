@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch
 
-from fastav.clip import Batch, Clip, ClipPlan, Sample
-from fastav.decode.base import Read
-from fastav.errors import FastavError, MediaError
-from fastav.loader import Loader, Loading
+from fastav.core.errors import FastavError, MediaError
+from fastav.data.clip import Batch, Clip, ClipPlan, Sample
+from fastav.loader.loader import Loader, Loading
 from fastav.loader.processes import Processes
+from fastav.media.decoder import Read
 from tests.fake_decoder import CLASSES, FRONTEND, MELS, SIZE, WINDOW, FakePlan, T, make_clips, same, train_requests
 
 
@@ -83,9 +83,9 @@ def _maps(process: psutil.Process) -> str:
 
 def test_batches_are_those_of_threads(tmp_path: Path) -> None:
     from benchmarks.loader_workers import make_clips as make_media
-    from fastav.decode.pyav import PyAV
-    from fastav.frontend import Frontend
-    from fastav.plan import Plan, Sampling
+    from fastav.data.plan import Plan, Sampling
+    from fastav.media.pyav import PyAV
+    from fastav.media.spectrogram import Frontend
 
     manifest = make_media(tmp_path / "made.parquet", 5)
     broken = manifest.clip(3).video

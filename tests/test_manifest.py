@@ -17,9 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastav.clip import Clip
-from fastav.errors import FastavError, UserError
-from fastav.manifest import SCHEMA, Manifest, check, merge, store, write, write_manifest, write_table
+from fastav.core.errors import FastavError, UserError
+from fastav.data.clip import Clip
+from fastav.data.manifest import SCHEMA, Manifest, check, merge, store, write, write_manifest, write_table
 
 LABELS = ("crow", "owl", "wren")
 

@@ -13,14 +13,14 @@ import torch
 from timm.layers import GELUTanh
 from torch import nn
 
-from fastav.errors import UserError
-from fastav.fusion import Streams
-from fastav.fusion.mbt import MBT, MBTFusion
-from fastav.fusion.mbt_start import copy_image_vit
-from fastav.model import AVModel
-from fastav.recipe import load
-from fastav.scenic import mbt_state
-from fastav.towers import ClipDropPath, Tower
+from fastav.core.errors import UserError
+from fastav.model.av_model import AVModel
+from fastav.model.fusion import Streams
+from fastav.model.fusion.mbt import MBT, MBTFusion
+from fastav.model.fusion.mbt_init import copy_image_vit
+from fastav.model.scenic_checkpoint import mbt_state
+from fastav.model.tower import ClipDropPath, Tower
+from fastav.recipe.schema import load
 
 CASES = (
     "gap_bottleneck", "token_bottleneck", "token_bottleneck_rgbfirst", "token_bottleneck_tsample",

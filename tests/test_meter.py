@@ -6,8 +6,8 @@ import io
 
 import pytest
 
-from fastav import meter
-from fastav.meter import Console, Meter, clock_time, num_cores, peak_flops, tracker_values
+from fastav.training import throughput as meter
+from fastav.training.throughput import Console, Meter, clock_time, num_cores, peak_flops, tracker_values
 
 
 class Clock:

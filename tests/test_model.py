@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastav.errors import UserError
-from fastav.frontend import Frontend
-from fastav.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Video
-from fastav.model import AVModel, Inputs, Model
-from fastav.plan import Sampling
-from fastav.towers import Tower
+from fastav.core.errors import UserError
+from fastav.data.plan import Sampling
+from fastav.media.spectrogram import Frontend
+from fastav.model.av_model import AVModel, Inputs, Model
+from fastav.model.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Video
+from fastav.model.tower import Tower
 
 B, T, W = 4, 2, 3
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -147,7 +147,7 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fastav.model.save_file", full)
+    monkeypatch.setattr("fastav.model.av_model.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         model.save(tmp_path / "model")
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
@@ -190,14 +190,16 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise ConnectionError("offline mode\nis enabled")
 
-    monkeypatch.setattr("fastav.model.snapshot_download", offline)
+    monkeypatch.setattr("fastav.model.av_model.snapshot_download", offline)
     with pytest.raises(UserError, match=r'model "someone/birds": .*hub did not.*\(offline mode is enabled\)'):
         AVModel.from_pretrained("someone/birds")
 
 
 def test_models_of_the_hub(tmp_path, monkeypatch):
     make(Video()).save(tmp_path / "fetched")
-    monkeypatch.setattr("fastav.model.snapshot_download", lambda name, allow_patterns: str(tmp_path / "fetched"))
+    monkeypatch.setattr(
+        "fastav.model.av_model.snapshot_download", lambda name, allow_patterns: str(tmp_path / "fetched")
+    )
     assert AVModel.from_pretrained("someone/birds").classes == CLASSES
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
 
-from fastav.decode import mp4
+from fastav.media import mp4
+from fastav.media.shards.format import UnitKind
 from fastav.pack.encode import VideoEncoder
 from fastav.pack.settings import PackSettings
-from fastav.shards.layout import UnitKind
 from tests.make_media import number_of, numbered
 
 

@@ -11,17 +11,8 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import nn
 
-from fastav.errors import FastavError, UserError
-from fastav.optim import (
-    Constant,
-    Cosine,
-    Ema,
-    Optim,
-    Plateau,
-    Step,
-    optimizer_tensors,
-    restore_optimizer,
-)
+from fastav.core.errors import FastavError, UserError
+from fastav.optim.optimizer import Constant, Cosine, Ema, Optim, Plateau, Step, optimizer_tensors, restore_optimizer
 
 NAMES = ["adamw", "sgd", "adam", "rmsprop", "adagrad"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fastav.order import blocked
+from fastav.data.shuffle import blocked
 
 
 def rows(size, key, block, window):

@@ -21,20 +21,22 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import fastav.pack
+import fastav.pack.build
 from fastav.__main__ import main
-from fastav.decode import PyAV, Read
-from fastav.decode.packed import decode_sound
-from fastav.errors import MediaError, UserError
-from fastav.frontend import Frontend
-from fastav.manifest import Manifest, check, write_manifest
-from fastav.pack import build_pack, transcode
+from fastav.core.errors import MediaError, UserError
+from fastav.data.manifest import Manifest, check, write_manifest
+from fastav.media.decoder import Read
+from fastav.media.packed_clip import decode_sound
+from fastav.media.pyav import PyAV
+from fastav.media.shards import Reading, Shards
+from fastav.media.spectrogram import Frontend
+from fastav.pack import transcode
+from fastav.pack.build import build_pack
 from fastav.pack.encode import encode_flac
 from fastav.pack.folder import PackFolder, plan_shards
 from fastav.pack.quality import psnr_db
 from fastav.pack.settings import PackSettings
 from fastav.pack.transcode import Order, pack_clip
-from fastav.shards import Reading, Shards
 from tests.make_media import clicks, number_of, write_media
 from tests.planned import clip_of, plan_of
 
@@ -146,7 +148,7 @@ def test_packed_frames_and_sound_are_those_of_the_source(mixed, pack):
 def test_the_mel_of_a_splice_is_that_of_the_whole_clip(pack):
     clip, frontend = by_id(pack)["both.mp4"], Frontend()
     wave = Shards(Reading()).fetch(clip, None, (0, clip.num_samples)).sound
-    from fastav.decode.packed import wave_of
+    from fastav.media.packed_clip import wave_of
 
     whole = frontend.build().log_mel(wave_of(wave, clip, RATE))
     decoder = PyAV().build(Read(("audio",), window=60))
@@ -336,7 +338,7 @@ def test_a_shard_that_was_lost_is_packed_again(made, tmp_path, capsys):
     two = plan_shards(manifest, settings)[:2]
     with out.locked():
         out.begin(manifest, settings)
-        fastav.pack._pack_shards(manifest, out, two, settings, 1, lambda: None, False)
+        fastav.pack.build._pack_shards(manifest, out, two, settings, 1, lambda: None, False)
     assert all(out.has(shard) for shard in two)
     (out.path / "shards" / "000001.tar").unlink()
     build_pack(manifest, out.path, settings, workers=1)
@@ -504,13 +506,13 @@ def test_shards_are_planned_from_the_numbers_alone(made):
 
 def test_a_clip_that_kills_its_process_is_skipped(mixed, tmp_path, monkeypatch):
     (tmp_path / "deadly.py").write_text(
-        "import os\nfrom fastav.pack import transcode\n"
+        "import os\nfrom fastav.pack.build import transcode\n"
         "def pack_clip(order):\n"
         "    if order.clip.id == 'piece': os._exit(9)\n"
         "    return transcode.pack_clip(order)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("fastav.pack.pack_clip", __import__("deadly").pack_clip)
+    monkeypatch.setattr("fastav.pack.build.pack_clip", __import__("deadly").pack_clip)
     made = build_pack(mixed, tmp_path / "p", PackSettings(), workers=1)
     assert "piece" not in by_id(made)
     assert "the decoder crashed on it" in (tmp_path / "p" / "skipped.csv").read_text()

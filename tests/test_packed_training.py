@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fastav.__main__ import main
-from fastav.manifest import Manifest, write_manifest
-from fastav.pack import build_pack
+from fastav.data.manifest import Manifest, write_manifest
+from fastav.pack.build import build_pack
 from fastav.pack.settings import PackSettings
-from fastav.pipeline import make_loader, make_plan, training_source
-from fastav.recipe import load
+from fastav.recipe.schema import load
+from fastav.training.inputs import make_loader, make_plan, training_source
 from tests.range_server import serving
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from fastav.parallel import each
+from fastav.core.process_pool import each
 
 
 def work(mode, job):
@@ -59,7 +59,7 @@ _UNGUARDED = """
 import os
 import subprocess
 import sys
-from fastav.parallel import each
+from fastav.core.process_pool import each
 print([done.result for done in each([1, 2], abs, 1)])
 """
 

@@ -12,12 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastav.errors import UserError
-from fastav.plan import (
-    Plan,
-    Sampling,
-    largest_remainder,
-)
+from fastav.core.errors import UserError
+from fastav.data.plan import Plan, Sampling, largest_remainder
 from tests.fake_manifest import MEL_BANDS, FakeManifest, assert_same, join, make_plan, mel_frames
 
 # Order
@@ -282,8 +278,8 @@ def test_sampling_reads_plain_tables_and_checks_types():
 
 
 def test_the_plan_reads_a_written_manifest(tmp_path):
-    manifest_module = pytest.importorskip("fastav.manifest")
-    from fastav.clip import Clip
+    manifest_module = pytest.importorskip("fastav.data.manifest")
+    from fastav.data.clip import Clip
 
     clips = [
         Clip(

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import beta, kstest
 from torchvision.transforms import RandomResizedCrop
 
-from fastav.errors import UserError
-from fastav.plan import (
+from fastav.core.errors import UserError
+from fastav.data.plan import (
     centre_crops,
     fitting_windows,
     random_crops,

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastav import gauges
 from fastav.__main__ import main
-from fastav.crew import Crew
-from fastav.errors import FastavError
-from fastav.measured import Measured, Place, judge, medians, summary, table
-from fastav.preflight import Preflight, _node
-from fastav.recipe import CHANGEABLE, load, parse, to_table
+from fastav.core.errors import FastavError
+from fastav.diagnostics import device_tests as gauges
+from fastav.diagnostics.rank_check import Preflight, _node
+from fastav.diagnostics.rank_verdicts import Measured, Place, judge, medians, summary, table
+from fastav.distributed.host_group import Crew
+from fastav.recipe.schema import CHANGEABLE, load, parse, to_table
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -339,7 +339,7 @@ def test_slurm_ranks_know_how_many_share_their_node(tmp_path, tasks, node, expec
     assert done.stdout == f"{expected} 3 1 20 -m fastav.train recipe.toml --train.num_processes 20\n", done.stderr
     slurm["FASTAV_VERB"] = "preflight"
     done = subprocess.run(command[:2], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60)
-    assert done.stdout == f"{expected} 3 1 20 -m fastav.preflight\n", done.stderr
+    assert done.stdout == f"{expected} 3 1 20 -m fastav.diagnostics.rank_check\n", done.stderr
     slurm["FASTAV_VERB"] = "preflite"
     done = subprocess.run(command[:2], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastav.decode.probe import MediaInfo, SampleClock, probe, probe_any, probe_image, probe_mel
-from fastav.errors import MediaError
+from fastav.core.errors import MediaError
+from fastav.media.probe import MediaInfo, SampleClock, probe, probe_any, probe_image, probe_mel
 from tests.make_media import clicks, probed, remux, straight, write_media
 
 B_FRAMES = {"g": "250", "bf": "3", "preset": "veryfast"}

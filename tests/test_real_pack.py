@@ -11,10 +11,11 @@ import torch
 from torch.nn import functional
 
 from fastav.__main__ import main
-from fastav.decode import PyAV, Read
-from fastav.decode.packed import decode_sound
-from fastav.manifest import Manifest
-from fastav.shards import Reading, Shards
+from fastav.data.manifest import Manifest
+from fastav.media.decoder import Read
+from fastav.media.packed_clip import decode_sound
+from fastav.media.pyav import PyAV
+from fastav.media.shards import Reading, Shards
 from tests.planned import plan_of
 
 SIZE = 64

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from fastav.__main__ import main
-from fastav.errors import UserError
-from fastav.fusion import Bottleneck, Late, Score
-from fastav.model import Model
-from fastav.recipe import CHANGEABLE, Recipe, differences, load, parse, show, to_table, to_toml
+from fastav.core.errors import UserError
+from fastav.model.av_model import Model
+from fastav.model.fusion import Bottleneck, Late, Score
+from fastav.recipe.schema import CHANGEABLE, Recipe, differences, load, parse, show, to_table, to_toml
 
 RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.toml"))
 

@@ -11,14 +11,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from fastav import recipe as recipes
 from fastav.__main__ import main
-from fastav.clip import Clip
-from fastav.errors import MediaError
-from fastav.manifest import Manifest
-from fastav.metrics import Evaluation, Predictions
-from fastav.run import RunFolder
-from fastav.task import MultiLabel, SingleLabel, write_predictions
+from fastav.core.errors import MediaError
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest
+from fastav.recipe import schema as recipes
+from fastav.task.classification import MultiLabel, SingleLabel, write_predictions
+from fastav.task.metrics import Evaluation, Predictions
+from fastav.training.run_folder import RunFolder
 
 EVIL = ["<script>alert(1)</script>", 'a" onload="x', "$x^2$ & co", "鳥 <b>", "plain"]
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from fastav.errors import MediaError, UserError
-from fastav.run import RunFolder
+from fastav.core.errors import MediaError, UserError
+from fastav.training.run_folder import RunFolder
 
 
 def test_metrics_are_cut_back_to_the_resumed_step_and_a_half_line_is_dropped(tmp_path):

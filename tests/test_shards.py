@@ -12,13 +12,11 @@ import av
 import numpy as np
 import pytest
 
-from fastav.clip import Clip
-from fastav.decode.packed import KeptDecoders, decode_sound
-from fastav.errors import MediaError
-from fastav.pack.settings import PackSettings
-from fastav.pack.transcode import Order, pack_clip
-from fastav.shards import Reading, Shards
-from fastav.shards.layout import (
+from fastav.core.errors import MediaError
+from fastav.data.clip import Clip
+from fastav.media.packed_clip import KeptDecoders, decode_sound
+from fastav.media.shards import Reading, Shards
+from fastav.media.shards.format import (
     FLAC_BLOCK,
     Member,
     ShardWriter,
@@ -28,7 +26,9 @@ from fastav.shards.layout import (
     num_units,
     table_place,
 )
-from fastav.shards.splice import needed_sound, needed_units
+from fastav.media.shards.splice import needed_sound, needed_units
+from fastav.pack.settings import PackSettings
+from fastav.pack.transcode import Order, pack_clip
 from tests.make_media import clicks, write_media
 from tests.planned import clip_of
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import fastav.decode.media as media_module
-from fastav.decode.probe import probe
-from fastav.decode.sound import mix_down, resample
-from fastav.errors import MediaError
+import fastav.media.container as media_module
+from fastav.core.errors import MediaError
+from fastav.media.audio import mix_down, resample
+from fastav.media.probe import probe
 from tests.make_media import clicks, loudest_s, remux, straight, write_media
 from tests.planned import RATE, clip_of, heard
 

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastav.errors import MediaError, UserError
-from fastav.shards import Reading
-from fastav.shards.cache import Cached
-from fastav.shards.remote import Remote
-from fastav.shards.store import LocalFiles, merged
+from fastav.core.errors import MediaError, UserError
+from fastav.media.shards import Reading
+from fastav.media.shards.cache import Cached
+from fastav.media.shards.remote import Remote
+from fastav.media.shards.store import LocalFiles, merged
 from tests.range_server import serving
 
 SIZE = 300_000
@@ -44,7 +44,7 @@ def server(folder):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("fastav.shards.remote._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("fastav.media.shards.remote._FIRST_PAUSE_S", 0.01)
 
 
 def ranges_of(rng, count=6):
@@ -257,8 +257,8 @@ def test_blocks_are_fetched_once(folder, server, tmp_path):
 WORKER = """
 import sys, numpy as np
 from pathlib import Path
-from fastav.shards.cache import Cached
-from fastav.shards.remote import Remote
+from fastav.media.shards.cache import Cached
+from fastav.media.shards.remote import Remote
 url, folder, cache, most, seed = sys.argv[1:]
 store, rng = Cached(Remote(8, 3), Path(cache), int(most), 98304), np.random.default_rng(int(seed))
 for _ in range(40):
@@ -365,7 +365,7 @@ def test_a_cache_that_cannot_be_written_is_read_through(folder, server, tmp_path
 
     monkeypatch.setattr(Path, "write_bytes", full)
     store = cached(server, tmp_path)
-    with caplog.at_level(logging.WARNING, "fastav.shards"):
+    with caplog.at_level(logging.WARNING, "fastav.media.shards"):
         for _ in range(3):
             assert store.read(f"{server.url}/a.tar", [(5, 40_000)]) == expected(folder, "a.tar", [(5, 40_000)])
     assert len(caplog.records) == 1
@@ -383,7 +383,7 @@ def test_a_cache_that_cannot_be_read_is_read_past(folder, server, tmp_path, monk
         return pread(*words)[:-1]
 
     monkeypatch.setattr(os, "pread", broken)
-    with caplog.at_level(logging.WARNING, "fastav.shards"):
+    with caplog.at_level(logging.WARNING, "fastav.media.shards"):
         assert store.read(f"{server.url}/a.tar", [(5, 40)]) == expected(folder, "a.tar", [(5, 40)])
     assert "the cache cannot be used" in caplog.text
 
@@ -418,10 +418,10 @@ def test_a_child_forked_in_the_middle_keeps_no_lock(server, tmp_path):
 
 
 def test_packed_clips_over_http_and_the_cache(made, tmp_path):
-    from fastav.manifest import Manifest
-    from fastav.pack import build_pack
+    from fastav.data.manifest import Manifest
+    from fastav.media.shards import Shards
+    from fastav.pack.build import build_pack
     from fastav.pack.settings import PackSettings
-    from fastav.shards import Shards
 
     near = build_pack(Manifest.open(made), tmp_path / "p", PackSettings(), workers=1)
     clip = near.clip(3)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from fastav.errors import UserError
-from fastav.strategies import asked
-from fastav.strategies.zero import check_settings
+from fastav.core.errors import UserError
+from fastav.distributed.launcher import asked
+from fastav.distributed.zero import check_settings
 
 ROOT = Path(__file__).parents[1]
 SPREAD = ("ddp", "fsdp", "zero1", "zero2", "zero3", "zero3_offload")

@@ -12,12 +12,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fastav import synth, synth_render
-from fastav.errors import FastavError, UserError
-from fastav.manifest import Manifest
-from fastav.progress import progress
-from fastav.synth import Synth, combinations, lay_out, make
-from fastav.synth_render import CALLS, PATTERNS, Recorder, draw_frames, draw_wave
+from fastav.core.errors import FastavError, UserError
+from fastav.core.progress import progress
+from fastav.data.manifest import Manifest
+from fastav.synth import dataset as synth
+from fastav.synth import render as synth_render
+from fastav.synth.dataset import Synth, combinations, lay_out, make
+from fastav.synth.render import CALLS, PATTERNS, Recorder, draw_frames, draw_wave
 
 SMALL = Synth(train=24, test=16, width=64, height=48)
 TINY = Synth(train=8, test=8, width=48, height=48)

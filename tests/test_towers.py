@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastav.errors import UserError
-from fastav.towers import ClipDropPath, Tower
+from fastav.core.errors import UserError
+from fastav.model.tower import ClipDropPath, Tower
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
@@ -177,7 +177,7 @@ def test_timm_weights_that_cannot_be_fetched(monkeypatch):
         assert pretrained
         raise OSError("no\nnetwork")
 
-    monkeypatch.setattr("fastav.towers.timm.create_model", offline)
+    monkeypatch.setattr("fastav.model.tower.timm.create_model", offline)
     with pytest.raises(UserError, match=r'weights of "resnet18" cannot be had \(no network\)'):
         build(name="resnet18", args={}, weights="timm")
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastav import recipe as recipes
 from fastav.__main__ import main as fastav
-from fastav.checkpoint import Checkpoints
-from fastav.errors import FastavError, Stopped, TooManyBroken, UserError
-from fastav.model import AVModel
-from fastav.task import read_predictions
+from fastav.core.errors import FastavError, Stopped, TooManyBroken, UserError
+from fastav.model.av_model import AVModel
+from fastav.recipe import schema as recipes
+from fastav.task.classification import read_predictions
 from fastav.train import Trainer, train
+from fastav.training.checkpoint import Checkpoints
 
 
 def run(words: list[str]):
@@ -154,7 +154,7 @@ def test_changed_rows_are_refused(whole, made, tmp_path):
 
     shutil.copytree(out, copy, dirs_exist_ok=True)
     other = made.with_name("other.parquet")
-    from fastav.manifest import Manifest, write_manifest
+    from fastav.data.manifest import Manifest, write_manifest
 
     manifest = Manifest.open(made)
     clips = manifest.clips(range(len(manifest)))
@@ -271,7 +271,7 @@ def test_two_processes_train_as_one(tiny, tmp_path):
 def test_too_many_broken_clips_end_the_run_with_exit_3(tiny, tmp_path, made, capsys):
     path = tmp_path / "r.toml"
     path.write_text(recipes.to_toml(recipes.load(None, tiny("video", tmp_path / "run", "--train.epochs", "4"))))
-    from fastav.manifest import Manifest, write_manifest
+    from fastav.data.manifest import Manifest, write_manifest
 
     manifest = Manifest.open(made)
     clips = manifest.clips(range(len(manifest)))
@@ -331,7 +331,7 @@ def test_what_does_not_fit_together_is_one_line(tiny, tmp_path, words, message):
 def test_two_processes_that_never_met_are_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "-1")
-    from fastav.ranks import Ranks
+    from fastav.training.ranks import Ranks
 
     recipe = recipes.load(None, tiny("video", tmp_path / "run"))
     with pytest.raises(UserError, match="each would train alone"):

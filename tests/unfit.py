@@ -13,10 +13,10 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from fastav.crew import Crew
-from fastav.errors import FastavError
-from fastav.measured import judge
-from fastav.preflight import Preflight
+from fastav.core.errors import FastavError
+from fastav.diagnostics.rank_check import Preflight
+from fastav.diagnostics.rank_verdicts import judge
+from fastav.distributed.host_group import Crew
 
 PATIENCE_S = 5.0
 multiply, reduce = torch.mm, dist.all_reduce

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from fastav.clip import Clip
-from fastav.decode.probe import probe
-from fastav.decode.sound import mix_down, resample
-from fastav.errors import UserError
-from fastav.manifest import write_manifest
-from fastav.pack import build_pack
+from fastav.core.errors import UserError
+from fastav.data.clip import Clip
+from fastav.data.manifest import write_manifest
+from fastav.media.audio import mix_down, resample
+from fastav.media.probe import probe
+from fastav.media.shards import Reading, Shards
+from fastav.pack.build import build_pack
 from fastav.pack.settings import PackSettings
-from fastav.shards import Reading, Shards
 
 WIDTH, HEIGHT, FPS = 640, 360, 25
 _GRAIN, _SHARPEN = 3.7, 1.2  # about 1 Mbit/s at crf 23, as a web clip has

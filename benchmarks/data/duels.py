@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.data.peers import Peer
 from benchmarks.timing import Interval, Turn, interleave, paired_ratio, per_cpu_second, per_second
-from fastav.clip import Clip, ClipPlan
+from fastav.data.clip import Clip, ClipPlan
 
 PEERS = 2
 _PAIRS_A_ROUND = 3

@@ -13,13 +13,12 @@ from rich.table import Table
 from benchmarks import result as results
 from benchmarks.data.clips import Media, repeated
 from benchmarks.timing import interleave, median, paired_ratio, per_cpu_second, per_second
-from fastav.decode import Dali
-from fastav.decode.base import Read
-from fastav.decode.dali import missing
-from fastav.decode.pyav import PyAV, PyAVDecoder
-from fastav.frontend import Frontend
-from fastav.loader import Loader, Loading, Worker
-from fastav.plan import Plan, Sampling
+from fastav.data.plan import Plan, Sampling
+from fastav.loader.loader import Loader, Loading, Worker
+from fastav.media.dali.decoder import Dali, missing
+from fastav.media.decoder import Read
+from fastav.media.pyav import PyAV, PyAVDecoder
+from fastav.media.spectrogram import Frontend
 
 BATCH = 8
 _COPIES = 64

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
-from fastav.augment import crop_box, resize_crop
-from fastav.clip import Clip, ClipPlan
-from fastav.decode.base import Read
-from fastav.decode.pyav import PyAV
-from fastav.shards import Reading, Shards
+from fastav.data.clip import Clip, ClipPlan
+from fastav.media.decoder import Read
+from fastav.media.pyav import PyAV
+from fastav.media.shards import Reading, Shards
+from fastav.model.transforms import crop_box, resize_crop
 
 SIZE = 224
 

@@ -23,8 +23,8 @@ from benchmarks.console import open_console
 from benchmarks.kernels.cases import BACKENDS, CASES, Case, Found, check, implementation, implementations
 from benchmarks.kernels.ceilings import Ceiling, ceilings, timed
 from benchmarks.timing import interleave, median, paired_ratio, per_second
-from fastav.commandline import Parser
-from fastav.errors import FastavError, UserError
+from fastav.core.cli import Parser
+from fastav.core.errors import FastavError, UserError
 
 PASSES = ("forward", "backward", "both")
 _PLOTTED = {f"{what}_ms": f"{what}, ms in bfloat16" for what in PASSES}

@@ -34,9 +34,9 @@ from benchmarks.plot import lines
 from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, fitted_between, strong, weak
 from benchmarks.timing import Interval, grouped_ratio, median, short
 from benchmarks.train import prepared, split_keys
-from fastav import recipe as recipes
-from fastav.commandline import Parser
-from fastav.errors import FastavError, UserError
+from fastav.core.cli import Parser
+from fastav.core.errors import FastavError, UserError
+from fastav.recipe import schema as recipes
 
 KINDS = ("weak", "strong")
 _PATIENCE_S = 3600  # of one start

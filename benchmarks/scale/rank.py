@@ -25,13 +25,13 @@ from benchmarks.scale import add_arguments
 from benchmarks.timing import interleave
 from benchmarks.train import split_keys, without_places
 from benchmarks.train.bench import Bench
-from fastav import recipe as recipes
-from fastav.commandline import Parser
-from fastav.errors import FastavError, UserError
-from fastav.files import write_text
-from fastav.meter import num_cores
-from fastav.ranks import leave
-from fastav.recipe import Recipe
+from fastav.core.atomic_files import write_text
+from fastav.core.cli import Parser
+from fastav.core.errors import FastavError, UserError
+from fastav.recipe import schema as recipes
+from fastav.recipe.schema import Recipe
+from fastav.training.ranks import leave
+from fastav.training.throughput import num_cores
 
 SIZES_MB = (0.004, 0.25, 1.0, 4.0)
 """Of the all-reduces that tell bandwidth from latency, beside one of the whole gradient."""

@@ -35,11 +35,11 @@ from benchmarks.data.clips import make, repeated
 from benchmarks.timing import Turn, interleave, median, paired_ratio, per_second, short
 from benchmarks.train.bench import APART, MODES, Bench
 from benchmarks.train.bound import Parts, bound
-from fastav import recipe as recipes
-from fastav.commandline import Parser, split_overrides
-from fastav.errors import UserError
-from fastav.ranks import leave
-from fastav.recipe import Recipe
+from fastav.core.cli import Parser, split_overrides
+from fastav.core.errors import UserError
+from fastav.recipe import schema as recipes
+from fastav.recipe.schema import Recipe
+from fastav.training.ranks import leave
 
 _ROOT = Path(__file__).parents[2]
 _ONE_FOR_ALL = ("train.threads", "train.deterministic")

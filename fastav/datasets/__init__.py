@@ -1,7 +1,7 @@
 """Data sets: one file each, from its published files to unprobed clips. Probing them is `fastav index`'s work.
 
 A data set's module has `add_arguments(parser)` for its own options and `listing(args) -> Listing`; its line in
-`fastav.index.DATASETS` gives it its word on the command line.
+`fastav.datasets.build_manifest.DATASETS` gives it its word on the command line.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fastav.clip import Clip
-from fastav.manifest import Problem
+from fastav.data.clip import Clip
+from fastav.data.manifest import Problem
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,12 +30,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Clip
+from fastav.data.manifest import Problem
 from fastav.datasets import Listing
 from fastav.datasets.folder import AUDIO_SUFFIXES, VIDEO_SUFFIXES, HoldOut
 from fastav.datasets.tables import parse_table
-from fastav.errors import UserError, did_you_mean
-from fastav.manifest import Problem
 
 METRIC = "none published: top-1 accuracy with one label a clip, mAP with several"
 LABEL_COLUMNS = ("Species", "Annotation", "Label", "Common Name", "Species Code", "Class")

@@ -17,11 +17,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError
+from fastav.data.clip import Clip
 from fastav.datasets import Listing, youtube
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import Row
-from fastav.errors import UserError
 
 CLIP_S = 10
 METRIC = "several labels: average precision, averaged over the classes (mAP), on the eval clips, which are split test"

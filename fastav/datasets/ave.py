@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError
+from fastav.data.clip import Clip
+from fastav.data.manifest import Problem
 from fastav.datasets import Listing, youtube
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import Row
-from fastav.errors import UserError
-from fastav.manifest import Problem
 
 BACKGROUND = "Background"
 CLIP_S = 10

@@ -14,11 +14,11 @@ from collections import Counter, defaultdict
 from collections.abc import Collection
 from pathlib import Path
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError
+from fastav.data.clip import Clip
+from fastav.data.manifest import Problem
 from fastav.datasets import Listing
 from fastav.datasets.tables import MediaFolders, Rows, at_line, class_order, coordinates, find_file, number, read_table
-from fastav.errors import UserError
-from fastav.manifest import Problem
 
 METRIC = (
     "any number of labels a window of five seconds: micro-averaged F1 over the rows, where a window without bird "

@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Clip
+from fastav.data.manifest import Problem
 from fastav.datasets import Listing
 from fastav.datasets.tables import MediaFolders, Rows, class_order, coordinates, find_file
-from fastav.errors import UserError, did_you_mean
-from fastav.manifest import Problem
 
 METRIC = (
     "one label a recording, its score the mean over windows (3 s, every 1.5 s) of their softmax, classes that are "

@@ -11,10 +11,10 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastav.core.errors import UserError, did_you_mean
 from fastav.datasets import Listing, youtube
 from fastav.datasets.tables import find_file, number, read_table
 from fastav.datasets.youtube import Row
-from fastav.errors import UserError, did_you_mean
 
 METRIC = "one label a clip: top-1 and top-5 accuracy on the validation split"
 SOUNDS = (

@@ -13,11 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Clip
 from fastav.datasets import Listing, youtube
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import Row
-from fastav.errors import UserError, did_you_mean
 
 CLASSES = (
     "Speech", "Car", "Cheering", "Dog", "Cat", "Frying_(food)", "Basketball_bounce", "Fire_alarm", "Chainsaw",

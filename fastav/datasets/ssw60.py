@@ -12,10 +12,10 @@ import argparse
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Clip
 from fastav.datasets import Listing
 from fastav.datasets.tables import MediaFolders, Rows, class_order, find_file, read_table
-from fastav.errors import UserError, did_you_mean
 
 METRIC = "one label a clip: top-1 accuracy on the test split (of the videos: 1,938 clips)"
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}

@@ -10,9 +10,9 @@ import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fastav.clip import Clip
-from fastav.errors import UserError, did_you_mean
-from fastav.manifest import Problem
+from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Clip
+from fastav.data.manifest import Problem
 
 NOWHERE = frozenset(("", "nan", "null", "none", "na", "n/a"))
 """How tables say that a number is not known, in lower case."""

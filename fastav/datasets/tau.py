@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path, PurePosixPath
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Clip
 from fastav.datasets import Listing
 from fastav.datasets.folder import cut
 from fastav.datasets.tables import MediaFolders, Rows, class_order, find_file, read_table
-from fastav.errors import UserError, did_you_mean
 
 METRIC = (
     "one label a piece of one second (--piece-s 1): multi-class log loss, which ranks, and accuracy, both averaged "

@@ -12,10 +12,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from fastav.core.errors import UserError, did_you_mean
 from fastav.datasets import Listing, youtube
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import Row
-from fastav.errors import UserError, did_you_mean
 
 CLIP_S = 10.0
 METRIC = "one label a clip: top-1 accuracy on the test split; the paper also gives class-averaged AP, AUC and d-prime"

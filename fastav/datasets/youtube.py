@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from fastav.clip import Clip
+from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Clip
+from fastav.data.manifest import Problem
 from fastav.datasets.folder import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from fastav.datasets.tables import at_line, missing_file
-from fastav.errors import UserError, did_you_mean
-from fastav.manifest import Problem
 
 Media = Literal["trimmed", "whole"]
 

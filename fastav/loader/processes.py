@@ -27,10 +27,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastav.clip import Clip, ClipPlan, Sample
-from fastav.decode.base import Reader
-from fastav.errors import FastavError, MediaError, UserError
-from fastav.parallel import server, start_worker
+from fastav.core.errors import FastavError, MediaError, UserError
+from fastav.core.process_pool import server, start_worker
+from fastav.data.clip import Clip, ClipPlan, Sample
+from fastav.media.decoder import Reader
 
 _LEFT_TO_THE_PARENT = (signal.SIGTERM, signal.SIGUSR1)  # sent to all processes of a job, whose steps want to end well
 

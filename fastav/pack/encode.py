@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from fastav.media.shards.format import FLAC_BLOCK, UnitKind
 from fastav.pack.settings import PRESETS, PackSettings
-from fastav.shards.layout import FLAC_BLOCK, UnitKind
 
 Unit = tuple[bytes, UnitKind]
 

@@ -1,7 +1,7 @@
 """The folder of a pack: planned shards, each finished on its own, so that a killed run goes on where it was.
 
     pack.json          what the pack is made of, written first; totals and quality are added when it is finished
-    shards/000000.tar  clips; `fastav.shards.layout` has the format
+    shards/000000.tar  clips; `fastav.media.shards.format` has the format
     parts/             rows and index of each finished shard; merged and removed at the end
     manifest.parquet   the packed clips, to train on
     index.parquet      byte offsets of every member and every unit of every clip, and the digests of the sources
@@ -32,16 +32,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from fastav.clip import Clip
-from fastav.draw import permute
-from fastav.errors import FastavError, UserError
-from fastav.files import flush, sha256, write_text, written_beside
-from fastav.manifest import Manifest, clips_table, write_table
-from fastav.manifest.store import SCHEMA
+from fastav.core.atomic_files import flush, sha256, write_text, written_beside
+from fastav.core.errors import FastavError, UserError
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest, clips_table, write_table
+from fastav.data.manifest.store import SCHEMA
+from fastav.data.rng import permute
+from fastav.media.shards.format import FORMAT_VERSION, ShardWriter, decode_table, table_place
 from fastav.pack.quality import Quality, psnr_db
 from fastav.pack.settings import PackSettings
 from fastav.pack.transcode import PackedClip
-from fastav.shards.layout import FORMAT_VERSION, ShardWriter, decode_table, table_place
 
 PACK_FILE, MANIFEST_FILE, INDEX_FILE, SKIPPED_FILE = "pack.json", "manifest.parquet", "index.parquet", "skipped.csv"
 _SHUFFLE_KEY = 0x5EED_0F_9AC4  # any fixed number

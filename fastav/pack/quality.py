@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from fastav.shards.layout import UnitKind
+from fastav.media.shards.format import UnitKind
 
 _PEAK = 255.0
 

@@ -10,8 +10,8 @@ import numpy as np
 from msgspec import Meta
 from numpy.typing import NDArray
 
-from fastav.clip import Clip
-from fastav.config import Config, NonNegativeFloat, PositiveInt
+from fastav.core.config import Config, NonNegativeFloat, PositiveInt
+from fastav.data.clip import Clip
 
 SIDE_STEP = 16
 """Sides are multiples of a macroblock, so that what is coded is what is shown: DALI's decoder cache and splicing into

@@ -15,17 +15,17 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 
-from fastav.clip import Clip
-from fastav.decode.media import read_media
-from fastav.decode.probe import open_mel
-from fastav.decode.pyav import read_image
-from fastav.decode.sound import Sound
-from fastav.errors import MediaError
-from fastav.files import sha256
+from fastav.core.atomic_files import sha256
+from fastav.core.errors import MediaError
+from fastav.data.clip import Clip
+from fastav.media.audio import Sound
+from fastav.media.container import read_media
+from fastav.media.probe import open_mel
+from fastav.media.pyav import read_image
+from fastav.media.shards.format import TABLE_EXTENSION, VIDEO_EXTENSIONS, Member, UnitKind, encode_table
 from fastav.pack.encode import MOST_CHANNELS, Unit, VideoEncoder, encode_flac, encode_jpeg
 from fastav.pack.quality import Quality, compare
 from fastav.pack.settings import PackSettings
-from fastav.shards.layout import TABLE_EXTENSION, VIDEO_EXTENSIONS, Member, UnitKind, encode_table
 
 _SAMPLED_FRAMES = 4  # of a clip whose quality is looked at
 

@@ -10,16 +10,16 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from fastav.clip import Clip
-from fastav.decode.packed import KeptDecoders, decode_mel, decode_sound
-from fastav.decode.pyav import decode_jpeg
-from fastav.errors import FastavError
-from fastav.files import sha256
-from fastav.manifest import Manifest
+from fastav.core.atomic_files import sha256
+from fastav.core.errors import FastavError
+from fastav.core.process_pool import each
+from fastav.core.progress import progress
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest
+from fastav.media.packed_clip import KeptDecoders, decode_mel, decode_sound
+from fastav.media.pyav import decode_jpeg
+from fastav.media.shards import Reading, Shards
 from fastav.pack.folder import INDEX_FILE, MANIFEST_FILE, PackFolder, no_pack
-from fastav.parallel import each
-from fastav.progress import progress
-from fastav.shards import Reading, Shards
 
 _CHUNK = 64
 

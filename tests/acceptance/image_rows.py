@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from fastav.manifest import Manifest
-from fastav.synth import Synth
+from fastav.data.manifest import Manifest
+from fastav.synth.dataset import Synth
 from tests.acceptance.rows import TINY, Failed, Result, fresh
 
 _TOOLS = ("buildah", "debootstrap")

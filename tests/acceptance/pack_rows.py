@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data.clips import PACKS, make
-from fastav.decode.packed import KeptDecoders
-from fastav.shards import Reading, Shards
+from fastav.media.packed_clip import KeptDecoders
+from fastav.media.shards import Reading, Shards
 from tests.acceptance.rows import REALDATA, Failed, Result, call, fresh
 
 _PLANS = 1000

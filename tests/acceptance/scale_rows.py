@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from fastav.clip import Clip
-from fastav.manifest import Manifest, write_manifest, write_table
-from fastav.shards import Reading, Shards
+from fastav.data.clip import Clip
+from fastav.data.manifest import Manifest, write_manifest, write_table
+from fastav.media.shards import Reading, Shards
 from tests.acceptance.rows import TINY, Failed, Result, fastav, fresh
 
 _ENCODED, _CLIPS, _BATCHES = 200, 100_000, 10_000
@@ -23,11 +23,11 @@ _ROWS = 10_000_000
 _FIRST_BATCH = """
 import json, sys, time, resource
 import numpy, torch, pyarrow
-from fastav.decode import PyAV, Read
-from fastav.frontend import Frontend
-from fastav.loader import Loader, Loading
-from fastav.manifest import Manifest
-from fastav.plan import Plan, Sampling
+from fastav.media import PyAV, Read
+from fastav.media.spectrogram import Frontend
+from fastav.loader.loader import Loader, Loading
+from fastav.data.manifest import Manifest
+from fastav.data.plan import Plan, Sampling
 
 def resident_kib():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])
@@ -53,9 +53,9 @@ print(json.dumps({"first_batch_s": first_s, "resident_kib": sizes, "broken": nam
 _PLANS = """
 import json, sys, time
 import numpy as np
-from fastav.frontend import Frontend
-from fastav.manifest import Manifest
-from fastav.plan import Plan, Sampling
+from fastav.media.spectrogram import Frontend
+from fastav.data.manifest import Manifest
+from fastav.data.plan import Plan, Sampling
 
 def resident_kib():
     return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1])

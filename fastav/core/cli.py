@@ -1,0 +1,111 @@
+"""The command line: one line on stderr and an exit code for every mistake, a traceback only under `--debug`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import importlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from fastav.core.errors import FastavError, UserError, did_you_mean
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are `UserError`s of one line with the nearest match."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises instead of printing the usage."""
+        options = [word for action in self._actions for word in action.option_strings]
+        unknown = re.match(r"unrecognized arguments: (\S+)", message)
+        near = did_you_mean(unknown[1].split("=")[0], options) if unknown else ""
+        choice = re.search(r"invalid choice: '?([^' ]+)'? \(choose from (.*)\)", message)
+        if choice:
+            near = did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+            message = message[: choice.start()] + f'"{choice[1]}" is unknown'
+        raise UserError(f"{self.prog}: {message}{near} (see {self.prog} --help)")
+
+
+def run(verb: str, module_name: str, argv: Sequence[str]) -> int:
+    """Runs one verb.
+
+    The verb's module has `add_arguments(parser)` and `main(args) -> int`. Where it sets `OVERRIDES = True`, words such
+    as `--optim.lr 1e-4` are collected for the recipe in `args.overrides`.
+
+    Args:
+        verb: Its name on the command line.
+        module_name: Where it is, imported only now.
+        argv: The words after the verb.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 3 for too many broken clips, 75 when stopped by a signal, 1 otherwise.
+        Where FASTAV_EXIT_CODES names a folder, it is left there as well: launchers rewrite it.
+    """
+    code = _run(verb, module_name, argv)
+    if folder := os.environ.get("FASTAV_EXIT_CODES"):
+        with contextlib.suppress(OSError):  # a full disk must not hide the code itself
+            Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(f"{code}\n")
+    return code
+
+
+def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
+    words = [word for word in argv if word != "--debug"]
+    debug = len(words) != len(argv)
+    try:
+        module = importlib.import_module(module_name)
+        parser = Parser(
+            prog=f"fastav {verb}", description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter
+        )
+        module.add_arguments(parser)
+        overrides: list[str] = []
+        if getattr(module, "OVERRIDES", False):
+            parser.epilog = (
+                "Any key of the recipe is an option too: --optim.lr 1e-4; `fastav recipe explain` tells of them."
+            )
+            words, overrides = split_overrides(words, lambda word: word != "--help")
+        args = parser.parse_args(words)
+        args.overrides = overrides
+        return int(module.main(args))
+    except FastavError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"fastav: {' '.join(str(error).split())}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("fastav: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        return 1
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"fastav: {where}cannot write: {error.strerror}", file=sys.stderr)
+        return 1
+
+
+def split_overrides(words: Sequence[str], is_key: Callable[[str], bool]) -> tuple[list[str], list[str]]:
+    """Parts a parser's words from `--key value` and `--key=value` meant for the recipe.
+
+    Args:
+        words: All of them.
+        is_key: Of an option as it is given, whether it is a key of the recipe.
+    """
+    kept: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or not is_key(word):
+            kept.append(word)
+            continue
+        overrides.append(word)
+        if "=" not in word and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return kept, overrides

@@ -1,0 +1,19 @@
+"""Manifests: one row per clip, as a Parquet file with a memory-mapped Arrow copy beside it.
+
+The Parquet file is the manifest: plain columns named as in `Clip`, readable and writable by any tool; class
+names, schema version and the row range of each split are in its schema metadata. The Arrow IPC file of the
+same stem is a copy for reading rows at random. See `store` for the copy, `window` for reading, `write` for
+writing and merging, `check` for what may be wrong with one.
+"""
+
+from fastav.data.manifest.check import Problem as Problem
+from fastav.data.manifest.check import check as check
+from fastav.data.manifest.store import SCHEMA as SCHEMA
+from fastav.data.manifest.store import SCHEMA_VERSION as SCHEMA_VERSION
+from fastav.data.manifest.window import Manifest as Manifest
+from fastav.data.manifest.window import Modality as Modality
+from fastav.data.manifest.write import Extent as Extent
+from fastav.data.manifest.write import clips_table as clips_table
+from fastav.data.manifest.write import merge as merge
+from fastav.data.manifest.write import write_manifest as write_manifest
+from fastav.data.manifest.write import write_table as write_table

@@ -1,0 +1,363 @@
+"""Turns a data set's files into a manifest: probes what each file really holds and names what is wrong with which."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from fastav.core.atomic_files import write_text
+from fastav.core.errors import MediaError, UserError
+from fastav.core.progress import progress
+from fastav.data.clip import Clip
+from fastav.data.manifest import Extent, Manifest, Problem, check, write_manifest
+from fastav.datasets import annotated, audioset, ave, birdclef, folder, inatsounds, kinetics, llp, ssw60, tau, vggsound
+from fastav.media.probe import MediaInfo
+from fastav.probing import Job, probe_all
+
+DATASETS: dict[str, ModuleType] = {
+    "folder": folder,
+    "annotations": annotated,
+    "audioset": audioset,
+    "ave": ave,
+    "birdclef": birdclef,
+    "inatsounds": inatsounds,
+    "kinetics": kinetics,
+    "llp": llp,
+    "ssw60": ssw60,
+    "tau": tau,
+    "vggsound": vggsound,
+}
+"""Word on the command line -> module of `fastav.datasets`."""
+
+OVERRUN_S = 0.1
+"""A span that ends later than its file by more than this is reported; all of them are shortened to it."""
+
+_PATHS = ("video", "audio", "image", "mel")
+_UNPROBED: dict[str, Any] = {
+    f.name: f.default
+    for f in fields(Clip)
+    if f.name in (
+        "video", "audio", "start_frame", "num_frames", "fps", "width", "height", "rotation", "video_codec",
+        "start_sample", "num_samples", "sample_rate", "channels", "audio_codec", "audio_offset_s",
+    )
+}  # fmt: skip
+_SHOWN = 3
+_PUBLISHED = ("split_leak", "duplicate_media", "empty_class")  # of their publishers' making, or of a part's
+
+
+def build_manifest(
+    clips: Sequence[Clip],
+    out: Path,
+    *,
+    workers: int = 0,
+    metadata: Mapping[str, str] | None = None,
+    console: Console | None = None,
+    cut: Callable[[Clip], list[Clip]] | None = None,
+    split: Callable[[list[Clip]], list[Clip]] | None = None,
+    problems: Sequence[Problem] = (),
+) -> tuple[Manifest, list[Problem]]:
+    """Probes every media file once, fills the rows with what it holds, and writes the manifest.
+
+    Clips of files that cannot be read are left out and named. What `check` finds in the finished manifest is among
+    the problems; all of them are written beside it as `.problems.csv`.
+
+    Args:
+        clips: Rows with media paths, ids, labels, splits, and spans (`start_s`, `duration_s`, 0 to the end).
+            A path both in `video` and `audio` is a container whose streams need not be there.
+        out: The `.parquet` file.
+        workers: Processes; 0 for one a core.
+        metadata: Notes to keep with the manifest.
+        console: Where the progress goes; standard output by default.
+        cut: Turns one probed clip into the clips to keep, by their spans.
+        split: Assigns splits to the probed clips.
+        problems: Known before, to be written with the others.
+
+    Raises:
+        UserError: Nothing can be read.
+        FastavError: The manifest cannot be written.
+    """
+    out = Path(out)
+    if out.suffix != ".parquet":
+        raise UserError(f'--out {out}: expected a name that ends in ".parquet"')
+    work = _Work(clips, cut)
+    with progress(console or Console(), "probing", len(work.jobs), "files") as advance:
+        for path, found in probe_all(work.jobs, workers):
+            work.add(path, found)
+            advance()
+    made, lost = work.result()
+    every = [*problems, *lost]
+    if not made:
+        _write_problems(out, every)
+        first = f"; the first: {lost[0].message}" if lost else ""
+        raise UserError(f"none of the {len(work.jobs)} media files can be read (see {problems_path(out)}){first}")
+    manifest = write_manifest(out, split(made) if split else made, None, metadata, work.extents)
+    every += [*_lost_classes(clips, manifest), *check(manifest)]
+    _write_problems(out, every)
+    return manifest, every
+
+
+def problems_path(out: Path) -> Path:
+    """Where the problems of a manifest are written: `manifest.parquet` -> `manifest.problems.csv`."""
+    return out.with_suffix(".problems.csv")
+
+
+class _Work:
+    """Clips waiting for their files; a file's frame times are forgotten when its last clip is filled."""
+
+    def __init__(self, clips: Sequence[Clip], cut: Callable[[Clip], list[Clip]] | None) -> None:
+        self._clips, self._cut = clips, cut
+        self._made: list[list[Clip]] = [[] for _ in clips]
+        self._problems: list[list[Problem]] = [[] for _ in clips]
+        self._found: dict[Path, MediaInfo | MediaError] = {}
+        self.extents: dict[Path, Extent] = {}
+        wanted: dict[Path, set[str]] = defaultdict(set)
+        self._users: dict[Path, list[int]] = defaultdict(list)
+        for number, clip in enumerate(clips):
+            for name in _PATHS:
+                if (path := getattr(clip, name)) is not None:
+                    wanted[path].add(name)
+            for path in _files_of(clip):
+                self._users[path].append(number)
+        self._left = {path: len(users) for path, users in self._users.items()}
+        self.jobs: list[Job] = [(path, tuple(sorted(names))) for path, names in wanted.items()]
+
+    def add(self, path: Path, found: MediaInfo | MediaError) -> None:
+        """Takes what one file holds, and fills the clips that have waited for it."""
+        self._found[path] = found
+        users = self._users[path]
+        if isinstance(found, MediaError):
+            more = f" ({len(users)} clips)" if len(users) > 1 else ""
+            clip = self._clips[users[0]].id
+            self._problems[users[0]].append(Problem("unreadable", clip, str(path), f"{found}{more}", False))
+        else:
+            self.extents[path] = (found.num_frames, found.num_samples)
+        for number in users:
+            files = _files_of(self._clips[number])
+            if all(file in self._found for file in files):
+                self._finish(number)
+                for file in files:
+                    self._left[file] -= 1
+                    if not self._left[file]:
+                        del self._found[file]
+
+    def result(self) -> tuple[list[Clip], list[Problem]]:
+        """Returns the filled clips and the problems, both in the order of the clips given."""
+        for number, clip in enumerate(self._clips):
+            if not _files_of(clip):
+                message = f'clip "{clip.id}" names no video, audio, image or mel'
+                self._problems[number].append(Problem("no_media", clip.id, "", message, False))
+        return [c for made in self._made for c in made], [p for found in self._problems for p in found]
+
+    def _finish(self, number: int) -> None:
+        clip = self._clips[number]
+        infos = {}
+        for path in _files_of(clip):
+            info = self._found[path]
+            if isinstance(info, MediaError):
+                return
+            infos[path] = info
+        filled = self._fill(number, clip, infos)
+        if filled is not None and self._cut is not None:
+            pieces = [self._fill(number, piece, infos) for piece in self._cut(filled)]
+            self._made[number] = [piece for piece in pieces if piece is not None]
+        elif filled is not None:
+            self._made[number] = [filled]
+
+    def _fill(self, number: int, clip: Clip, infos: Mapping[Path, MediaInfo]) -> Clip | None:
+        filled, problem = fill(clip, infos)
+        if problem is not None:
+            self._problems[number].append(problem)
+        return filled
+
+
+def _files_of(clip: Clip) -> list[Path]:
+    """The files of a clip, each once."""
+    return list(dict.fromkeys(p for name in _PATHS if (p := getattr(clip, name)) is not None))
+
+
+def fill(clip: Clip, infos: Mapping[Path, MediaInfo]) -> tuple[Clip | None, Problem | None]:
+    """Fills a clip with what its files hold within its span.
+
+    A span counts along the video's frames, or along the sound where there is no video. Streams that are not there,
+    or hold nothing within the span, are taken out of the clip.
+
+    Returns:
+        The clip, None where nothing of it is left; and what is wrong with it, if anything.
+    """
+    video, audio, image, mel = (infos[p] if (p := getattr(clip, name)) else None for name in _PATHS)
+    video = video if video is not None and video.has_video else None
+    audio = audio if audio is not None and audio.has_audio else None
+    path = str(clip.video or clip.audio or clip.image or clip.mel or "")
+    if video is None and audio is None and image is None and mel is None:
+        return None, Problem("no_media", clip.id, path, f"{path}: none of the wanted streams is in it", False)
+    filled: Clip | None = clip
+    problem = None
+    if video is not None or audio is not None:
+        if audio is not None and (video is None or clip.audio != clip.video):
+            offset_s = clip.audio_offset_s if video is not None else 0.0
+            alone_s = audio.num_samples / audio.sample_rate
+            audio = replace(audio, audio_offset_s=offset_s, duration_s=alone_s)
+        filled, problem = _cut_span(clip, path, video, audio)
+    if filled is not None and image is not None:
+        filled = replace(
+            filled, num_frames=1, width=image.width, height=image.height,
+            rotation=image.rotation, video_codec=image.video_codec,
+        )  # fmt: skip
+    if filled is not None and mel is not None:
+        filled = replace(filled, num_mel_frames=mel.num_mel_frames, channels=mel.channels)
+    return filled, problem
+
+
+def _cut_span(
+    clip: Clip, path: str, video: MediaInfo | None, audio: MediaInfo | None
+) -> tuple[Clip | None, Problem | None]:
+    """Counts the frames and samples of a clip's span."""
+    total_s = video.duration_s if video is not None else audio.duration_s if audio is not None else 0.0
+    length_s = clip.duration_s or total_s - clip.start_s
+    span = f'clip "{clip.id}": span {clip.start_s:.3f} s + {length_s:.3f} s'
+    problem = None
+    if not (clip.start_s >= 0 and length_s > 0 and clip.start_s < total_s):
+        return None, Problem("bad_span", clip.id, path, f"{span} is not in {path}, of {total_s:.3f} s", False)
+    if (over_s := clip.start_s + length_s - total_s) > OVERRUN_S:
+        message = f"{span} ends {over_s:.3f} s after {path}; shortened"
+        problem = Problem("bad_span", clip.id, path, message, False)
+    to_end = over_s >= 0
+    length_s = min(length_s, total_s - clip.start_s)
+    seen = video.cut(clip.start_s, None if to_end else length_s) if video is not None else None
+    end_s = None if to_end and (audio is video or video is None) else length_s
+    heard = audio.cut(clip.start_s, end_s) if audio is not None else None
+    filled = replace(clip, duration_s=length_s, **_UNPROBED)
+    if video is not None and seen is not None and seen.num_frames:
+        filled = replace(
+            filled, video=clip.video, start_frame=seen.start_frame, num_frames=seen.num_frames, fps=video.fps,
+            width=video.width, height=video.height, rotation=video.rotation, video_codec=video.video_codec,
+        )  # fmt: skip
+    if audio is not None and heard is not None and heard.num_samples:
+        filled = replace(
+            filled, audio=clip.audio, start_sample=heard.start_sample, num_samples=heard.num_samples,
+            sample_rate=audio.sample_rate, channels=audio.channels, audio_codec=audio.audio_codec,
+            audio_offset_s=audio.audio_offset_s,
+        )  # fmt: skip
+    if filled.video is None and filled.audio is None:
+        message = f"{span} holds no frame and no sample of {path}"
+        return None, Problem("bad_span", clip.id, path, message, False)
+    return filled, problem
+
+
+def _lost_classes(clips: Sequence[Clip], manifest: Manifest) -> Iterator[Problem]:
+    """Classes of which nothing could be read: they are not in the manifest, so `check` cannot miss them."""
+    counts = Counter(label for clip in clips for label in clip.labels)
+    for name in sorted(set(counts) - set(manifest.classes)):
+        message = f'class "{name}" is left out: none of its clips can be read ({counts[name]})'
+        yield Problem("lost_class", "", "", message, False)
+
+
+def _write_problems(out: Path, problems: Sequence[Problem]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(("kind", "path", "clip", "message"))
+    writer.writerows((p.kind, p.path, p.clip_id, p.message) for p in problems)
+    write_text(problems_path(out), text.getvalue())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's options: the kind of data set, and for each kind its own."""
+    kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=_strict(type(parser)))
+    for name, module in DATASETS.items():
+        summary = (module.__doc__ or "").strip().split("\n")[0]
+        sub = kinds.add_parser(
+            name, help=summary, description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter
+        )
+        module.add_arguments(sub)
+        sub.add_argument(
+            "--out", required=True, type=Path, metavar="FILE", help="the manifest to write, a .parquet file"
+        )
+        sub.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 (default): one a core")
+
+
+def _strict(kind: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
+    """A parser that refuses unknown options itself, instead of leaving them to its parent, which knows none of its."""
+
+    class Strict(kind):  # type: ignore[valid-type, misc]
+        def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+            known, unknown = super().parse_known_args(args, namespace)
+            if unknown:
+                self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            return known, unknown
+
+    return Strict
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs `fastav index KIND ...`; returns 0, also where single files cannot be read.
+
+    Raises:
+        UserError: Nothing can be read, or the manifest has problems that would spoil training (it is written).
+    """
+    if args.workers < 0:
+        raise UserError(f"--workers {args.workers}: expected 0 (one a core) or more")
+    console, out = Console(), Path(args.out)
+    listing = DATASETS[args.kind].listing(args)
+    own = {str(path.absolute()) for path in (out, out.with_suffix(".arrow"), problems_path(out))}
+    manifest, problems = build_manifest(
+        listing.clips,
+        out,
+        workers=args.workers,
+        metadata=listing.metadata,
+        console=console,
+        cut=listing.cut,
+        split=listing.split,
+        problems=[p for p in listing.problems if str(Path(p.path).absolute()) not in own],
+    )
+    if listing.published_splits:
+        problems = [replace(p, fatal=p.fatal and p.kind not in _PUBLISHED) for p in problems]
+    show(console, manifest, problems, listing.notes)
+    fatal = [problem for problem in problems if problem.fatal]
+    if fatal:
+        count = f"{len(fatal)} problems that spoil" if len(fatal) > 1 else "a problem that spoils"
+        raise UserError(f"{out} is written, but has {count} training: {fatal[0].message} (see {problems_path(out)})")
+    return 0
+
+
+def show(console: Console, manifest: Manifest, problems: Sequence[Problem], notes: Sequence[str] = ()) -> None:
+    """Prints what the manifest holds and what is wrong, with the first few problems of each kind."""
+    hours = manifest.whole("duration_s").sum() / 3600
+    console.print(escape(str(manifest.path)), highlight=False, soft_wrap=True)
+    table = Table(show_header=False)
+    table.add_row("clips", f"{len(manifest)} ({hours:.2f} h)")
+    table.add_row("classes", str(len(manifest.classes)))
+    table.add_row("splits", ", ".join(f"{escape(name)} {count}" for name, count in manifest.splits.items()))
+    for what, column in (("video", "video_codec"), ("audio", "audio_codec")):
+        table.add_row(what, escape(_codecs(manifest, column)))
+    console.print(table)
+    for note in notes:
+        console.print(escape(note), highlight=False, soft_wrap=True)
+    by_kind: dict[str, list[Problem]] = defaultdict(list)
+    for problem in problems:
+        by_kind[problem.kind].append(problem)
+    for kind, found in sorted(by_kind.items(), key=lambda item: not item[1][0].fatal):
+        colour = "red" if found[0].fatal else "yellow"
+        console.print(f"[{colour}]{len(found)} x {kind}[/]", highlight=False)
+        for problem in found[:_SHOWN]:
+            console.print(f"  {escape(problem.message)}", highlight=False, soft_wrap=True)
+        if len(found) > _SHOWN:
+            console.print(f"  and {len(found) - _SHOWN} more", highlight=False)
+    if problems:
+        console.print(f"all of them: {escape(str(problems_path(manifest.path)))}", highlight=False, soft_wrap=True)
+
+
+def _codecs(manifest: Manifest, column: str) -> str:
+    counts = Counter(manifest.strings(column).to_pylist())
+    clips = ", ".join(f"{name or 'none'} {count}" for name, count in counts.most_common())
+    return f"{clips} clips"

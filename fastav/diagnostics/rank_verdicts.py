@@ -1,0 +1,206 @@
+"""Measured: what a preflight found on each rank, and which ranks and nodes are slow or broken by it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fastav.core.errors import listed
+
+# What is measured, in this order: key -> (what it is called, the unit of its rate).
+MEASURES = {
+    "product": ("matrix product", "TFLOP/s"),
+    "copy": ("copy", "GB/s"),
+    "host": ("host to device", "GB/s"),
+    "node": ("all-reduce in the node", "GB/s"),
+    "exchange": ("exchange between nodes", "GB/s"),
+    "all": ("all-reduce of all ranks", "GB/s"),
+}
+_OF_THE_JOB = ("all",)  # one figure for all: nobody is slow by it
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank is.
+
+    Attributes:
+        rank: Its number.
+        host: Name of the machine.
+        node: Number of the node.
+        device: Such as `cuda:3`.
+        name: What the device is, such as `NVIDIA H200`; only like is compared with like.
+        serial: Which one it is: its UUID, as `nvidia-smi -L` shows it; empty where it has none.
+    """
+
+    rank: int
+    host: str
+    node: int
+    device: str
+    name: str
+    serial: str = ""
+
+    def tell(self) -> str:
+        """The rank, and everything one needs to find its device."""
+        what = [f"host {self.host}", self.device, self.name, self.serial]
+        return f"rank {self.rank} ({', '.join(word for word in what if word)})"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What was found on one rank.
+
+    Attributes:
+        place: Where it is.
+        rates: Key of `MEASURES` -> rate in its unit; None for one that should be there and is not.
+        broken: Why it cannot be used; empty for one that passed all checks.
+    """
+
+    place: Place
+    rates: Mapping[str, float | None] = field(default_factory=dict)
+    broken: str = ""
+
+    def tell(self) -> str:
+        """The rank and its rates, on one line."""
+        rates = [tell(key, rate) for key, rate in self.rates.items() if rate is not None]
+        return f"{self.place.tell()}: {', '.join([*rates, *filter(None, [self.broken])]) or 'nothing measured'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Ranks that are slow or broken for one reason.
+
+    Attributes:
+        kind: `broken` can be no part of a run, `slow` holds it up.
+        ranks: Which.
+        hosts: Where they are.
+        text: All of it, for a person.
+        measure: Key of `MEASURES` by which they are slow.
+        rate: The lowest of theirs, in its unit.
+        share: Of the median of all comparable ranks.
+    """
+
+    kind: Literal["broken", "slow"]
+    ranks: tuple[int, ...]
+    hosts: tuple[str, ...]
+    text: str
+    measure: str = ""
+    rate: float | None = None
+    share: float | None = None
+
+
+def tell(key: str, rate: float) -> str:
+    """A measure and its rate, such as `matrix product 689 TFLOP/s`."""
+    what, unit = MEASURES[key]
+    return f"{what} {rate:.0f} {unit}" if rate >= 100 else f"{what} {rate:.3g} {unit}"
+
+
+def judge(found: Sequence[Measured], slow: float) -> list[Fault]:
+    """Says who is broken or slow; a pure function of what was measured.
+
+    A rank is compared with those whose device has the same name, and in the all-reduce of its node with those whose
+    node has as many ranks. Ranks of one node that are slow in the same are told as the node.
+
+    Args:
+        found: Of every rank, in rank order.
+        slow: A rank is slow with less than this share of the median; of two the faster one is the median. 0 for none.
+    """
+    why = {one.place.rank: one.broken or _missing(one) for one in found}
+    reasons = dict.fromkeys(reason for reason in why.values() if reason)
+    faults = [_broken([one.place for one in found if why[one.place.rank] == reason], reason) for reason in reasons]
+    for key in MEASURES:
+        if key not in _OF_THE_JOB:
+            faults += _slow(key, found, slow)
+    return faults
+
+
+def _missing(one: Measured) -> str:
+    lost = [MEASURES[key][0] for key, rate in one.rates.items() if rate is None or not math.isfinite(rate) or rate <= 0]
+    return f"no figure for {' and '.join(lost)}" if lost else ""
+
+
+def _broken(places: Sequence[Place], reason: str) -> Fault:
+    hosts = tuple(dict.fromkeys(place.host for place in places))
+    return Fault("broken", tuple(p.rank for p in places), hosts, f"{_who(places)}: broken: {reason}")
+
+
+def _slow(key: str, found: Sequence[Measured], slow: float) -> Iterator[Fault]:
+    """Yields who is slow in one measure: one fault for each node."""
+    nodes = [one.place.node for one in found]
+    # Two nodes have but one way between them: both ends are slow, and nothing tells which one is at fault.
+    both = key == "exchange" and len(set(nodes)) == 2
+    groups: dict[int, list[tuple[float, float, Place]]] = {}
+    for rate, usual, place in _compared(key, found):
+        if rate < slow * usual:
+            groups.setdefault(-1 if both else place.node, []).append((rate, usual, place))
+    for group in groups.values():
+        (rate, usual, _), (most, best, _) = min(group, key=lambda one: one[0]), max(group, key=lambda one: one[0])
+        places, share = [place for *_, place in group], min(rate / usual for rate, usual, _ in group)
+        span = f" to {most:.3g}" if f"{most:.3g}" != f"{rate:.3g}" else ""
+        shares = f"{share:.2f} to {most / best:.2f}" if span else f"{share:.2f}"
+        text = f"{_who(places)}: {tell(key, rate)}{span}, {shares} of the median"
+        if both:
+            text += "; of two nodes it may be either, or the way between them"
+        hosts = tuple(dict.fromkeys(place.host for place in places))
+        yield Fault("slow", tuple(p.rank for p in places), hosts, text, key, rate, share)
+
+
+def _compared(key: str, found: Sequence[Measured]) -> Iterator[tuple[float, float, Place]]:
+    """Yields the rate of every rank that can be compared, the median that it is compared with, and its place."""
+    nodes = [one.place.node for one in found]
+    alike: dict[tuple[str, int], list[tuple[float, Place]]] = {}
+    for one in found:
+        rate = one.rates.get(key)
+        if rate is not None and rate > 0 and math.isfinite(rate):
+            size = nodes.count(one.place.node) if key == "node" else 0
+            alike.setdefault((one.place.name, size), []).append((rate, one.place))
+    for group in alike.values():
+        usual = statistics.median_high(rate for rate, _ in group)
+        yield from ((rate, usual, place) for rate, place in group if len(group) > 1)
+
+
+def _who(places: Sequence[Place]) -> str:
+    """Names ranks: one with its device, those of one node as the node, others with their hosts."""
+    if len(places) == 1:
+        return places[0].tell()
+    ranks = listed([str(place.rank) for place in places], 16)
+    hosts = list(dict.fromkeys(place.host for place in places))
+    if len({place.node for place in places}) == 1:
+        return f"node {places[0].node} (host {hosts[0]}), ranks {ranks}"
+    return f"ranks {ranks} (host{'s' * (len(hosts) > 1)} {listed(hosts, 8)})"
+
+
+def medians(found: Sequence[Measured]) -> dict[str, dict[str, float]]:
+    """Name of a device -> measure -> median rate of its ranks."""
+    usual: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(one.place.name for one in found):
+        of = [one.rates for one in found if one.place.name == name]
+        rates = {key: [rate for one in of if (rate := one.get(key)) is not None] for key in MEASURES}
+        usual[name] = {key: statistics.median_high(values) for key, values in rates.items() if values}
+    return usual
+
+
+def summary(found: Sequence[Measured], faults: Sequence[Fault], slow: float) -> str:
+    """One line: how many ranks, the medians of what they do, and whether all are within bounds."""
+    usual = medians(found)
+    rates = [
+        (f"{name}: " if len(usual) > 1 else "") + ", ".join(tell(key, rate) for key, rate in of.items())
+        for name, of in usual.items()
+    ]
+    nodes = len({one.place.node for one in found})
+    counted = f"{len(found)} rank{'s' * (len(found) > 1)} on {nodes} node{'s' * (nodes > 1)}"
+    compared = f"; all within {slow:g} of the median" if slow and len(found) > 1 and not faults else ""
+    return f"preflight: {counted}: {'; '.join(rates) or 'nothing measured'}{compared}"
+
+
+def table(found: Sequence[Measured], faults: Sequence[Fault]) -> dict[str, Any]:
+    """All of it, JSON-able; rates in the units of `MEASURES`."""
+    ranks = [{**asdict(one.place), "rates": dict(one.rates), "broken": one.broken} for one in found]
+    return {
+        "units": {key: unit for key, (_, unit) in MEASURES.items()},
+        "ranks": ranks,
+        "medians": medians(found),
+        "faults": [asdict(fault) for fault in faults],
+    }

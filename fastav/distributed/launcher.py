@@ -1,0 +1,220 @@
+"""Strategies: ways to spread one model over ranks; the launcher chooses, the recipe may insist.
+
+`accelerate launch --config_file launch/accelerate/*.yaml` says which by its environment. accelerate's own wrappers for
+FSDP and DeepSpeed are not used: on some machines they train without sharding and say nothing, and they set a second
+precision, accumulation and schedule beside the recipe's. PyTorch's `fully_shard` and DeepSpeed's `initialize` are
+called here, and what is in force is asserted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fastav.core.errors import UserError
+from fastav.distributed.ddp import DDP, Single
+from fastav.distributed.strategy import MakeOptimizer as MakeOptimizer
+from fastav.distributed.strategy import Name as Name
+from fastav.distributed.strategy import Strategy as Strategy
+
+_DEEPSPEED_KEYS = {
+    "deepspeed_config_file": "CONFIG_FILE",
+    "zero_stage": "ZERO_STAGE",
+    "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
+    "offload_param_device": "OFFLOAD_PARAM_DEVICE",
+}
+# What makes accelerate wrap models by itself.
+_SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the launcher asks for.
+
+    Attributes:
+        name: The strategy.
+        settings: DeepSpeed's, or `{"reshard": bool}` for FSDP.
+        where: The file or variables that it is from.
+    """
+
+    name: Name
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    where: str = "the launcher"
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the recipe says of it.
+
+    Attributes:
+        micro_batch: Clips per forward pass and rank.
+        accumulation: Micro-batches per step.
+        clip_norm: Global norm to which gradients are clipped; 0 for none.
+        bf16: Whether the forward pass is autocast.
+        compiled: Whether the model is compiled.
+        bucket_mb: Size of DDP's gradient buckets, MB.
+        reduce_dtype: Of gradients as they are sent, `fp32` or `bf16`.
+    """
+
+    micro_batch: int
+    accumulation: int = 1
+    clip_norm: float = 0.0
+    bf16: bool = False
+    compiled: bool = False
+    bucket_mb: float = 25.0
+    reduce_dtype: str = "fp32"
+
+
+def asked(world: int, environment: Mapping[str, str] = os.environ) -> Asked:
+    """Reads what the launcher asks for.
+
+    Args:
+        world: Processes.
+        environment: Variables, as `accelerate launch` sets them; or FASTAV_ACCELERATE_CONFIG, the config that it
+            would have read, for ranks that srun or torchrun starts.
+
+    Raises:
+        UserError: It is something that is not supported.
+    """
+    if file := environment.get("FASTAV_ACCELERATE_CONFIG"):
+        environment = _as_variables(file)
+    if environment.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        settings, where = _deepspeed(environment)
+        from fastav.distributed.zero import check_settings
+
+        stage = check_settings(settings, where)
+        return Asked(f"zero{stage}", settings, where)  # type: ignore[arg-type]
+    if environment.get("ACCELERATE_USE_FSDP") == "true":
+        return Asked("fsdp", _fsdp(environment), "the accelerate config's fsdp_config")
+    return Asked("ddp" if world > 1 else "single")
+
+
+def _as_variables(file: str) -> dict[str, str]:
+    """What `accelerate launch` makes of a config."""
+    try:
+        told = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"FASTAV_ACCELERATE_CONFIG={file}: cannot read it: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"FASTAV_ACCELERATE_CONFIG={file}: no YAML: {' '.join(str(error).split())}") from None
+    kind = told.get("distributed_type") if isinstance(told, dict) else None
+    if kind == "FSDP":
+        options = told.get("fsdp_config") or {}
+        return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value) for key, value in options.items()}
+    if kind == "DEEPSPEED":
+        options = told.get("deepspeed_config") or {}
+        return {"ACCELERATE_USE_DEEPSPEED": "true"} | {
+            f"ACCELERATE_DEEPSPEED_{_DEEPSPEED_KEYS[key]}": str(value)
+            for key, value in options.items()
+            if key in _DEEPSPEED_KEYS
+        }
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UserError(
+            f'FASTAV_ACCELERATE_CONFIG={file}: distributed_type "{kind}" given; MULTI_GPU, FSDP or DEEPSPEED'
+        )
+    return {}
+
+
+def _deepspeed(environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if file.lower() == "none":
+        where = "the accelerate config's deepspeed_config"
+        zero: dict[str, Any] = {"stage": int(environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))}
+        for what in ("optimizer", "param"):
+            device = environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{what.upper()}_DEVICE", "none").lower()
+            if device != "none":
+                zero[f"offload_{what}"] = {"device": device}
+        return {"zero_optimization": zero}, where
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot read DeepSpeed's settings: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{file}: no JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{file}: a table of DeepSpeed's settings expected")
+    return settings, file
+
+
+def _fsdp(environment: Mapping[str, str]) -> dict[str, Any]:
+    def value(key: str, default: str) -> str:
+        return environment.get(key, default).lower()
+
+    where = "the accelerate config's fsdp_config"
+    if value("FSDP_VERSION", "1") != "2":
+        raise UserError(f"{where}: fsdp_version: {value('FSDP_VERSION', '1')} given, 2 expected")
+    if value("FSDP_OFFLOAD_PARAMS", "false") == "true":
+        raise UserError(f"{where}: fsdp_offload_params is not supported; launch/deepspeed/zero3_offload.json does that")
+    if value("FSDP_ACTIVATION_CHECKPOINTING", "false") == "true":
+        raise UserError(f"{where}: fsdp_activation_checkpointing: set train.activation_checkpointing instead")
+    return {"reshard": value("FSDP_RESHARD_AFTER_FORWARD", "true") in ("true", "full_shard", "1")}
+
+
+@contextlib.contextmanager
+def without_wrappers() -> Iterator[None]:
+    """Within the block, an `Accelerator` that is made joins the processes and wraps no model."""
+    kept = {key: os.environ.pop(key) for key in _SWITCHES if key in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+def build(wanted: Asked, model: nn.Module, make_optimizer: MakeOptimizer, options: Options) -> Strategy:
+    """Spreads a model over the ranks.
+
+    Args:
+        wanted: See `asked`.
+        model: On its device, whole and the same on every rank.
+        make_optimizer: Makes the optimizer of what has become of the model's parameters.
+        options: See there.
+
+    Raises:
+        UserError: It is not supported here, or contradicts itself.
+    """
+    if wanted.name == "single":
+        return Single(model, make_optimizer, compiled=options.compiled)
+    if wanted.name == "ddp":
+        return DDP(
+            model, make_optimizer, compiled=options.compiled, accumulation=options.accumulation,
+            bucket_mb=options.bucket_mb, reduce_dtype=options.reduce_dtype,
+        )  # fmt: skip
+    if wanted.name == "fsdp":
+        from fastav.distributed.fsdp import FSDP
+
+        blocks = [block for module in model.modules() for block in _blocks(module)]
+        return FSDP(
+            model, make_optimizer, blocks=blocks, compiled=options.compiled, reduce_dtype=options.reduce_dtype,
+            **wanted.settings,
+        )  # fmt: skip
+    from fastav.distributed.zero import Zero
+
+    return Zero(
+        model, make_optimizer, settings=wanted.settings, where=wanted.where, micro_batch=options.micro_batch,
+        accumulation=options.accumulation, clip_norm=options.clip_norm, bf16=options.bf16, compiled=options.compiled,
+        reduce_dtype=options.reduce_dtype,
+    )  # fmt: skip
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Lets the transformer blocks keep nothing of a forward pass but their input, and compute it again backwards."""
+    for module in model.modules():
+        for block in _blocks(module):
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The transformer blocks that a module holds as `blocks`, timm's name for them."""
+    blocks = getattr(module, "blocks", None)
+    if isinstance(module, nn.Module) and isinstance(blocks, nn.Sequential | nn.ModuleList):
+        yield from blocks

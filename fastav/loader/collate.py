@@ -1,0 +1,312 @@
+"""Assembly of one batch: what to decode into which row, and how its rows are completed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastav.core.errors import MediaError, TooManyBroken
+from fastav.data.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
+from fastav.media.decoder import BatchDecoder, Reader
+
+if TYPE_CHECKING:
+    from fastav.data.plan import Plan
+
+Request = tuple[str, int, int]
+"""`train` or `evaluate`, first sample, how many."""
+
+_NAMED = 3  # reasons that an error lists
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """One clip to decode for one or more rows of a batch."""
+
+    job: Job
+    clip: Clip
+    rows: list[int]
+    plans: list[ClipPlan]
+    error: MediaError | None = None
+    prepared: Any = None  # for a decoder of whole batches
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """A batch on its way. Workers write into rows of their own, so that only `pending` needs a lock.
+
+    `pending` counts the clips to come; with a decoder of whole batches, the batch itself is one more.
+    """
+
+    plan: PlanBatch
+    targets_BK: NDArray[np.float32]
+    ids: list[str]
+    frames_BTCHW: Tensor | None
+    mel_BWCML: Tensor | None
+    good_B: NDArray[np.bool_]
+    has_video_B: NDArray[np.bool_]
+    has_audio_B: NDArray[np.bool_]
+    tasks: list[Task] = field(default_factory=list)
+    pending: int = 0
+    adopt: Callable[[], None] | None = None  # for the consumer's thread to call
+
+    def store(self, row: int, sample: Sample, clip: Clip, floor: float) -> None:
+        """Copies a sample into its row; what it lacks is filled.
+
+        Raises:
+            MediaError: The sample has another shape than the batch, or is empty.
+        """
+        has_video = _put(self.frames_BTCHW, row, sample.frames_TCHW, 0, clip, "video")
+        has_audio = _put(self.mel_BWCML, row, sample.mel_WCML, floor, clip, "audio")
+        if not has_video and not has_audio:
+            raise MediaError(clip.source, "holds nothing of what the run looks at")
+        self.has_video_B[row], self.has_audio_B[row], self.good_B[row] = has_video, has_audio, True
+
+
+@dataclass(frozen=True, slots=True)
+class Donor:
+    """A good row that stands in for others."""
+
+    frames_TCHW: Tensor | None
+    mel_WCML: Tensor | None
+    has_video: bool
+    has_audio: bool
+
+    @classmethod
+    def of(cls, job: Job, row: int, *, copy: bool) -> Donor:
+        """Returns a row of a job, as a copy that outlives it or as a view."""
+        frames = None if job.frames_BTCHW is None else job.frames_BTCHW[row]
+        mel = None if job.mel_BWCML is None else job.mel_BWCML[row]
+        if copy:
+            frames, mel = (None if part is None else part.clone() for part in (frames, mel))
+        return cls(frames, mel, bool(job.has_video_B[row]), bool(job.has_audio_B[row]))
+
+    @classmethod
+    def blank(cls, job: Job, floor: float) -> Donor:
+        """Returns black and silence, marked as present: attention to nothing at all would be NaN."""
+        frames = None if job.frames_BTCHW is None else torch.zeros_like(job.frames_BTCHW[0])
+        mel = None if job.mel_BWCML is None else torch.full_like(job.mel_BWCML[0], floor)
+        return cls(frames, mel, frames is not None, mel is not None)
+
+    def fill(self, job: Job, row: int) -> None:
+        """Copies itself over a row; where the row has more windows (training, evaluation), they repeat."""
+        if job.frames_BTCHW is not None and self.frames_TCHW is not None:
+            job.frames_BTCHW[row].copy_(self.frames_TCHW)
+        if job.mel_BWCML is not None and self.mel_WCML is not None:
+            windows = torch.arange(job.mel_BWCML.shape[1], device=self.mel_WCML.device) % len(self.mel_WCML)
+            job.mel_BWCML[row].copy_(self.mel_WCML[windows])
+        job.has_video_B[row], job.has_audio_B[row] = self.has_video, self.has_audio
+
+
+class Assembler:
+    """Turns requests into jobs and decoded jobs into batches; `Loader` documents the arguments.
+
+    Attributes:
+        broken: Samples delivered as placeholders because their clip could not be read.
+        seen: Samples delivered, padding apart.
+        batch_decoder: The decoder where it takes whole batches; None where it takes clips.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        decoder: Reader | BatchDecoder,
+        *,
+        modalities: Sequence[str],
+        classes: Sequence[str],
+        aliases: Mapping[str, str] | None,
+        on_broken: Callable[[Clip, MediaError], None],
+        pin_memory: bool,
+    ) -> None:
+        self.broken, self.seen, self.pin_memory = 0, 0, pin_memory
+        self._plan, self._on_broken = plan, on_broken
+        self._decoder = decoder if not isinstance(decoder, BatchDecoder) else None
+        self.batch_decoder = decoder if isinstance(decoder, BatchDecoder) else None
+        self._modalities, self._classes, self._aliases = tuple(modalities), tuple(classes), aliases
+        self._frontend = decoder.read.frontend
+        self._floor = self._frontend.floor_db
+        self._told: set[tuple[int, str]] = set()
+        self._reasons: list[str] = []
+        self._donor: Donor | None = None
+
+    def job(self, request: Request) -> Job:
+        """Plans a batch: which clips to decode into which rows, and everything that needs no decoding."""
+        kind, start, count = request
+        plan = {"train": self._plan.train, "evaluate": self._plan.evaluate}[kind](start, count)
+        job = self._empty(plan)
+        clips: dict[int, Clip] = {}
+        for number, source in enumerate(self._plan.sources):
+            where = np.flatnonzero((plan.sample_B >= 0) & (plan.source_B == number))
+            if where.size:
+                rows = plan.row_B[where]
+                clips |= zip(where.tolist(), source.manifest.clips(rows), strict=True)
+                job.targets_BK[where] = source.manifest.label_matrix(rows, self._classes, self._aliases)
+        tasks: dict[tuple[int, int, bytes, bytes], Task] = {}
+        for row, clip in sorted(clips.items()):
+            job.ids[row] = clip.id
+            one = plan[row]
+            # Replicas of one decode share frames and windows; anything else is decoded on its own.
+            key = (one.source, one.row, one.frames_T.tobytes(), one.windows_W.tobytes())
+            task = tasks.setdefault(key, Task(job, clip, [], []))
+            task.rows.append(row)
+            task.plans.append(one)
+        job.tasks = list(tasks.values())
+        job.pending = len(job.tasks) + (self.batch_decoder is not None)
+        return job
+
+    def _empty(self, plan: PlanBatch) -> Job:
+        num, sampling = len(plan), self._plan.sampling
+        own = self.batch_decoder is None  # others make their own
+        size = sampling.image_size
+        frames = (num, plan.frames_BT.shape[1], 3, size, size)
+        mel = (num, plan.windows_BW.shape[1], 1, self._frontend.num_mels, sampling.window)
+        return Job(
+            plan=plan,
+            targets_BK=np.zeros((num, len(self._classes)), np.float32),
+            ids=[""] * num,
+            frames_BTCHW=self._room(frames, torch.uint8) if own and "video" in self._modalities else None,
+            mel_BWCML=self._room(mel, torch.float32) if own and "audio" in self._modalities else None,
+            good_B=np.zeros(num, np.bool_),
+            has_video_B=np.zeros(num, np.bool_),
+            has_audio_B=np.zeros(num, np.bool_),
+        )
+
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory)
+
+    def decode(self, task: Task) -> None:
+        """Decodes one clip into its rows, or prepares it; may be called from several threads at once."""
+        try:
+            if self.batch_decoder is not None:
+                task.prepared = self.batch_decoder.prepare(task.clip, task.plans)
+                return
+            assert self._decoder is not None, "there is one or the other"
+            samples = self._decoder.decode(task.clip, task.plans)
+            for row, sample in zip(task.rows, samples, strict=True):
+                task.job.store(row, sample, task.clip, self._floor)
+        except MediaError as error:
+            # Without the frames of its traceback, which hold samples, and with them what they lie in.
+            task.error = error.with_traceback(None)
+            task.job.good_B[task.rows] = False
+
+    def decode_batch(self, job: Job) -> None:
+        """Decodes a whole batch whose clips are prepared; may be called from several threads at once."""
+        assert self.batch_decoder is not None, "the stream asked"
+        decoded = self.batch_decoder.decode(
+            [task.prepared for task in job.tasks],
+            [task.rows for task in job.tasks],
+            size=len(job.plan),
+            frames=job.plan.frames_BT.shape[1],
+            windows=job.plan.windows_BW.shape[1],
+        )
+        job.frames_BTCHW, job.mel_BWCML, job.adopt = decoded.frames_BTCHW, decoded.mel_BWCML, decoded.adopt
+        job.has_video_B[:], job.has_audio_B[:] = decoded.has_video_B, decoded.has_audio_B
+        for task, error in zip(job.tasks, decoded.errors, strict=True):
+            task.error = task.error or error
+            job.good_B[task.rows] = task.error is None
+            task.prepared = None
+
+    def batch(self, job: Job, later: Iterator[Job]) -> Batch:
+        """Finishes a decoded job: counts, placeholders, small tensors. Called in the order of the requests.
+
+        Args:
+            job: All of whose tasks are done.
+            later: Waits for the jobs behind it; asked only where a batch without a good row has no predecessor.
+
+        Raises:
+            TooManyBroken: None of the clips so far, nor of those on their way, could be read.
+        """
+        plan = job.plan
+        if job.adopt is not None:
+            job.adopt()
+        num_broken = int(((plan.sample_B >= 0) & ~job.good_B).sum())
+        self._count(job, num_broken)
+        self._stand_in(job, later)
+        # Nobody is mixed with a placeholder, nor is a placeholder mixed with anybody.
+        mixed_B = job.good_B & job.good_B[plan.partner_B]
+        small = {
+            "targets_BK": job.targets_BK,
+            "weight_B": np.where(job.good_B, plan.weight_B, 0).astype(np.float32),
+            "has_video_B": job.has_video_B,
+            "has_audio_B": job.has_audio_B,
+            "flip_B": plan.flip_B,
+            "band_B2": plan.band_B2.astype(np.int64),
+            "mix_B": np.where(mixed_B, plan.mix_B, 1).astype(np.float32),
+            "partner_B": plan.partner_B,
+            "row_B": plan.row_B,
+            "window_BW": plan.windows_BW >= 0,
+        }
+        tensors = {name: torch.from_numpy(array) for name, array in small.items()}
+        if self.pin_memory:
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        window_BW = tensors.pop("window_BW")
+        num_unique = sum(task.error is None for task in job.tasks)
+        # A job and its tasks know each other: taken apart, they are freed now and not at some later collection, of
+        # which the allocator would keep a little each time (3 KiB a batch, measured over 3,000).
+        job.tasks = []
+        return Batch(
+            frames_BTCHW=job.frames_BTCHW,
+            mel_BWCML=job.mel_BWCML,
+            window_BW=None if job.mel_BWCML is None else window_BW,
+            **tensors,
+            ids=job.ids,
+            sample=int(plan.sample_B[0]),
+            num_broken=num_broken,
+            num_unique=num_unique,
+        )
+
+    def named(self) -> str:
+        """Returns the first few reasons why clips could not be read, as the end of a message."""
+        return f": {'; '.join(self._reasons)}" if self._reasons else ""
+
+    def _count(self, job: Job, num_broken: int) -> None:
+        """Counts, and tells of clips that were not told of before, in the order of the plan."""
+        self.broken += num_broken
+        self.seen += int((job.plan.sample_B >= 0).sum())
+        for task in job.tasks:
+            key = (task.plans[0].source, task.clip.id)
+            if task.error is not None and key not in self._told:
+                self._told.add(key)
+                if len(self._reasons) < _NAMED:
+                    self._reasons.append(str(task.error))
+                self._on_broken(task.clip, task.error)
+
+    def _stand_in(self, job: Job, later: Iterator[Job]) -> None:
+        """Copies good rows over those of broken clips and of padding: statistics of a batch stay natural.
+
+        A batch without a good row borrows one of the batch before, or, where there is none yet, of one that is
+        on its way.
+        """
+        bad, good = np.flatnonzero(~job.good_B).tolist(), np.flatnonzero(job.good_B).tolist()
+        if good:
+            self._donor = Donor.of(job, good[-1], copy=True)
+            for i, row in enumerate(bad):
+                Donor.of(job, good[i % len(good)], copy=False).fill(job, row)
+            return
+        donor = self._donor
+        if donor is None and job.tasks:
+            ready = (other for other in later if other.good_B.any())
+            donor = next((Donor.of(other, int(other.good_B.argmax()), copy=False) for other in ready), None)
+            if donor is None:
+                raise TooManyBroken(f"none of the first clips could be read{self.named()}")
+        for row in bad:
+            (donor or Donor.blank(job, self._floor)).fill(job, row)
+
+
+def _put(room: Tensor | None, row: int, part: Tensor | None, fill: float, clip: Clip, stage: str) -> bool:
+    """Copies one modality of a sample into its row, or fills the row; returns whether there was something."""
+    if room is None:
+        return False
+    if part is None:
+        room[row].fill_(fill)
+        return False
+    if part.shape != room.shape[1:]:
+        got, expected = tuple(part.shape), tuple(room.shape[1:])
+        raise MediaError(clip.source, f"decoded to {got}, {expected} expected", stage)
+    room[row].copy_(part)
+    return True

@@ -1,0 +1,1 @@
+"""Decoding on the GPU (or the CPU) by NVIDIA DALI."""

@@ -1,0 +1,107 @@
+"""What every decoder does, and what it is told of the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from fastav.data.clip import Clip, ClipPlan, Sample
+from fastav.media.shards import Reading
+from fastav.media.spectrogram import Frontend
+
+if TYPE_CHECKING:
+    from fastav.media.dali.batch import Decoded
+
+Modality = Literal["video", "audio"]
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a run reads of every clip.
+
+    Attributes:
+        modalities: What is decoded; the other streams are not touched.
+        image_size: Height and width of the frames handed out, pixels.
+        frontend: Settings of the spectrogram.
+        window: Length of a mel window, mel frames.
+        reading: How shards of packed clips are read.
+    """
+
+    modalities: tuple[Modality, ...] = ("video", "audio")
+    image_size: int = 224
+    frontend: Frontend = field(default_factory=Frontend)
+    window: int = 400
+    reading: Reading = field(default_factory=Reading)
+
+
+def needed_samples(clip: Clip, plans: Sequence[ClipPlan], read: Read) -> tuple[int, int]:
+    """Returns first sample and the one after the last that some plans of a packed clip look at, at its packed rate.
+
+    Where it is resampled first, every sample counts: the filter's length is not this function's to know.
+    """
+    if clip.sample_rate != read.frontend.sample_rate:
+        return 0, clip.num_samples
+    starts_W = np.concatenate([plan.windows_W for plan in plans])
+    return read.frontend.needed_samples(starts_W, read.window, clip.num_samples)
+
+
+class Unproven(Exception):
+    """A short cut that might not lead to the planned frames or samples; the file is then read from its start."""
+
+
+class Decoder(Protocol):
+    """Reads planned frames and windows; called from many threads at once."""
+
+    name: str
+
+    def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
+        """Decodes a clip once and returns one `Sample` per plan.
+
+        Args:
+            clip: A probed row of a manifest.
+            plans: The replicas of one clip: same frames and windows, their own crop and flip.
+
+        Raises:
+            MediaError: The file is not what the row promises; names file and stage.
+        """
+        ...
+
+
+class Reader(Decoder, Protocol):
+    """A decoder that says what it reads: the shape and the floor of a spectrogram that is missing."""
+
+    read: Read
+
+
+@runtime_checkable
+class BatchDecoder(Protocol):
+    """Decodes whole batches, on a device, of what was read clip by clip.
+
+    Attributes:
+        batches_at_once: How many calls of `decode` work at the same time.
+    """
+
+    name: str
+    read: Read
+
+    @property
+    def batches_at_once(self) -> int:
+        """See above."""
+        ...
+
+    def prepare(self, clip: Clip, plans: Sequence[ClipPlan]) -> Any:
+        """Reads what decoding a clip needs; called from many threads at once; `MediaError` as in `Decoder.decode`."""
+        ...
+
+    def decode(
+        self, prepared: Sequence[Any], rows: Sequence[Sequence[int]], *, size: int, frames: int, windows: int
+    ) -> Decoded:
+        """Makes the tensors of a batch; see `fastav.media.dali.decoder.DaliDecoder.decode`."""
+        ...
+
+    def close(self) -> None:
+        """Frees the device's decoders."""
+        ...

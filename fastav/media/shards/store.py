@@ -1,0 +1,242 @@
+"""Where shards are read: byte ranges of local files, of any URL, and of a cache between the two."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from fastav.core.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
+from fastav.core.errors import MediaError, UserError
+
+Range = tuple[int, int]
+"""Byte offset and size."""
+
+_GAP_BYTES = 4096
+"""Ranges of a local file that are no further apart than this are read at once: a page costs less than a call."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a store did so far; counted without a lock, for statistics.
+
+    Attributes:
+        requests: Reads of a file, or requests over the network.
+        num_bytes: Bytes that came of them.
+        cache_hits: Blocks that were there already.
+        cache_misses: Blocks that had to be fetched.
+    """
+
+    requests: int = 0
+    num_bytes: int = 0
+    cache_hits: int = 0
+    cache_misses: int = 0
+
+
+class Store(Protocol):
+    """Reads byte ranges of shards; called from many threads at once."""
+
+    @property
+    def traffic(self) -> Traffic:
+        """What it did so far."""
+        ...
+
+    def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        """Returns the bytes of each range, whole.
+
+        Raises:
+            MediaError: They cannot be had; stage `shard`.
+        """
+        ...
+
+    def forget(self, name: str, part: Range) -> None:
+        """Drops what is kept of a part of a shard, as it may be wrong."""
+        ...
+
+
+class Reading(Config, frozen=True):
+    """How shards are read.
+
+    Attributes:
+        cache: Folder of this machine for blocks of shards at URLs, shared by all its processes; empty for none.
+        cache_gib: Most that the cache may hold, GiB.
+        fill_mib: Blocks that are fetched at once into the cache, MiB: a few clips' worth.
+        concurrency: Requests at a time, of one decoding thread.
+        retries: Further tries after a failure that may pass, such as a time-out; they are up to 5 s apart.
+        open_files: Local shards that are kept open.
+    """
+
+    cache: str = ""
+    cache_gib: PositiveFloat = 100.0
+    fill_mib: PositiveInt = 4
+    concurrency: PositiveInt = 32
+    retries: NonNegativeInt = 6
+    open_files: PositiveInt = 64
+
+    def build(self) -> Store:
+        """Returns a store that takes paths and URLs alike.
+
+        Raises:
+            UserError: The cache has no room for a few blocks.
+        """
+        if self.cache and self.cache_gib * 1024 < 4 * self.fill_mib:
+            raise UserError(
+                f"loading.shards.cache_gib {self.cache_gib:g} holds less than four blocks of loading.shards.fill_mib "
+                f"{self.fill_mib}: raise the one or lower the other"
+            )
+        return AnyStore(self)
+
+
+class AnyStore:
+    """Local files, and URLs by way of the cache where there is one."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading, self._local = reading, LocalFiles(reading.open_files)
+        self._lock = threading.Lock()
+        self._far: Store | None = None
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of both together."""
+        near, far = self._local.traffic, self._far.traffic if self._far else Traffic()
+        return Traffic(*(getattr(near, f) + getattr(far, f) for f in Traffic.__slots__))
+
+    def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        """See `Store.read`."""
+        return self._of(name).read(name, ranges)
+
+    def forget(self, name: str, part: Range) -> None:
+        """See `Store.forget`."""
+        self._of(name).forget(name, part)
+
+    def _of(self, name: str) -> Store:
+        if "://" not in name:
+            return self._local
+        with self._lock:
+            if self._far is None:
+                self._far = self._open_far()
+            return self._far
+
+    def _open_far(self) -> Store:
+        from fastav.media.shards.remote import (
+            Remote,  # fsspec takes a tenth of a second, and most runs read local files
+        )
+
+        reading = self._reading
+        remote = Remote(reading.concurrency, reading.retries)
+        if not reading.cache:
+            return remote
+        from fastav.media.shards.cache import Cached
+
+        return Cached(remote, Path(reading.cache), round(reading.cache_gib * 2**30), reading.fill_mib * 2**20)
+
+
+@dataclass(eq=False)
+class _Open:
+    """A descriptor and how many readers it has; it is closed by the last one after it was let go."""
+
+    descriptor: int
+    readers: int = 0
+    dropped: bool = False
+
+
+@dataclass
+class LocalFiles:
+    """Files of this machine; some are kept open.
+
+    Args:
+        most: How many.
+    """
+
+    most: int = 64
+    traffic: Traffic = field(default_factory=Traffic)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: OrderedDict[str, _Open] = OrderedDict()
+
+    def __del__(self) -> None:
+        for file in self._open.values():  # without readers: they would hold us
+            os.close(file.descriptor)
+
+    def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        """See `Store.read`."""
+        try:
+            try:
+                return self._read(name, ranges)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                self.forget(name, (0, 0))  # a network file system has replaced it
+                return self._read(name, ranges)
+        except OSError as error:
+            raise MediaError(name, (error.strerror or "cannot be read").lower(), "shard") from error
+
+    def _read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
+        file = self._take(name)
+        try:
+            return self._ranges(name, file.descriptor, ranges)
+        finally:
+            self._give_back(file)
+
+    def _ranges(self, name: str, descriptor: int, ranges: Sequence[Range]) -> list[bytes]:
+        found: list[bytes] = [b""] * len(ranges)
+        for begin, size, members in merged(ranges, _GAP_BYTES):
+            data = os.pread(descriptor, size, begin)
+            while len(data) < size and (more := os.pread(descriptor, size - len(data), begin + len(data))):
+                data += more
+            self.traffic.requests += 1
+            self.traffic.num_bytes += len(data)
+            if len(data) < size:
+                raise MediaError(name, f"ends at byte {begin + len(data)}, its clips go on to {begin + size}", "shard")
+            for i in members:
+                at, length = ranges[i]
+                found[i] = data if length == size else data[at - begin : at - begin + length]
+        return found
+
+    def forget(self, name: str, part: Range) -> None:
+        """Opens the file anew at the next read: it may have been replaced."""
+        with self._lock:
+            self._drop(self._open.pop(name, None))
+
+    def _take(self, name: str) -> _Open:
+        with self._lock:
+            file = self._open.get(name)
+            if file is None:
+                file = self._open[name] = _Open(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
+                if len(self._open) > self.most:
+                    self._drop(self._open.popitem(last=False)[1])
+            self._open.move_to_end(name)
+            file.readers += 1
+            return file
+
+    def _give_back(self, file: _Open) -> None:
+        with self._lock:
+            file.readers -= 1
+            if file.dropped and not file.readers:
+                os.close(file.descriptor)
+
+    def _drop(self, file: _Open | None) -> None:
+        """Closes a file, or has its last reader do it."""
+        if file is not None:
+            file.dropped = True
+            if not file.readers:
+                os.close(file.descriptor)
+
+
+def merged(ranges: Sequence[Range], gap: int) -> list[tuple[int, int, list[int]]]:
+    """Returns runs of ranges that touch or nearly do: begin, size, and which ranges are in it."""
+    runs: list[tuple[int, int, list[int]]] = []
+    for i in sorted(range(len(ranges)), key=lambda i: ranges[i][0]):
+        at, size = ranges[i]
+        if runs and at <= runs[-1][0] + runs[-1][1] + gap:
+            begin, length, members = runs[-1]
+            runs[-1] = (begin, max(length, at + size - begin), [*members, i])
+        else:
+            runs.append((at, size, [i]))
+    return runs

@@ -1,0 +1,1 @@
+"""The model: towers, their fusion, and their weights."""

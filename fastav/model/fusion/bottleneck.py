@@ -1,0 +1,207 @@
+"""Mid-fusion through bottleneck tokens."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastav.core.config import Kind, NonNegativeInt
+from fastav.core.errors import UserError, did_you_mean
+from fastav.model.bottleneck_block import BottleneckBlock, enter_blocks
+from fastav.model.fusion.inputs import (
+    Streams,
+    both,
+    clip_sequence,
+    each_window,
+    new_linear,
+    over_present,
+    over_windows,
+    present,
+    side_by_side,
+)
+from fastav.model.tower import Modality, TimmTower, block_flops, linear_flops
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
+
+
+class Bottleneck(Kind, frozen=True, tag="bottleneck"):
+    """Mid-fusion through bottleneck tokens (MBT; SSW60 section 4.1, equations 3 and 4).
+
+    Attributes:
+        start: First layer with fusion, counted from 0; the towers' depth for none.
+        tokens: Bottleneck tokens Z.
+        update: `sequential`: the video layer updates the bottleneck, the audio layer reads that and updates
+            it again (SSW60). `mean`: both read the old one, the new one is the mean of theirs (MBT).
+        frames: `mean`: frames pass each layer one by one with a copy of the bottleneck each, and the copies
+            are averaged (the literal reading of SSW60). `shared`: a frame sees itself and the bottleneck, the
+            bottleneck sees all frames. `joint`: one sequence of all frames from the first layer on, with one
+            set of class tokens and a learned embedding of the frames' time (MBT).
+        head: `mean` of both towers' logits, or `concat`: a linear layer on both towers' features side by
+            side.
+        project: Joins towers of different width by a linear layer for the bottleneck, to the audio tower's
+            width and back.
+        attention: Implementation of the attention in fusion layers, `auto` for the best one here.
+    """
+
+    start: NonNegativeInt = 8
+    tokens: NonNegativeInt = 4
+    update: Literal["sequential", "mean"] = "sequential"
+    frames: Literal["mean", "shared", "joint"] = "mean"
+    head: Literal["mean", "concat"] = "mean"
+    project: bool = False
+    attention: str = "auto"
+    modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
+
+    @property
+    def tower_heads(self) -> bool:
+        """Whether each tower has a head of its own."""
+        return self.head == "mean"
+
+    def build(self, video: TimmTower, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+        """Returns the module and replaces the towers' blocks from `start` on.
+
+        Raises:
+            UserError: where a tower is no plain ViT or the two do not fit together.
+        """
+        for tower in (video, audio):
+            tower.require_blocks("bottleneck")
+        depths = len(video.blocks), len(audio.blocks)
+        if depths[0] != depths[1]:
+            raise UserError(f"model.fusion: towers of {depths[0]} and {depths[1]} layers given, equal expected")
+        if self.start > depths[0]:
+            raise UserError(f"model.fusion.start: {self.start} given, at most the towers' {depths[0]} layers expected")
+        if video.width != audio.width and not self.project:
+            raise UserError(
+                f"model.fusion.project: towers of width {video.width} and {audio.width} need project = true, "
+                "a linear layer between them for the bottleneck"
+            )
+        if self.attention not in ("auto", *IMPLEMENTATIONS):
+            near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])
+            raise UserError(f'model.fusion.attention: "{self.attention}" is unknown{near}')
+        # Behind the last layer nobody reads the bottleneck, but its audio half reads what the video half made of it.
+        enter_blocks(video, self.start, self.frames, self.attention, last_asks=self.update == "sequential")
+        enter_blocks(audio, self.start, "joint", self.attention, last_asks=False)
+        layers = depths[0] - self.start
+        return BottleneckFusion(self, (video.width, audio.width), layers, num_classes, num_frames)
+
+
+class BottleneckFusion(nn.Module):
+    """Kind `bottleneck`.
+
+    Attributes:
+        bottleneck: [1, Z, D] of the video tower's width, drawn from N(0, 0.02) as in MBT.
+        to_audio, to_video: The linear layers of `project`, where widths differ.
+        time_embed: [T, 1, D], zero at first; with `frames = "joint"`.
+        head: With `head = "concat"`.
+
+    Args:
+        config: Settings.
+        widths: Of the video and the audio tower.
+        layers: Layers with fusion.
+        num_classes: K.
+        num_frames: T.
+    """
+
+    def __init__(
+        self, config: Bottleneck, widths: tuple[int, int], layers: int, num_classes: int, num_frames: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = config.tokens if layers else 0
+        empty = torch.empty(1, self.tokens, widths[0])
+        # No parameter without use: distributed training waits for the gradient of each.
+        if self.tokens:
+            self.bottleneck = nn.Parameter(empty.normal_(std=0.02))
+        else:
+            self.register_buffer("bottleneck", empty, persistent=False)
+        project = self.tokens > 0 and widths[0] != widths[1]
+        self.to_audio = new_linear(*widths) if project else nn.Identity()
+        self.to_video = new_linear(*reversed(widths)) if project and layers > 1 else nn.Identity()
+        if config.frames == "joint":
+            self.time_embed = nn.Parameter(torch.zeros(num_frames, 1, widths[0]))
+        if config.head == "concat":
+            self.head = new_linear(sum(widths), num_classes)
+
+    def forward(self, video: TimmTower, audio: TimmTower, streams: Streams) -> Tensor:
+        """Returns logits [B, K]."""
+        frames_BTCHW, mel_BWCML = both(streams)
+        clips, windows = mel_BWCML.shape[:2]
+        x_v = each_window(self._seen(video, frames_BTCHW), windows)
+        x_a = self._heard(audio, mel_BWCML)
+        z = self.bottleneck.expand(clips * windows, -1, -1)
+        has = present(streams)
+        if has is not None:
+            has = each_window(has[0].view(-1, 1, 1), windows), each_window(has[1].view(-1, 1, 1), windows)
+        layers = list(zip(video.blocks, audio.blocks, strict=True))[self.config.start :]
+        for number, (video_block, audio_block) in enumerate(layers, 1):
+            x_v, z_v = video_block(x_v, z, clips)
+            read = z
+            if self.config.update == "sequential":
+                read = z_v if has is None else torch.where(has[0], z_v, z)
+            x_a, z_a = audio_block(x_a, self.to_audio(read), clips)
+            if number < len(layers):
+                z = self._updated(z, read, z_v, self.to_video(z_a), has)
+        video_BWF = video.pool(x_v.flatten(0, 1)).unflatten(0, (clips, windows, -1)).mean(2)
+        audio_BWF = audio.pool(x_a.squeeze(1)).unflatten(0, (clips, windows))
+        return self._logits(video, audio, video_BWF, audio_BWF, streams)
+
+    def _updated(self, z: Tensor, read: Tensor, z_v: Tensor, z_a: Tensor, has: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Returns the next layer's bottleneck; a missing modality has no part in it."""
+        if self.config.update == "sequential":
+            return z_a if has is None else torch.where(has[1], z_a, read)
+        mean = (z_v + z_a) / 2
+        if has is None:
+            return mean
+        one = torch.where(has[0], z_v, torch.where(has[1], z_a, z))
+        return torch.where(has[0] & has[1], mean, one)
+
+    def _heard(self, audio: TimmTower, mel_BWCML: Tensor) -> Tensor:
+        """Returns the windows' tokens before the first fusion layer, [B * W, 1, L, D]."""
+        x = audio.embed(mel_BWCML.flatten(0, 1))
+        audio.rows_per_clip(mel_BWCML.shape[1])
+        for block in audio.blocks[: self.config.start]:
+            x = block(x)
+        return x.unsqueeze(1)
+
+    def _seen(self, video: TimmTower, frames_BTCHW: Tensor) -> Tensor:
+        """Returns the frames' tokens before the first fusion layer, [B, T, N, D]; with `joint` T is 1."""
+        clips, frames = frames_BTCHW.shape[:2]
+        if self.config.frames == "joint":
+            x, frames = clip_sequence(video, frames_BTCHW, self.time_embed), 1
+        else:
+            x = video.embed(frames_BTCHW.flatten(0, 1))
+        video.rows_per_clip(frames)
+        for block in video.blocks[: self.config.start]:
+            x = block(x)
+        return x.unflatten(0, (clips, frames))
+
+    def _logits(
+        self, video: TimmTower, audio: TimmTower, video_BWF: Tensor, audio_BWF: Tensor, streams: Streams
+    ) -> Tensor:
+        """Returns logits [B, K] of each window's features."""
+        video_BF = over_windows(video_BWF, streams.window_BW)  # the heads are linear
+        audio_BF = over_windows(audio_BWF, streams.window_BW)
+        if self.config.head == "concat":
+            return self.head(side_by_side(video_BF, audio_BF, streams))
+        return over_present(video.head(video_BF), audio.head(audio_BF), streams)
+
+    def flops(self, video: TimmTower, audio: TimmTower, frames: int, windows: int) -> int:
+        """Operations of one clip."""
+        start, Z = self.config.start, self.tokens
+        rows, N = frames, video.num_prefix + video.num_patches
+        if self.config.frames == "joint":
+            rows, N = 1, video.num_prefix + frames * video.num_patches
+        L = audio.num_prefix + audio.num_patches
+        once = frames * video.embed_flops()
+        once += sum(rows * block_flops(block, N, N, N * N) for block in video.blocks[:start])
+        window = audio.embed_flops() + sum(block_flops(block, L, L, L * L) for block in audio.blocks[:start])
+        window += rows * video.pool_flops(N) + audio.pool_flops(L)
+        for video_block, audio_block in zip(video.blocks[start:], audio.blocks[start:], strict=True):
+            assert isinstance(video_block, BottleneckBlock)
+            assert isinstance(audio_block, BottleneckBlock)
+            window += video_block.flops(rows, N, Z) + audio_block.flops(1, L, Z)
+        layers = len(video.blocks) - start
+        window += Z * (layers * linear_flops(self.to_audio) + (layers - 1) * linear_flops(self.to_video))
+        heads = video.head_flops() + audio.head_flops()
+        return once + windows * window + (linear_flops(self.head) if self.config.head == "concat" else heads)

@@ -1,0 +1,421 @@
+"""MBT (Nagrani et al., "Attention Bottlenecks for Multimodal Fusion", 2021) as its authors' code has it.
+
+What differs from kind `bottleneck`, which lets any two ViTs meet: frames become tubelets, all tokens of a clip are one
+sequence, the spectrogram is read as [time, mel], position embeddings are of whole sequences, one final norm and one
+head serve both modalities, each modality's class token is trained by a loss of its own, and both modalities read the
+old bottleneck, whose next value is the mean of theirs. The towers give their blocks and nothing else.
+
+The authors' defaults are those of `launch/recipes/mbt_b.toml`; their checkpoints come in by `fastav convert scenic`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastav.core.config import Kind, NonNegativeInt, PositiveInt
+from fastav.core.errors import UserError, did_you_mean
+from fastav.model.bottleneck_block import BottleneckBlock, enter_blocks
+from fastav.model.fusion.inputs import Streams, over_windows, present
+from fastav.model.tower import Modality, TimmTower, block_flops, linear_flops
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
+
+
+class MBT(Kind, frozen=True, tag="mbt"):
+    """MBT as its authors coded it: tubelets, joint space-time tokens, one head for both modalities.
+
+    Attributes:
+        start: First layer with fusion, counted from 0; the towers' depth for late fusion.
+        mixing: `bottleneck`; `cross`: a modality's queries see both modalities' tokens, each with its own weights;
+            `joint`: one self-attention of all tokens (paper, section 3.2).
+        tokens: Bottleneck tokens; with head `token` there is one more, as in the authors' code.
+        head: `token`: a class token for each modality, logits averaged in evaluation, losses in training; `gap`, `gmp`,
+            `gsp`: mean, maximum or sum of all tokens.
+        shared: Whether both modalities go through the video tower's blocks; `joint` does in its fusion layers.
+        tubelet: Frames of a patch.
+        sampled: Frames of which plain patches are taken instead, evenly spaced; 0 for tubelets.
+        patch: Sides of a patch, pixels; of the spectrogram, frames and bands.
+        hidden: Width of a tanh layer before the head; 0 for none.
+        order: Which modality comes first where tokens are joined.
+        evaluate_fused: Whether evaluation uses the bottleneck, too.
+        rescale: Whether stochastic depth scales what it keeps by 1 / (1 - rate), as the authors' code does not.
+        image_vit: A `.safetensors` file of an image ViT (timm's names) that both encoders start from; empty for none.
+        frame_kernel: How its patch kernel becomes a tubelet's: `central`: all of it for the middle frame; `average`.
+        attention: Implementation of the attention in fusion layers, `auto` for the best one here.
+    """
+
+    start: NonNegativeInt = 8
+    mixing: Literal["bottleneck", "cross", "joint"] = "bottleneck"
+    tokens: PositiveInt = 4
+    head: Literal["token", "gap", "gmp", "gsp"] = "token"
+    shared: bool = False
+    tubelet: PositiveInt = 2
+    sampled: NonNegativeInt = 0
+    patch: PositiveInt = 16
+    hidden: NonNegativeInt = 0
+    order: Literal["audio_video", "video_audio"] = "audio_video"
+    evaluate_fused: bool = True
+    rescale: bool = True
+    image_vit: str = ""
+    frame_kernel: Literal["central", "average"] = "central"
+    attention: str = "auto"
+    modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
+    tower_heads: ClassVar[bool] = False
+
+    def build(self, video: TimmTower, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+        """Returns the module; of the towers only the blocks are left.
+
+        Raises:
+            UserError: where a tower is no plain ViT, the two do not fit together, or sizes are no whole patches.
+        """
+        self.check(video, audio, num_frames)
+        frames_size = (num_frames, *video.input_size)
+        mel_size = (audio.input_size[1], audio.input_size[0])
+        fusion = MBTFusion(self, video.width, num_classes, frames_size, mel_size, depth=len(video.blocks))
+        fusion.take_blocks({"video": video, "audio": audio})
+        if self.image_vit:
+            from fastav.model.fusion.mbt_init import start_from_image_vit
+
+            start_from_image_vit(fusion, {"video": video, "audio": audio}, self.image_vit)
+        return fusion
+
+    def check(self, video: TimmTower, audio: TimmTower, num_frames: int) -> None:
+        """Raises a UserError where towers and sizes do not fit together."""
+        for tower in (video, audio):
+            tower.require_blocks("mbt")
+        depth = len(video.blocks)
+        if len(audio.blocks) != depth or audio.width != video.width:
+            raise UserError(
+                f"{audio.where}: {len(audio.blocks)} layers of width {audio.width} given, the video tower's {depth} of "
+                f'width {video.width} expected by fusion kind "mbt"'
+            )
+        if self.start > depth:
+            raise UserError(f"model.fusion.start: {self.start} given, at most the towers' {depth} layers expected")
+        if self.attention not in ("auto", *IMPLEMENTATIONS):
+            near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])
+            raise UserError(f'model.fusion.attention: "{self.attention}" is unknown{near}')
+        sides = {"sampling.image_size": video.input_size[0], "frontend.num_mels": audio.input_size[0]}
+        for key, side in sides.items():
+            if side % self.patch:
+                raise UserError(f"{key}: {side} given, a multiple of model.fusion.patch {self.patch} expected")
+        if self.sampled > num_frames or (not self.sampled and num_frames % self.tubelet):
+            raise UserError(
+                f"sampling.frames: {num_frames} given, a multiple of model.fusion.tubelet {self.tubelet} expected, or "
+                f"at least model.fusion.sampled {self.sampled}"
+            )
+
+
+class MBTFusion(nn.Module):
+    """Kind `mbt`: embeddings, bottleneck, final norm and head; the blocks stay in the towers.
+
+    Attributes:
+        embed: Patch embedding of each modality.
+        position: [1, (1 +) N, D] for each.
+        class_token: [1, 1, D] for each, with head `token`.
+        bottleneck: [1, Z, D].
+        norm, hidden, head: Shared by both.
+
+    Args:
+        config: Settings.
+        width: D.
+        num_classes: K.
+        frames_size: T, H, W of the frames.
+        mel_size: L, M of the spectrogram.
+        used: Modalities, in the order in which their tokens are joined; None for that of the config.
+        depth: Layers of the towers; None: more than `config.start`.
+    """
+
+    def __init__(
+        self,
+        config: MBT,
+        width: int,
+        num_classes: int,
+        frames_size: tuple[int, int, int],
+        mel_size: tuple[int, int],
+        used: tuple[Modality, ...] | None = None,
+        depth: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.frames_size, self.mel_size = config, frames_size, mel_size
+        both: tuple[Modality, ...] = ("audio", "video") if config.order == "audio_video" else ("video", "audio")
+        self.used = used or both
+        P = config.patch
+        patches: dict[str, nn.Module] = {
+            "video": nn.Conv2d(3, width, P, P)
+            if config.sampled
+            else nn.Conv3d(3, width, (config.tubelet, P, P), (config.tubelet, P, P)),
+            "audio": nn.Conv2d(3, width, P, P),
+        }
+        self.frame_grid = (
+            len(sampled_frames(frames_size[0], config.sampled)) if config.sampled else frames_size[0] // config.tubelet,
+            frames_size[1] // P,
+            frames_size[2] // P,
+        )
+        self.mel_grid = (mel_size[0] // P, mel_size[1] // P)
+        counts = {"video": math.prod(self.frame_grid), "audio": math.prod(self.mel_grid)}
+        self.prefix = int(config.head == "token")
+        self.embed = nn.ModuleDict({name: patches[name] for name in self.used})
+        lengths = {name: self.prefix + counts[name] for name in self.used}
+        self.position = nn.ParameterDict({n: nn.Parameter(torch.empty(1, lengths[n], width)) for n in self.used})
+        self.class_token = nn.ParameterDict()
+        if self.prefix:
+            self.class_token = nn.ParameterDict({n: nn.Parameter(torch.zeros(1, 1, width)) for n in self.used})
+        # No parameter without use: distributed training waits for the gradient of each.
+        fused_layers = depth is None or config.start < depth
+        self.fuses = config.mixing == "bottleneck" and len(self.used) > 1 and fused_layers
+        if self.fuses:
+            self.bottleneck = nn.Parameter(torch.empty(1, config.tokens + self.prefix, width))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.hidden = nn.Linear(width, config.hidden) if config.hidden else nn.Identity()
+        self.head = nn.Linear(config.hidden or width, num_classes)
+        self._draw()
+
+    def _draw(self) -> None:
+        """The authors' start: LeCun's for patches, N(0, 0.02) for positions and bottleneck, zeros for the head."""
+        for embed in self.embed.values():
+            weight: Any = embed.weight
+            nn.init.trunc_normal_(weight, std=(weight[0].numel()) ** -0.5)
+            nn.init.zeros_(embed.bias)  # type: ignore[arg-type]
+        for position in self.position.values():
+            nn.init.normal_(position, std=0.02)
+        if self.fuses:
+            nn.init.normal_(self.bottleneck, std=0.02)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def take_blocks(self, towers: dict[Modality, TimmTower]) -> None:
+        """Leaves the towers nothing but blocks, which the bottleneck enters, and sets their stochastic depth."""
+        for name, tower in towers.items():
+            tower.mean = tower.std = (0.5, 0.5, 0.5)  # frames from -1 to 1, whatever the tower was made for
+            shares = self.config.shared and name == "audio" and len(self.used) > 1
+            kept = 0 if shares else len(tower.blocks)
+            if self.config.mixing == "joint" and name == "audio" and len(self.used) > 1:
+                kept = min(kept, self.config.start)  # the joint layers are the video tower's
+            tower.keep_blocks(kept)
+            if self.fuses and not shares:
+                enter_blocks(tower, self.config.start, "joint", self.config.attention, last_asks=False)
+            tower.rescale(self.config.rescale)
+
+    @property
+    def decay_free(self) -> list[str]:
+        """Names of parameters that do not decay."""
+        names = [f"{kind}.{n}" for kind in ("position", "class_token") for n in getattr(self, kind)]
+        return [*names, *(["bottleneck"] if self.fuses else [])]
+
+    def forward(self, video: TimmTower, audio: TimmTower, streams: Streams) -> Tensor:
+        """Returns logits [B, K]; in training with head `token` those of each modality, [B, 2, K].
+
+        Each modality then has a loss of its own; one that a clip lacks has the other one's logits.
+        """
+        x = {name: self._embedded(name, streams) for name in self.used}
+        windows = 1 if streams.mel_BWCML is None else streams.mel_BWCML.shape[1]
+        clips = next(iter(x.values())).shape[0] // windows
+        has = self._present(streams, windows)
+        x = self._encoded(x, {"video": video, "audio": audio}, clips, windows, has)
+        encoded = {name: self.norm(tokens) for name, tokens in x.items()}
+        if self.prefix:
+            return self._by_token(encoded, clips, windows, has, streams)
+        return over_windows(self._logits(self._pooled(encoded, has)).unflatten(0, (clips, windows)), streams.window_BW)
+
+    def _embedded(self, name: Modality, streams: Streams) -> Tensor:
+        """Returns a modality's tokens with their positions, [B * W, (1 +) N, D]."""
+        embed = self.embed[name]
+        if name == "audio":
+            assert streams.mel_BWCML is not None
+            patches = embed(streams.mel_BWCML.flatten(0, 1).transpose(2, 3))  # time is the first axis
+        else:
+            patches = self._frames(streams, embed)
+        tokens = patches.flatten(2).transpose(1, 2)
+        if self.prefix:
+            tokens = torch.cat([self.class_token[name].expand(len(tokens), -1, -1), tokens], dim=1)
+        tokens = tokens + self.position[name]
+        if name == "video" and streams.mel_BWCML is not None:
+            tokens = tokens.repeat_interleave(streams.mel_BWCML.shape[1], dim=0)
+        return tokens
+
+    def _frames(self, streams: Streams, embed: nn.Module) -> Tensor:
+        """Returns the patches of frames or tubelets, [B, D, time, height, width]."""
+        assert streams.frames_BTCHW is not None
+        frames_BCTHW = streams.frames_BTCHW.transpose(1, 2)
+        if not self.config.sampled:
+            return embed(frames_BCTHW)
+        frames = frames_BCTHW.shape[2]
+        chosen = sampled_frames(frames, self.config.sampled)
+        picked = frames_BCTHW[:, :, chosen].transpose(1, 2)
+        return embed(picked.flatten(0, 1)).unflatten(0, picked.shape[:2]).transpose(1, 2)
+
+    def _present(self, streams: Streams, windows: int) -> dict[str, Tensor] | None:
+        """Returns which sequences have a modality (both where a clip has neither), [B * W, 1, 1] each; None: all."""
+        has = present(streams) if len(self.used) > 1 else None
+        if has is None:
+            return None
+        neither_B = ~(has[0] | has[1])
+        both = {"video": has[0] | neither_B, "audio": has[1] | neither_B}
+        return {name: has_B.repeat_interleave(windows)[:, None, None] for name, has_B in both.items()}
+
+    def _encoded(
+        self,
+        x: dict[Modality, Tensor],
+        towers: dict[Modality, TimmTower],
+        clips: int,
+        windows: int,
+        has: dict[str, Tensor] | None,
+    ) -> dict[Modality, Tensor]:
+        """Sends the tokens through all layers."""
+        for tower in towers.values():
+            if tower is not None:
+                tower.rows_per_clip(windows)
+        shared = self.config.shared or len(self.used) == 1
+        stacks = {n: (towers["video"] if shared and len(self.used) > 1 else towers[n]).blocks for n in self.used}
+        z = None
+        if self.fuses:
+            z = self.bottleneck.expand(clips * windows, -1, -1)
+            if not self.training and not self.config.evaluate_fused:
+                z = z[:, :0]
+        for number in range(max(map(len, stacks.values()))):
+            blocks = {name: stack[number] for name, stack in stacks.items() if number < len(stack)}
+            if len(self.used) == 1 or number < self.config.start:
+                x = {name: block(x[name]) for name, block in blocks.items()}
+            elif z is not None:
+                x, z = self._by_bottleneck(blocks, x, z, clips, has)
+            else:
+                x = self._side_by_side(blocks, x, has)
+        return x
+
+    def _by_bottleneck(
+        self,
+        blocks: dict[Modality, Any],
+        x: dict[Modality, Tensor],
+        z: Tensor,
+        clips: int,
+        has: dict[str, Tensor] | None,
+    ) -> tuple[dict[Modality, Tensor], Tensor]:
+        """One layer with the bottleneck: all modalities read the old one, the next is the mean of those present."""
+        made, shares = {}, {}
+        for name, block in blocks.items():
+            tokens, shares[name] = block(x[name].unsqueeze(1), z, clips)
+            made[name] = tokens.squeeze(1)
+        one, two = (shares[name] for name in self.used)
+        mean = (one + two) / 2
+        if has is not None:
+            first, second = (has[name] for name in self.used)
+            mean = torch.where(first & second, mean, torch.where(first, one, two))
+        return made, mean
+
+    def _side_by_side(
+        self, blocks: dict[Modality, Any], x: dict[Modality, Tensor], has: dict[str, Tensor] | None
+    ) -> dict[Modality, Tensor]:
+        """One layer of attention over both modalities' tokens: `joint` at once, `cross` for each behind the other's."""
+        lengths = [x[name].shape[1] for name in self.used]
+        if self.config.mixing == "joint":
+            tokens = blocks["video"](
+                torch.cat([x[name] for name in self.used], dim=1), attn_mask=_mask(has, self.used, lengths)
+            )
+            return dict(zip(self.used, tokens.split(lengths, dim=1), strict=True))
+        made = {}
+        for name, length in zip(self.used, lengths, strict=True):
+            names = (*(other for other in self.used if other != name), name)
+            mask = _mask(has, names, [x[n].shape[1] for n in names])
+            made[name] = blocks[name](torch.cat([x[n] for n in names], dim=1), attn_mask=mask)[:, -length:]
+        return made
+
+    def _by_token(
+        self,
+        encoded: dict[Modality, Tensor],
+        clips: int,
+        windows: int,
+        has: dict[str, Tensor] | None,
+        streams: Streams,
+    ) -> Tensor:
+        """Logits of the class tokens."""
+        by_modality = [self._logits(encoded[name][:, 0]) for name in self.used]
+        if has is not None:
+            one, two = by_modality
+            first, second = (has[name][:, :, 0] for name in self.used)
+            by_modality = [torch.where(first, one, two), torch.where(second, two, one)]
+        logits_BWMK = torch.stack(by_modality, dim=1).unflatten(0, (clips, windows))
+        if self.training and len(self.used) > 1:
+            return logits_BWMK[:, 0]
+        return over_windows(logits_BWMK.mean(2), streams.window_BW)
+
+    def _pooled(self, encoded: dict[Modality, Tensor], has: dict[str, Tensor] | None) -> Tensor:
+        """Mean, maximum or sum of all tokens of the modalities that a clip has."""
+        tokens = torch.cat([encoded[name] for name in self.used], dim=1)
+        if has is None:
+            there = torch.ones_like(tokens[:, :, :1], dtype=torch.bool)
+        else:
+            there = torch.cat([has[n].expand(-1, encoded[n].shape[1], -1) for n in self.used], dim=1)
+        if self.config.head == "gmp":
+            return tokens.masked_fill(~there, float("-inf")).amax(1)
+        total = torch.where(there, tokens, 0).sum(1)
+        return total if self.config.head == "gsp" else total / there.sum(1)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        return self.head(self.hidden(features).tanh() if self.config.hidden else features)
+
+    def flops(self, video: TimmTower, audio: TimmTower, frames: int, windows: int) -> int:
+        """Operations of one clip; frames become patches once, and meet every window."""
+        lengths = {name: self.position[name].shape[1] for name in self.used}
+        once = total = 0
+        for name, embed in self.embed.items():
+            weight: Any = embed.weight
+            patches = 2 * weight.numel() * (lengths[name] - self.prefix)  # type: ignore[index]
+            once, total = (once + patches, total) if name == "video" else (once, total + patches)
+        stacks = {"video": video.blocks, "audio": video.blocks if self.config.shared else audio.blocks}
+        for number in range(len(stacks["video"])):
+            for name in self.used:
+                stack = stacks[name if number < len(stacks[name]) else "video"]
+                total += self._layer_flops(stack[number], number, lengths, name)
+        heads = linear_flops(self.hidden) + linear_flops(self.head)
+        return once + windows * (total + heads * (len(self.used) if self.prefix else 1))
+
+    def _layer_flops(self, block: Any, number: int, lengths: dict[Modality, int], name: Modality) -> int:
+        N, everything = lengths[name], sum(lengths.values())
+        if isinstance(block, BottleneckBlock):
+            return block.flops(1, N, self.bottleneck.shape[1])
+        if number < self.config.start:
+            return block_flops(block, N, N, N * N)
+        if self.config.mixing == "joint":
+            return block_flops(block, everything, everything, everything * everything) // len(self.used)
+        return block_flops(block, everything, everything, everything * everything)
+
+
+def sampled_frames(num_frames: int, wanted: int) -> list[int]:
+    """Returns the numbers of evenly spaced frames, as the authors' `temporal_sampling`: rounded half to even.
+
+    As there, rounding decides whether there are so many or one more: two of four are 1, 3 and 3.
+    """
+    if wanted >= num_frames:
+        return list(range(num_frames))
+    step = num_frames / (wanted + 1)
+    return np.minimum(np.round(np.arange(step, num_frames, step)), num_frames - 1).astype(int).tolist()
+
+
+def _mask(has: dict[str, Tensor] | None, names: tuple[Modality, ...], lengths: list[int]) -> Tensor | None:
+    """Returns which keys may be attended, bool [sequences, 1, 1, keys]; None for all."""
+    if has is None:
+        return None
+    parts = [has[name][:, :, 0].expand(-1, length) for name, length in zip(names, lengths, strict=True)]
+    return torch.cat(parts, dim=1)[:, None, None]
+
+
+def tubelet_kernel(kernel_DCHW: Tensor, frames: int, how: str) -> Tensor:
+    """Returns the kernel of tubelets of so many frames that an image's patch kernel becomes, [D, C, frames, H, W]."""
+    if how == "average":
+        return kernel_DCHW.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+    kernel = kernel_DCHW.new_zeros(*kernel_DCHW.shape[:2], frames, *kernel_DCHW.shape[2:])
+    kernel[:, :, frames // 2] = kernel_DCHW
+    return kernel
+
+
+def zoomed(grid_HWD: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns a grid of position embeddings at another size: bilinear, corners on corners (scipy's `zoom`, order 1)."""
+    if tuple(grid_HWD.shape[:2]) == size:
+        return grid_HWD
+    made = functional.interpolate(grid_HWD.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=True)
+    return made[0].permute(1, 2, 0)

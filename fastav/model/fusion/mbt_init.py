@@ -1,0 +1,97 @@
+"""MBT's start from an image ViT: blocks for both modalities, patches for tubelets, positions for all the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastav.core.errors import UserError
+from fastav.model.fusion.mbt import MBTFusion, tubelet_kernel, zoomed
+from fastav.model.tower import Modality, TimmTower
+from fastav.model.weights import read_safetensors
+
+_WHERE = "model.fusion.image_vit"
+
+
+def start_from_image_vit(fusion: MBTFusion, towers: Mapping[Modality, TimmTower], file: str) -> None:
+    """Fills a model from an image ViT's file (timm's names); its head is left alone.
+
+    Raises:
+        UserError: The file cannot be read, or is another network's.
+    """
+    copy_image_vit(fusion, towers, read_safetensors(Path(file), _WHERE))
+
+
+@torch.no_grad()
+def copy_image_vit(fusion: MBTFusion, towers: Mapping[Modality, TimmTower], vit: Mapping[str, Tensor]) -> None:
+    """As `start_from_image_vit`, of its parameters; what the authors' `initialise_from_train_state` does.
+
+    The audio's class token stays as it is, as there. Bottleneck tokens are positions, too: the grid at the size whose
+    sides multiply to their number.
+
+    Raises:
+        UserError: A parameter is missing or of another shape, or there is no such grid.
+    """
+    config = fusion.config
+    needed = {"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed", "norm.weight", "norm.bias"}
+    if fusion.prefix:
+        needed.add("cls_token")
+    for name in sorted(needed):
+        if name not in vit:
+            raise UserError(f'{_WHERE}: has no "{name}", an image ViT with timm\'s names expected')
+    kernel = vit["patch_embed.proj.weight"]
+    fills = {
+        "embed.audio.weight": kernel,
+        "embed.video.weight": kernel if config.sampled else tubelet_kernel(kernel, config.tubelet, config.frame_kernel),
+        "embed.audio.bias": vit["patch_embed.proj.bias"],
+        "embed.video.bias": vit["patch_embed.proj.bias"],
+        "norm.weight": vit["norm.weight"],
+        "norm.bias": vit["norm.bias"],
+    }
+    fills |= _positions(fusion, vit["pos_embed"], "cls_token" in vit)
+    if fusion.prefix:
+        fills["class_token.video"] = vit["cls_token"]
+    own = dict(fusion.named_parameters())
+    for name, value in fills.items():
+        _fill(own[name], name, value)
+    for tower in towers.values():
+        for name, parameter in tower.net.blocks.named_parameters():
+            if f"blocks.{name}" not in vit:
+                raise UserError(f'{_WHERE}: has no "blocks.{name}", which the towers\' depth and width ask for')
+            _fill(parameter, f"blocks.{name}", vit[f"blocks.{name}"])
+
+
+def _positions(fusion: MBTFusion, positions_1ND: Tensor, classed: bool) -> dict[str, Tensor]:
+    """The position tables of both modalities and of the bottleneck."""
+    first, patches = positions_1ND[0, : int(classed)], positions_1ND[0, int(classed) :]
+    side = math.isqrt(len(patches))
+    if side * side != len(patches):
+        raise UserError(f"{_WHERE}: {len(patches)} positions given, those of a square grid expected")
+    grid_HWD = patches.unflatten(0, (side, side))
+    prefix = first if fusion.prefix else first[:0]
+    time, height, width = fusion.frame_grid
+    frame = zoomed(grid_HWD, (height, width)).flatten(0, 1)
+    fills = {
+        "position.video": torch.cat([prefix, frame.repeat(time, 1)])[None],
+        "position.audio": torch.cat([prefix, zoomed(grid_HWD, fusion.mel_grid).flatten(0, 1)])[None],
+    }
+    if fusion.fuses:
+        tokens = fusion.config.tokens
+        rows = math.isqrt(tokens)
+        if rows * (tokens // rows) != tokens:
+            raise UserError(
+                f"model.fusion.tokens: {tokens} given, with image_vit the product of two neighbouring sides expected "
+                "(1, 2, 3, 4, 6, 8, 9, 12, ...)"
+            )
+        fills["bottleneck"] = torch.cat([prefix, zoomed(grid_HWD, (rows, tokens // rows)).flatten(0, 1)])[None]
+    return fills
+
+
+def _fill(parameter: Tensor, name: str, value: Tensor) -> None:
+    if parameter.shape != value.shape:
+        raise UserError(f'{_WHERE}: "{name}" is {list(value.shape)}, {list(parameter.shape)} expected')
+    parameter.copy_(value)

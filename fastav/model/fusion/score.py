@@ -1,0 +1,72 @@
+"""Score fusion: a weighted sum of two finished models' predictions."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from msgspec import Meta
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, logsigmoid
+
+from fastav.core.config import Kind
+from fastav.model.fusion.inputs import Streams, audio_features, over_windows, present_shares, video_features
+from fastav.model.tower import Modality, TimmTower
+
+
+class Score(Kind, frozen=True, tag="score"):
+    """A weighted sum of two finished models' predictions (SSW60 section 4.1). It trains nothing.
+
+    Attributes:
+        weight: Share of the video tower; the audio tower has the rest. A missing modality has none.
+        of: What is summed: `probabilities` (softmax, for one label a clip), `sigmoids` (for many labels) or
+            `logits`. The sum of probabilities or sigmoids is returned as the logits that softmax, or sigmoid,
+            turns into it.
+    """
+
+    weight: Annotated[float, Meta(gt=0, lt=1)] = 0.5
+    of: Literal["probabilities", "sigmoids", "logits"] = "probabilities"
+    modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
+    tower_heads: ClassVar[bool] = True
+
+    def build(self, video: TimmTower, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+        """Returns the module and freezes both towers."""
+        for tower in (video, audio):
+            tower.requires_grad_(False)
+            tower.settle()
+        return ScoreFusion(self)
+
+
+class ScoreFusion(nn.Module):
+    """Kind `score`."""
+
+    def __init__(self, config: Score) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, video: TimmTower, audio: TimmTower, streams: Streams) -> Tensor:
+        """Returns logits [B, K]; see `Score.of`."""
+        video_BK = video.head(video_features(video, streams))
+        audio_BK = over_windows(audio.head(audio_features(audio, streams)), streams.window_BW)
+        weights = self.config.weight, 1 - self.config.weight
+        shares = present_shares(streams, self.config.weight, video_BK.dtype)
+        if shares is None:
+            shares = video_BK.new_full((1, 1), weights[0]), video_BK.new_full((1, 1), weights[1])
+        video_share, audio_share = shares
+        if self.config.of == "logits":
+            return video_share * video_BK + audio_share * audio_BK
+        log_shares = video_share.log(), audio_share.log()  # -inf, and out of the sum, where missing
+        if self.config.of == "probabilities":
+            return _log_sum(log_shares, log_softmax(video_BK, -1), log_softmax(audio_BK, -1))
+        yes = _log_sum(log_shares, logsigmoid(video_BK), logsigmoid(audio_BK))
+        return yes - _log_sum(log_shares, logsigmoid(-video_BK), logsigmoid(-audio_BK))
+
+    def flops(self, video: TimmTower, audio: TimmTower, frames: int, windows: int) -> int:
+        """Operations of one clip."""
+        heads = video.head_flops() + windows * audio.head_flops()
+        return frames * video.feature_flops() + windows * audio.feature_flops() + heads
+
+
+def _log_sum(log_shares: tuple[Tensor, Tensor], video: Tensor, audio: Tensor) -> Tensor:
+    """Returns the logarithm of the weighted sum of two exponentials."""
+    return torch.logaddexp(log_shares[0] + video, log_shares[1] + audio)

@@ -1,0 +1,57 @@
+"""One modality alone."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from fastav.core.config import Kind
+from fastav.model.fusion.inputs import Streams, audio_features, over_windows, video_features
+from fastav.model.tower import Modality, TimmTower
+
+
+class Video(Kind, frozen=True, tag="video"):
+    """Frames alone (TSN, SSW60 section 4.1): the features of a clip's frames are averaged, then the head."""
+
+    modalities: ClassVar[tuple[Modality, ...]] = ("video",)
+    tower_heads: ClassVar[bool] = True
+
+    def build(self, video: TimmTower, audio: None, num_classes: int, num_frames: int) -> nn.Module:
+        """Returns the module; the head is the tower's."""
+        return VideoOnly()
+
+
+class Audio(Kind, frozen=True, tag="audio"):
+    """Sound alone (SSW60 section 4.1): logits of each window, averaged over the real ones."""
+
+    modalities: ClassVar[tuple[Modality, ...]] = ("audio",)
+    tower_heads: ClassVar[bool] = True
+
+    def build(self, video: None, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+        """Returns the module; the head is the tower's."""
+        return AudioOnly()
+
+
+class VideoOnly(nn.Module):
+    """Kind `video`."""
+
+    def forward(self, video: TimmTower, audio: None, streams: Streams) -> Tensor:
+        """Returns logits [B, K]."""
+        return video.head(video_features(video, streams))
+
+    def flops(self, video: TimmTower, audio: None, frames: int, windows: int) -> int:
+        """Operations of one clip."""
+        return frames * video.feature_flops() + video.head_flops()
+
+
+class AudioOnly(nn.Module):
+    """Kind `audio`."""
+
+    def forward(self, video: None, audio: TimmTower, streams: Streams) -> Tensor:
+        """Returns logits [B, K]."""
+        return over_windows(audio.head(audio_features(audio, streams)), streams.window_BW)
+
+    def flops(self, video: None, audio: TimmTower, frames: int, windows: int) -> int:
+        """Operations of one clip."""
+        return windows * (audio.feature_flops() + audio.head_flops())

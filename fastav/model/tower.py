@@ -1,0 +1,450 @@
+"""The backbone of one modality: a timm model, or any network that follows timm's conventions.
+
+A tower takes images [R, 3, H, W], a spectrogram being an image of M x L, and gives features [R, F] and
+logits. With no fusion the logits are timm's own, bit for bit. `R` rows are the frames or windows of clips,
+clip by clip.
+
+Names of the parameters are timm's under `net.`, whatever the fusion does with the tower.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any, Literal
+
+import timm
+import torch
+from msgspec import Meta
+from timm.layers import DropPath
+from timm.models import group_parameters
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastav.core.config import Config, Fraction, NonNegativeFloat
+from fastav.core.errors import UserError, did_you_mean
+from fastav.model.weights import fill, read_run, read_safetensors
+
+Modality = Literal["video", "audio"]
+
+_RESERVED = {
+    "img_size": "the size follows from sampling.image_size, sampling.window and frontend.num_mels",
+    "num_classes": "the classes are the manifest's",
+    "drop_path_rate": "it is the key drop_path beside args",
+    "pretrained": 'it is the key weights = "timm" beside args',
+    "checkpoint_path": "it is the key weights beside args",
+    "pretrained_cfg": "it is the key weights beside args",
+    "pretrained_cfg_overlay": "it is the key weights beside args",
+    "cache_dir": "it is set by the environment variable HF_HOME",
+}
+
+
+class Tower(Config, frozen=True):
+    """Settings of one tower.
+
+    `name = "module:factory"` names a function outside this project. It is called as
+    `factory(input_size=(H, W), num_classes=K, **args)` (`drop_path_rate` is added where `drop_path` is above
+    0) and returns a module with timm's conventions: `forward_features(images)`, `forward_head(x,
+    pre_logits=False)`, which with `pre_logits=True` gives [R, F], `get_classifier()` (a module [R, F] -> [R,
+    K], the identity for K = 0) and the number `num_features` = F. Optional: `pretrained_cfg["mean"]`,
+    `["std"]` for the normalisation of images (ImageNet's otherwise) and `group_matcher()`, which freezing of
+    single blocks needs.
+
+    Attributes:
+        name: timm's name of the model, with or without a tag, or `module:factory`.
+        weights: What it starts from: empty for random, `timm` for timm's pretrained weights, or a
+            `.safetensors` file with timm's parameter names. Position and patch embeddings are resampled where
+            sizes differ; what does not fit is named in a warning (only the head may differ silently).
+        init_from: Folder of another run (or of its `model`), whose tower of the same modality this one starts
+            from.
+        args: Further arguments of the model: `patch_size`, `embed_dim`, `depth`, `num_heads`, `class_token`,
+            `global_pool`, `drop_rate` and so on.
+        drop_path: Rate of stochastic depth at the last block (0 at the first, linear between); one draw per
+            clip.
+        freeze: The embedding and this many of the first blocks stay as they are (the final norm goes with the
+            last block); -1 everything but the head, which makes a linear probe. Frozen parts are in
+            evaluation mode.
+        lr_scale: Factor of the learning rate for this tower.
+    """
+
+    name: str = "vit_base_patch16_224"
+    weights: str = ""
+    init_from: str = ""
+    args: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
+    drop_path: Fraction = 0.0
+    freeze: Annotated[int, Meta(ge=-1)] = 0
+    lr_scale: NonNegativeFloat = 1.0
+
+    def build(
+        self,
+        *,
+        modality: Modality,
+        input_size: tuple[int, int],
+        num_classes: int,
+        classes: Iterable[str] = (),
+    ) -> TimmTower:
+        """Builds the tower and fills it from `weights` or `init_from`.
+
+        Args:
+            modality: Which of a run's towers `init_from` takes; also names the key in errors.
+            input_size: H, W of its images, pixels: the frames' size, or mel bands and mel frames.
+            num_classes: K of its own head; 0 for none.
+            classes: Names of the classes; the head of `init_from` is taken where its run had the same ones.
+
+        Raises:
+            UserError: where the name, the arguments or what to start from are wrong.
+        """
+        where = f"model.{modality}"
+        for key, instead in _RESERVED.items():
+            if key in self.args:
+                raise UserError(f"{where}.args.{key}: cannot be given here; {instead}")
+        if self.weights and self.init_from:
+            raise UserError(f"{where}: weights and init_from are both given, one of them expected")
+        make = _from_factory if ":" in self.name else _from_timm
+        net = make(self, where, input_size, num_classes)
+        if self.weights not in ("", "timm"):
+            fill(net, read_safetensors(Path(self.weights), f"{where}.weights"), where=f"{where}.weights")
+        elif self.init_from:
+            start = read_run(Path(self.init_from), modality, f"{where}.init_from")
+            same = start.classes == tuple(classes)
+            fill(net, start.state, where=f"{where}.init_from", grid=start.grid, head=same)
+        tower = TimmTower(net, name=self.name, input_size=input_size, where=where)
+        tower.freeze(self.freeze)
+        return tower
+
+
+class ClipDropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016) as timm's, with one draw for all rows of a clip.
+
+    Args:
+        rate: Share of the clips whose residual branch is dropped; the others are scaled by 1 / (1 - rate).
+        rows_per_clip: Consecutive rows (frames, windows) of one clip.
+        rescale: Whether they are; MBT's code leaves them as they are.
+    """
+
+    def __init__(self, rate: float, rows_per_clip: int = 1, rescale: bool = True) -> None:
+        super().__init__()
+        self.rate = rate
+        self.rows_per_clip = rows_per_clip
+        self.rescale = rescale
+
+    def draw(self, clips: int, like: Tensor) -> Tensor | None:
+        """Returns the factor of each clip's branch [clips], or None where nothing is dropped."""
+        if self.rate == 0.0 or not self.training:
+            return None
+        keep = 1.0 - self.rate
+        factor_B = like.new_empty(clips).bernoulli_(keep)
+        return factor_B.div_(keep) if keep > 0.0 and self.rescale else factor_B
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drops whole clips of a branch [clips * rows_per_clip, ...]."""
+        factor_B = self.draw(x.shape[0] // self.rows_per_clip, x)
+        if factor_B is None:
+            return x
+        assert x.shape[0] % self.rows_per_clip == 0, "rows of whole clips expected"
+        factor_R = factor_B.repeat_interleave(self.rows_per_clip)
+        return x * factor_R.view(-1, *[1] * (x.ndim - 1))
+
+    def extra_repr(self) -> str:
+        """Returns what is printed of it."""
+        return f"rate={self.rate:.3f}"
+
+
+class TimmTower(nn.Module):
+    """One modality's network with the seams that a fusion needs.
+
+    Args:
+        net: The network, see `Tower`.
+        name: Its name, for messages.
+        input_size: H, W of its images.
+        where: The recipe's key of the tower, for messages.
+
+    Raises:
+        UserError: where the network has several heads or none of its features is pooled.
+
+    Attributes:
+        width: Number F of features that go into the head (the width of tokens for a ViT).
+        is_vit: Whether it is timm's `VisionTransformer` with plain `Block`s, so that `embed`, `blocks`,
+            `pool` work.
+        mean: Of its images' channels, in units of 0 to 1.
+        std: Of its images' channels, in units of 0 to 1.
+    """
+
+    net: Any  # what a network offers beyond nn.Module is timm's convention, not a type
+
+    def __init__(self, net: nn.Module, *, name: str, input_size: tuple[int, int], where: str) -> None:
+        super().__init__()
+        self.net = net
+        self.name, self.where, self.input_size = name, where, input_size
+        self.width = int(getattr(net, "head_hidden_size", None) or self.net.num_features)
+        self.is_vit = isinstance(net, VisionTransformer) and all(type(b) is Block for b in self.net.blocks)
+        cfg = getattr(net, "pretrained_cfg", None) or {}
+        self.mean = tuple(float(v) for v in cfg.get("mean") or (0.485, 0.456, 0.406))
+        self.std = tuple(float(v) for v in cfg.get("std") or (0.229, 0.224, 0.225))
+        if not isinstance(self.net.get_classifier(), nn.Module) or getattr(net, "global_pool", None) == "":
+            raise UserError(
+                f'{where}.name: "{name}" has several heads or no pooling; a network of one feature vector and one head '
+                "expected"
+            )
+        self._drop_paths = tuple(_per_clip(net))
+        self._frozen: tuple[nn.Module, ...] = ()
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks of a ViT."""
+        return list(self.net.blocks)
+
+    def replace_block(self, number: int, block: nn.Module) -> None:
+        """Puts another block in the place of one of a ViT's."""
+        self.net.blocks[number] = block
+        self.settle()
+
+    def require_blocks(self, fusion: str) -> None:
+        """Raises a UserError, which names this tower, where `fusion` cannot enter its blocks."""
+        if not self.is_vit:
+            raise UserError(
+                f'{self.where}.name: "{self.name}" given, a ViT of plain timm blocks expected (such as '
+                f'vit_base_patch16_224), which fusion kind "{fusion}" enters; late and score take any tower'
+            )
+
+    def rows_per_clip(self, rows: int) -> None:
+        """Says how many consecutive rows belong to one clip, for stochastic depth."""
+        if self.training:
+            for drop in self._drop_paths:
+                drop.rows_per_clip = rows
+
+    def features(self, images_RCHW: Tensor, rows_per_clip: int = 1) -> Tensor:
+        """Returns what the head sees, [R, F], of normalised images of R = clips * rows_per_clip rows."""
+        self.rows_per_clip(rows_per_clip)
+        return self.net.forward_head(self.net.forward_features(images_RCHW), pre_logits=True)
+
+    def head(self, features: Tensor) -> Tensor:
+        """Returns logits [..., K] of features [..., F]."""
+        return self.net.get_classifier()(features)
+
+    def embed(self, images_RCHW: Tensor) -> Tensor:
+        """Returns what enters a ViT's first block: tokens [R, P + N, D], P class and register tokens first."""
+        net = self.net
+        return net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images_RCHW))))
+
+    @property
+    def num_prefix(self) -> int:
+        """P: class and register tokens of a ViT."""
+        return int(self.net.num_prefix_tokens)
+
+    @property
+    def num_patches(self) -> int:
+        """N: patches of a ViT's image."""
+        return int(self.net.patch_embed.num_patches)
+
+    def pool(self, tokens_RND: Tensor) -> Tensor:
+        """Returns what the head sees, [R, F], of the tokens after a ViT's last block."""
+        return self.net.forward_head(self.net.norm(tokens_RND), pre_logits=True)
+
+    def keep_embedding(self) -> None:
+        """Removes all of a ViT but what `embed` needs."""
+        self.net.blocks = nn.Sequential()
+        self.net.norm, self.net.fc_norm, self.net.head = nn.Identity(), nn.Identity(), nn.Identity()
+        self.net.attn_pool = None
+        self.settle()
+
+    def keep_blocks(self, count: int) -> None:
+        """Removes all of a ViT but its first so many blocks."""
+        self.net.blocks = nn.Sequential(*self.blocks[:count])
+        for name in ("patch_embed", "norm", "fc_norm", "head"):
+            setattr(self.net, name, nn.Identity())
+        self.net.cls_token = self.net.reg_token = self.net.pos_embed = self.net.attn_pool = None
+        self.settle()
+
+    def rescale(self, kept: bool) -> None:
+        """Says whether stochastic depth scales up the branches that it keeps."""
+        for drop in self._drop_paths:
+            drop.rescale = kept
+
+    def freeze(self, blocks: int) -> None:
+        """Keeps the embedding and the first blocks (-1: all but the head; see `Tower.freeze`) as they are.
+
+        Raises:
+            UserError: where there are fewer blocks.
+        """
+        if blocks == 0:
+            return
+        head = {id(p) for p in self.net.get_classifier().parameters()}
+        names = {name for name, p in self.net.named_parameters() if id(p) not in head}
+        if blocks > 0:
+            names = self._first(blocks, names)
+        for name, parameter in self.net.named_parameters():
+            if name in names:
+                parameter.requires_grad_(False)
+        self.settle()
+
+    def settle(self) -> None:
+        """Puts the parts whose parameters are all frozen into evaluation mode, where they stay."""
+        frozen = []
+        for module in self.net.modules():
+            parameters = list(module.parameters())
+            if parameters and not any(p.requires_grad for p in parameters):
+                frozen.append(module)
+        self._frozen = tuple(frozen)
+        self.train(self.training)
+
+    def _first(self, blocks: int, names: set[str]) -> set[str]:
+        """Returns the names of the parameters of the embedding and the first so many blocks."""
+        if not hasattr(self.net, "group_matcher"):
+            raise UserError(
+                f'{self.where}.freeze: {blocks} given, but "{self.name}" has no group_matcher() that tells '
+                "its blocks; 0 or -1 expected"
+            )
+        # timm puts what its matcher does not know (neck and head) behind the last block; so it does this
+        # name.
+        rest = "\0"
+        parameters = [*self.net.named_parameters(), (rest, None)]
+        listing = SimpleNamespace(named_parameters=lambda: iter(parameters))
+        layer = group_parameters(listing, self.net.group_matcher(), reverse=True)
+        most = layer[rest] - 1
+        if blocks > most:
+            raise UserError(f'{self.where}.freeze: {blocks} given, at most the {most} blocks of "{self.name}"')
+        return {name for name in names if layer[name] <= blocks}
+
+    def train(self, mode: bool = True) -> TimmTower:
+        """As `nn.Module.train`, except that frozen parts stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def feature_flops(self) -> int:
+        """Floating point operations of `features` for one row (a multiplication and an addition are two).
+
+        Analytic for a ViT; any other network is run once on the meta device under PyTorch's counter.
+        """
+        if not self.is_vit:
+            return _measured(self.net, (1, 3, *self.input_size))
+        length = self.num_prefix + self.num_patches
+        blocks = sum(block_flops(block, length, length, length * length) for block in self.blocks)
+        return self.embed_flops() + blocks + self.pool_flops(length)
+
+    def embed_flops(self) -> int:
+        """Operations of `embed` for one row."""
+        return 2 * self.net.patch_embed.proj.weight.numel() * self.num_patches
+
+    def pool_flops(self, length: int) -> int:
+        """Operations of `pool` for one row of so many tokens: none but for attention pooling."""
+        pool = self.net.attn_pool
+        return 0 if pool is None else _measured(pool, (1, length, self.net.embed_dim))
+
+    def head_flops(self) -> int:
+        """Operations of `head` for one row."""
+        return linear_flops(self.net.get_classifier())
+
+
+def linear_flops(module: nn.Module) -> int:
+    """Operations of the linear layers within a module for one row."""
+    return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def block_flops(block: nn.Module, rows_in: int, rows_out: int, pairs: int) -> int:
+    """Operations of a transformer block.
+
+    Args:
+        block: With `attn` and `mlp` as in timm's `Block`.
+        rows_in: Rows that give queries, keys and values.
+        rows_out: Rows after the attention.
+        pairs: Query and key pairs of the attention, per head.
+    """
+    attn: Any = block.attn
+    mlp: Any = block.mlp
+    rows = rows_in * linear_flops(attn.qkv) + rows_out * (linear_flops(attn.proj) + linear_flops(mlp))
+    return rows + 4 * pairs * attn.num_heads * attn.head_dim
+
+
+def _measured(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Returns PyTorch's count of a module's features (of its output, where it is not a tower's network)."""
+    shadow: Any = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
+    images = torch.empty(shape, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        if hasattr(shadow, "forward_features"):
+            shadow.forward_head(shadow.forward_features(images), pre_logits=True)
+        else:
+            shadow(images)
+    return int(counter.get_total_flops())
+
+
+def _per_clip(net: nn.Module) -> list[ClipDropPath]:
+    """Replaces timm's stochastic depth throughout a network; returns what replaces it."""
+    drops = []
+    for module in net.modules():
+        for name, child in module.named_children():
+            if type(child) is DropPath:
+                rate: Any = child.drop_prob
+                drops.append(ClipDropPath(float(rate)))
+                setattr(module, name, drops[-1])
+    return drops
+
+
+def _from_timm(config: Tower, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
+    """Makes timm's model of that name for images of that size."""
+    if not timm.is_model(config.name):
+        near = did_you_mean(config.name, timm.list_models())
+        raise UserError(
+            f'{where}.name: "{config.name}" is no model of timm {timm.__version__}{near}; '
+            "`module:factory` names a function of your own"
+        )
+    kwargs: dict[str, Any] = {"num_classes": num_classes, **config.args}
+    if config.drop_path:
+        kwargs["drop_path_rate"] = config.drop_path
+    cfg = timm.get_pretrained_cfg(config.name, allow_unregistered=True)
+    if cfg is not None and cfg.fixed_input_size:
+        kwargs["img_size"] = input_size
+    if config.weights == "timm":
+        return _pretrained(config, where, kwargs)
+    try:
+        return timm.create_model(config.name, **kwargs)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise UserError(f"{where}.args: {_reason(error)}") from error
+
+
+def _pretrained(config: Tower, where: str, kwargs: dict[str, Any]) -> nn.Module:
+    """Makes timm's model with its weights, which timm fetches and fits to the image size."""
+    try:
+        return timm.create_model(config.name, pretrained=True, **kwargs)
+    except Exception as error:  # whatever the network, the cache or the arguments raise
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f'{where}.weights: "timm" given, but the weights of "{config.name}" cannot be had ({reason}); '
+            "a .safetensors file expected where there is no network"
+        ) from error
+
+
+def _from_factory(config: Tower, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
+    """Calls a function outside this project, see `Tower`."""
+    module_name, _, function = config.name.partition(":")
+    try:
+        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f'{where}.name: "{config.name}" cannot be imported: {_reason(error)}') from error
+    if config.weights == "timm":
+        raise UserError(f'{where}.weights: "timm" given, but "{config.name}" is not a model of timm')
+    kwargs = dict(config.args) | ({"drop_path_rate": config.drop_path} if config.drop_path else {})
+    try:
+        net = factory(input_size=input_size, num_classes=num_classes, **kwargs)
+    except TypeError as error:
+        raise UserError(f"{where}.args: {_reason(error)}") from error
+    for name in ("forward_features", "forward_head", "get_classifier", "num_features"):
+        if not hasattr(net, name):
+            raise UserError(f'{where}.name: what "{config.name}" returns has no {name}, which a tower needs')
+    return net
+
+
+def _reason(error: Exception) -> str:
+    """Returns an error's text on one line, with the nearest argument of a ViT where one is misspelt."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    match = re.search(r"^VisionTransformer\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
+    near = did_you_mean(match[1], inspect.signature(VisionTransformer).parameters) if match else ""
+    return text + near

@@ -1,0 +1,1 @@
+"""Optimizer, schedules, weight averages, and the watch over the loss."""

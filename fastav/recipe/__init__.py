@@ -1,0 +1,1 @@
+"""Recipes: every key, how files and overrides become one, and what each key means."""

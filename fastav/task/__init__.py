@@ -1,0 +1,1 @@
+"""What the model predicts: loss, metrics, and the files of predictions."""
