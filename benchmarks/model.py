@@ -29,11 +29,11 @@ from benchmarks.literal import Literal
 from benchmarks.timing import interleave, median, paired_ratio, per_second
 from fastav.core.cli import Parser
 from fastav.core.errors import FastavError
+from fastav.core.machine import peak_flops
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import AVModel, Inputs, Model
 from fastav.model.fusion import Bottleneck
 from fastav.model.tower import Tower
-from fastav.training.throughput import peak_flops
 
 PASSES = ("forward", "forward and backward", "step")
 _PLOTTED = {f"{what}: clips_per_s": f"{what}, clips per second" for what in PASSES}

@@ -19,7 +19,7 @@ from benchmarks.plot import bars
 from benchmarks.timing import Interval, verdict
 from fastav.core.atomic_files import write_text
 from fastav.core.errors import UserError
-from fastav.training.throughput import num_cores
+from fastav.core.machine import num_cores
 
 SCHEMA = 1
 FOLDER = Path(__file__).parent / "results"

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
     from fastav.core.errors import FastavError as FastavError
     from fastav.core.errors import MediaError as MediaError
     from fastav.core.errors import UserError as UserError
-    from fastav.data.clip import Batch as Batch
     from fastav.data.clip import Clip as Clip
     from fastav.data.clip import ClipPlan as ClipPlan
     from fastav.data.manifest import Manifest as Manifest
     from fastav.data.manifest import write_manifest as write_manifest
     from fastav.data.plan import Plan as Plan
+    from fastav.loader.batch import Batch as Batch
     from fastav.loader.loader import Loader as Loader
     from fastav.media.spectrogram import Frontend as Frontend
     from fastav.model.av_model import AVModel as AVModel

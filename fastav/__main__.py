@@ -10,20 +10,20 @@ from fastav.core.cli import run
 from fastav.core.errors import did_you_mean
 
 VERBS = {
-    "synth": ("fastav.synth.dataset", "make a small data set of real mp4 files on which only fusion can win"),
+    "synth": ("fastav.commands.synth", "make a small data set of real mp4 files on which only fusion can win"),
     "index": (
-        "fastav.datasets.build_manifest",
+        "fastav.commands.index",
         "turn a folder of media into a manifest, and name what is wrong with which file",
     ),
-    "pack": ("fastav.pack.build", "transcode a manifest's clips once into shards that decode many times faster"),
+    "pack": ("fastav.commands.pack", "transcode a manifest's clips once into shards that decode many times faster"),
     "train": ("fastav.train", "train the model of one or more recipes; goes on where it was stopped"),
-    "evaluate": ("fastav.evaluate", "evaluate a run on its test split, or on another manifest"),
-    "report": ("fastav.report.page", "write report.html for a run or a folder of runs"),
+    "evaluate": ("fastav.commands.evaluate", "evaluate a run on its test split, or on another manifest"),
+    "report": ("fastav.commands.report", "write report.html for a run or a folder of runs"),
     "export": ("fastav.commands.export", "write the model of any checkpoint of a run as safetensors"),
     "convert": ("fastav.commands.convert", "turn a checkpoint of MBT's authors into a model"),
     "doctor": ("fastav.commands.doctor", "look over this machine, and measure which stage will hold a run up"),
     "preflight": (
-        "fastav.diagnostics.rank_check",
+        "fastav.commands.preflight",
         "measure every rank's device and network, and name what is slow or broken",
     ),
     "recipe": ("fastav.commands.recipe", "recipe show FILE: the resolved recipe; recipe explain KEY: what a key means"),

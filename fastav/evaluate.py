@@ -1,72 +1,23 @@
-"""`fastav evaluate RUN`: a trained model over a split: predictions, metrics and what could not be read."""
+"""A trained model over a split: predictions, metrics and what could not be read."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable
 from contextlib import closing
-from pathlib import Path
 
-import msgspec
 import torch
-from rich.table import Table
 
-from fastav.core.atomic_files import write_text
-from fastav.core.errors import MediaError, Stopped, UserError
-from fastav.data.clip import Batch, Clip
+from fastav.core.console import Console
+from fastav.core.errors import MediaError, Stopped
+from fastav.data.clip import Clip
+from fastav.loader.batch import Batch
 from fastav.model.av_model import AVModel
-from fastav.recipe import schema as recipes
 from fastav.recipe.schema import Recipe
-from fastav.task.classification import write_predictions
-from fastav.task.metrics import Evaluation, Metrics, Predictions
-from fastav.training.inputs import Source, choose_pin_memory, evaluation_source, make_loader
-from fastav.training.ranks import Ranks, Shares
-from fastav.training.run_folder import RunFolder
-from fastav.training.throughput import Console
-
-OVERRIDES = True
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options; `--loading.workers 4` and the like change the run's recipe for this evaluation."""
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("manifest", nargs="?", help="another manifest; classes are matched by name")
-    parser.add_argument("split", nargs="?", help="split; the recipe's data.test unless given")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Evaluates, prints the table, writes `metrics.json` and `predictions.parquet`."""
-    saved = Path(args.run) / "recipe.toml"
-    if not saved.exists():
-        raise UserError(f"{args.run}: not a run folder: it has no recipe.toml")
-    recipe = msgspec.structs.replace(recipes.load(saved, args.overrides), out=args.run)
-    if not (Path(args.run) / "model").is_dir():
-        raise UserError(f"{args.run}: the run has no model/ yet; finish it with `fastav train`")
-    ranks = Ranks(recipe.train)
-    console = Console(quiet=not ranks.main)
-    run = RunFolder(args.run, writer=ranks.main)
-    # A factory runs code, so only those that the run's own recipe names are called.
-    towers = (recipe.model.video, recipe.model.audio)
-    factories = [tower.name for tower in towers if ":" in tower.name]
-    model = AVModel.from_pretrained(run.model, factories=factories).to(ranks.device)
-    source = evaluation_source(recipe, args.manifest, args.split, model.classes)
-    told = unmapped(source)
-    if told:
-        console.log(told)
-    folder = run.path
-    if args.manifest or args.split:
-        of = Path(args.manifest or recipe.data.manifest).resolve()
-        folder = run.path / "evaluations" / f"{of.parent.name}_{of.stem}_{args.split or recipe.data.test}"
-    evaluation, predictions = evaluate(
-        model, recipe, source, ranks, console, split=args.split or recipe.data.test, on_broken=_tell(console)
-    )
-    if ranks.main:
-        write_text(folder / "metrics.json", evaluation.to_json())
-        write_predictions(folder / "predictions.parquet", predictions)
-        console.show(table(evaluation))
-        console.log(f"written: {folder}/metrics.json, predictions.parquet")
-    return 0
+from fastav.task.metrics import Evaluation, Metrics
+from fastav.task.predictions import Predictions
+from fastav.training.batch_split import Shares
+from fastav.training.inputs import Source, choose_pin_memory, make_loader
+from fastav.training.ranks import Ranks
 
 
 def evaluate(
@@ -150,21 +101,6 @@ def evaluation_shares(recipe: Recipe, ranks: Ranks) -> Shares:
     return Shares(micro * ranks.world, micro, 1, ranks.rank, ranks.world)
 
 
-def unmapped(source: Source) -> str:
-    """One line on the classes of the data that the model does not know; empty when it knows them all."""
-    known = set(source.classes)
-    strange = [
-        name
-        for manifest, _ in source.manifests
-        for name in manifest.classes
-        if source.aliases.get(name, name) not in known
-    ]
-    if not strange:
-        return ""
-    named = ", ".join(strange[:10])
-    return f"{len(strange)} classes of the data are unknown to the model, their clips count as unlabelled: {named}"
-
-
 def summary(evaluation: Evaluation) -> str:
     """The main metric with its interval, in one line."""
     if evaluation.value is None:
@@ -172,16 +108,3 @@ def summary(evaluation: Evaluation) -> str:
     ends = evaluation.interval
     interval = f" (95 % interval {ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
     return f"{evaluation.main} {evaluation.value:.2f}{interval} on {evaluation.split}"
-
-
-def table(evaluation: Evaluation) -> Table:
-    """The figures as a terminal table."""
-    shown = Table(title=f"split {evaluation.split}", show_header=False)
-    for key, value in evaluation.metrics.items():
-        shown.add_row(key, f"{value:.4g}" if value != int(value) else f"{int(value)}")
-    return shown
-
-
-def _tell(console: Console) -> Callable[[Clip, MediaError], None]:
-    """Names a clip that cannot be read; the loader calls it once for each."""
-    return lambda clip, error: console.log(f"cannot read clip {json.dumps(clip.id)}: {error}")

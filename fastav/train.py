@@ -16,18 +16,20 @@ from typing import Any
 
 from fastav.core.atomic_files import write_text
 from fastav.core.cli import run as run_verb
+from fastav.core.console import Console, clock_time
 from fastav.core.errors import FastavError, Stopped, UserError
-from fastav.data.clip import Batch
 from fastav.evaluate import evaluate, forward, summary
-from fastav.recipe import schema as recipes
+from fastav.loader.batch import Batch
+from fastav.recipe.parse import load_recipe
 from fastav.recipe.schema import Recipe
-from fastav.task.classification import write_predictions
 from fastav.task.metrics import Evaluation
+from fastav.task.predictions import write_predictions
 from fastav.training.inputs import choose_pin_memory, evaluation_source, make_loader
-from fastav.training.ranks import StopSignals, leave
+from fastav.training.ranks import leave
 from fastav.training.run_folder import RunFolder
+from fastav.training.signals import StopSignals
 from fastav.training.state import Session
-from fastav.training.throughput import Console, clock_time, tracker_values
+from fastav.training.throughput import tracker_values
 
 OVERRIDES = True
 WATCH_EVERY = 20  # steps at least over which ranks are compared: a single one may wait for anything
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Trains each recipe."""
-    read = [recipes.load(path, args.overrides) for path in args.recipes]
+    read = [load_recipe(path, args.overrides) for path in args.recipes]
     folders = [recipe.out for recipe in read]
     if len(set(folders)) < len(folders):
         raise UserError(

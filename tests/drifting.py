@@ -8,7 +8,7 @@ import sys
 import torch
 
 from benchmarks.train.bench import Bench
-from fastav.recipe import schema as recipes
+from fastav.recipe.parse import load_recipe
 from fastav.training.ranks import leave
 
 
@@ -21,7 +21,7 @@ def spread(bench):
 
 
 if __name__ == "__main__":
-    bench = Bench(recipes.load(None, [*sys.argv[1:], "--optim.schedule.kind", "constant"]), 2)
+    bench = Bench(load_recipe(None, [*sys.argv[1:], "--optim.schedule.kind", "constant"]), 2)
     bench.end_to_end()
     bench.model()
     found = {"joined": spread(bench)}

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from fastav.core.errors import MediaError
-from fastav.data.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
+from fastav.data.clip import Clip, ClipPlan, PlanBatch
+from fastav.loader.batch import Batch
 from fastav.loader.loader import Loader, Loading
-from fastav.media.decoder import Read
+from fastav.media.decoder import Read, Sample
 from fastav.media.spectrogram import Frontend
 
 T, SIZE, MELS, WINDOW = 2, 4, 3, 5

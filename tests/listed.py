@@ -14,8 +14,8 @@ from rich.console import Console
 
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest, Problem
-from fastav.datasets import Listing
 from fastav.datasets.build_manifest import build_manifest
+from fastav.datasets.listing import Listing
 from tests.make_media import write_media
 
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from fastav.distributed import launcher as strategies
 from fastav.distributed.host_group import Crew
-from fastav.optim.optimizer import Ema, Optim
+from fastav.optim.ema import Ema
+from fastav.optim.optimizer import Optim
 from fastav.training.checkpoint_writer import Shares
 
 ROOT = Path(__file__).parents[1]

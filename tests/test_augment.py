@@ -5,7 +5,8 @@ import torchvision.transforms.v2.functional as tv
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastav.model.transforms import crop_box, mask_bands, mix, normalise_frames, normalise_mel, resize_crop
+from fastav.media.crop import crop_box, resize_crop
+from fastav.model.transforms import mask_bands, mix, normalise_frames, normalise_mel
 
 
 def picture(frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:

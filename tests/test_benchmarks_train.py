@@ -29,7 +29,7 @@ from benchmarks.train.bench import MODES, Bench, Waits, busy_pct
 from benchmarks.train.bound import Parts, bound
 from fastav.core.errors import FastavError, UserError
 from fastav.loader.threads import StageStats
-from fastav.recipe import schema as recipes
+from fastav.recipe.parse import load_recipe
 from fastav.training.ranks import leave
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def bench(tiny, tmp_path):
     """A bench of a tiny recipe, two steps a turn."""
-    recipe = recipes.load(None, tiny("bottleneck", tmp_path / "run", "--data.test", "", "--train.micro_batch", "4"))
+    recipe = load_recipe(None, tiny("bottleneck", tmp_path / "run", "--data.test", "", "--train.micro_batch", "4"))
     made = Bench(recipe, 2)
     yield made
     made.close()
@@ -547,7 +547,7 @@ def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch, tmp_
     monkeypatch.setenv("SLURM_NTASKS", "16")
     monkeypatch.setenv("SLURM_PROCID", "3")
     with pytest.raises(UserError, match="srun started 16 tasks, but WORLD_SIZE is not set"):
-        rank.measure(recipes.load(None, []), tmp_path, 1, 1)
+        rank.measure(load_recipe(None, []), tmp_path, 1, 1)
 
 
 def test_unsent_gradients_stay_on_their_rank(tiny, tmp_path):

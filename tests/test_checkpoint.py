@@ -16,9 +16,10 @@ import torch
 from fastav.core.errors import FastavError, UserError
 from fastav.distributed.host_group import Crew
 from fastav.model.av_model import AVModel
-from fastav.optim.optimizer import Ema, restore_optimizer
-from fastav.recipe import schema as recipes
-from fastav.recipe.schema import Recipe, to_table
+from fastav.optim.ema import Ema
+from fastav.optim.optimizer_state import restore_optimizer
+from fastav.recipe.parse import parse_recipe, renewed, to_table
+from fastav.recipe.schema import Recipe
 from fastav.training.checkpoint import Checkpoints, check_resumable
 from fastav.training.checkpoint_writer import Saver, Shares
 
@@ -119,7 +120,7 @@ def test_checkpoints_of_every_format_load(number):
     read = Checkpoints(OLD / f"format_{number}").newest()
     assert read is not None
     assert (read.step, read.state["format"]) == (2, number)
-    recipe = recipes.parse(recipes.renewed(read.state["recipe"]), {}, "old")
+    recipe = parse_recipe(renewed(read.state["recipe"]), {}, "old")
     model = AVModel.build(recipe.model, [f"class {n}" for n in range(8)], recipe.sampling, recipe.frontend)
     read.load("model", model.state_dict())
     total = sum(float(value.double().sum()) for value in model.state_dict().values())

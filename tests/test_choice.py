@@ -12,7 +12,7 @@ from fastav.data.manifest import Manifest
 from fastav.media.dali.decoder import Dali
 from fastav.media.decoder_choice import Auto, Census, choose, sampled
 from fastav.media.pyav import PyAV
-from fastav.recipe.schema import load
+from fastav.recipe.parse import load_recipe
 from fastav.training.inputs import describe_decoder, training_source
 
 
@@ -87,7 +87,7 @@ def test_rows_are_evenly_spaced(made):
 
 
 def test_the_first_log_line(made, tiny, tmp_path):
-    recipe = load(None, tiny("late", tmp_path / "r"))
+    recipe = load_recipe(None, tiny("late", tmp_path / "r"))
     line = describe_decoder(recipe, training_source(recipe))
     assert line.startswith("pyav (DALI cannot be used: ") or line.startswith("dali (")
     assert "threads; clips: h264 " in line

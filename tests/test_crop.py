@@ -9,8 +9,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch.nn import functional
 
-from fastav.media.crop import Cropper, cuttable
-from fastav.model.transforms import resize_crop
+from fastav.media.crop import Cropper, cuttable, resize_crop
 
 WIDTH, HEIGHT = 128, 96
 

@@ -20,13 +20,13 @@ import torch
 
 from fastav.core.errors import FastavError, MediaError, UserError
 from fastav.media import mp4
+from fastav.media.crop import crop_box, resize_crop
 from fastav.media.dali import decoder as dali
 from fastav.media.dali.decoder import Dali, missing
 from fastav.media.dali.graph import Engine, Film, FilmGraph, Place
 from fastav.media.decoder import Read
 from fastav.media.pyav import PyAV
 from fastav.media.shards import SplicedFrames
-from fastav.model.transforms import crop_box, resize_crop
 from fastav.pack.settings import PackSettings
 from tests.dali_media import (  # fixtures
     DB,

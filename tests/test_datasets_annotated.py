@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
-from fastav.datasets import Listing, annotated
+from fastav.datasets import annotated
 from fastav.datasets.annotated import REST_S, Annotation, Windows, audacity, cut, hold_out, kind_of, raven, starts
+from fastav.datasets.listing import Listing
 from tests.listed import kinds, listed, media, table, tree
 from tests.made_sounds import probed, wav
 

@@ -12,13 +12,13 @@ import fastav.media.container as media_module
 import fastav.media.packets as frames_module
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
+from fastav.media.crop import resize_crop
 from fastav.media.decoder import Read, Unproven
 from fastav.media.decoder_choice import DecoderConfig
 from fastav.media.packets import Reel
 from fastav.media.probe import probe, probe_any
 from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import PRESETS
-from fastav.model.transforms import resize_crop
 from tests.make_media import clicks, number_of, numbered, probed, remux, straight, write_media
 from tests.planned import clip_of, heard, pictures, plan_of
 from tests.test_probe import REAL_VIDEO

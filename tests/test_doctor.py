@@ -16,7 +16,7 @@ from fastav.data.clip import Clip
 from fastav.diagnostics import machine as examine
 from fastav.diagnostics.machine import Disk
 from fastav.media.decoder_choice import Census
-from fastav.recipe.schema import load
+from fastav.recipe.parse import load_recipe
 
 TOWER = "{patch_size = 16, embed_dim = 16, depth = 2, num_heads = 2}"
 
@@ -109,7 +109,7 @@ def advice(clips, loader, model, processes=None):
     speeds = [Speed("loader, PyAV, 2 threads", loader, loader / 2)]
     speeds += [Speed("loader, PyAV, 2 processes", processes)] if processes else []
     disk = Disk(100.0, 50.0)
-    return list(doctor._advice(clips, Census.of(clips), speeds, Speed("model", model), disk, load(None, [])))
+    return list(doctor._advice(clips, Census.of(clips), speeds, Speed("model", model), disk, load_recipe(None, [])))
 
 
 def test_advice():

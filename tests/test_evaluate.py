@@ -14,8 +14,8 @@ import pytest
 
 from fastav.__main__ import main as fastav
 from fastav.data.manifest import Manifest, write_manifest
-from fastav.recipe import schema as recipes
-from fastav.task.classification import read_predictions
+from fastav.recipe.parse import load_recipe
+from fastav.task.predictions import read_predictions
 from fastav.train import train
 
 
@@ -26,7 +26,7 @@ def trained(made, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("evaluate") / "run"
     words = [*TINY, "--model.fusion.kind", "late", "--data.manifest", str(made), "--train.epochs", "0.5"]
-    train(recipes.load(None, [*words, "--out", str(out)]))
+    train(load_recipe(None, [*words, "--out", str(out)]))
     return out
 
 

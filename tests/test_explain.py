@@ -6,8 +6,9 @@ import pytest
 
 from fastav.__main__ import main
 from fastav.core.errors import UserError
-from fastav.recipe import schema as recipe
 from fastav.recipe.explain import Key, explain, keys
+from fastav.recipe.parse import load_recipe, to_table
+from fastav.recipe.schema import Recipe, _leaves
 
 
 @pytest.mark.parametrize("key", keys(), ids=lambda key: key.name + key.kind)
@@ -16,16 +17,16 @@ def test_every_key_is_explained_and_takes_the_default_that_is_told(key: Key) -> 
     assert key.meaning.endswith("."), key.meaning
     table = key.name.rpartition(".")[0]
     chosen = ["--" + f"{table}.kind", key.kind] if key.kind else []
-    plain = recipe.load(None, chosen)
+    plain = load_recipe(None, chosen)
     default = key.default.strip('"')
     if default == "{}":  # a table of free keys
         return
-    assert recipe.load(None, [*chosen, f"--{key.name}={default}"]) == plain
+    assert load_recipe(None, [*chosen, f"--{key.name}={default}"]) == plain
 
 
 def test_all_keys_of_a_default_recipe_are_there() -> None:
     have = {key.name for key in keys()}
-    leaves = {name for name, _ in recipe._leaves(recipe.to_table(recipe.Recipe()))}
+    leaves = {name for name, _ in _leaves(to_table(Recipe()))}
     assert leaves <= have
 
 

@@ -10,7 +10,7 @@ import torch
 
 from fastav.__main__ import main
 from fastav.model.av_model import AVModel
-from fastav.recipe import schema as recipes
+from fastav.recipe.parse import load_recipe
 from fastav.train import train
 
 OLD = Path(__file__).parent / "checkpoints"
@@ -23,7 +23,7 @@ def states(*folders):
 def test_the_last_checkpoint_is_the_runs_model(tiny, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["--train.epochs", "1", "--optim.ema", "0.9", "--saving.every", "1", "--saving.keep", "9"]
-    train(recipes.load(None, [*tiny("bottleneck", out), *words]))
+    train(load_recipe(None, [*tiny("bottleneck", out), *words]))
     assert main(["export", "weights", str(out)]) == 0
     last = max((out / "exported").iterdir())
     assert str(last) in capsys.readouterr().err

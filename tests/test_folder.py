@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
-from fastav.datasets import Listing, folder
+from fastav.datasets import folder
 from fastav.datasets.folder import HoldOut, cut, hold_out, rows
+from fastav.datasets.listing import Listing
 from fastav.media.probe import IMAGE_SUFFIXES, MEL_SUFFIXES
 
 

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from fastav.core.errors import UserError
-from fastav.recipe import schema as recipes
+from fastav.recipe.parse import load_recipe
 from fastav.training.ranks import Ranks, leave
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def refused(monkeypatch):
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(UserError, match=message) as caught:
-            Ranks(recipes.load(None, words).train)
+            Ranks(load_recipe(None, words).train)
         assert "\n" not in str(caught.value)
 
     yield check
@@ -65,10 +65,10 @@ def test_accumulation_in_deepspeeds_file(refused, tmp_path):
 
 
 def test_a_batch_that_ranks_cannot_share(monkeypatch):
-    ranks = Ranks(recipes.load(None, ["--train.batch", "10"]).train)
+    ranks = Ranks(load_recipe(None, ["--train.batch", "10"]).train)
     monkeypatch.setattr(type(ranks), "world", 4)
     with pytest.raises(UserError, match=r"train\.batch = 10 does not divide by the 4 processes"):
-        ranks.shares(recipes.load(None, ["--train.batch", "10"]).train)
+        ranks.shares(load_recipe(None, ["--train.batch", "10"]).train)
     leave()
 
 

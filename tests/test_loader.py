@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from fastav.core.errors import MediaError, TooManyBroken
-from fastav.data.clip import Batch, Clip, ClipPlan, Sample
+from fastav.data.clip import Clip, ClipPlan
+from fastav.loader.batch import Batch
 from fastav.loader.loader import Batches, Loader, Loading
-from fastav.media.decoder import Read
+from fastav.media.decoder import Read, Sample
 from fastav.media.spectrogram import Frontend
 from tests.fake_decoder import (
     MELS,

@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from fastav.core.errors import FastavError, MediaError
-from fastav.data.clip import Batch, Clip, ClipPlan, Sample
+from fastav.data.clip import Clip, ClipPlan
+from fastav.loader.batch import Batch
 from fastav.loader.loader import Loader, Loading
 from fastav.loader.processes import Processes
-from fastav.media.decoder import Read
+from fastav.media.decoder import Read, Sample
 from tests.fake_decoder import CLASSES, FRONTEND, MELS, SIZE, WINDOW, FakePlan, T, make_clips, same, train_requests
 
 

@@ -20,7 +20,7 @@ from fastav.model.fusion.mbt import MBT, MBTFusion
 from fastav.model.fusion.mbt_init import copy_image_vit
 from fastav.model.scenic_checkpoint import mbt_state
 from fastav.model.tower import ClipDropPath, Tower
-from fastav.recipe.schema import load
+from fastav.recipe.parse import load_recipe
 
 CASES = (
     "gap_bottleneck", "token_bottleneck", "token_bottleneck_rgbfirst", "token_bottleneck_tsample",
@@ -268,7 +268,7 @@ def test_what_does_not_fit_is_named(changes, message):
 
 
 def test_the_recipe_is_the_authors_model():
-    recipe = load(Path(__file__).parents[1] / "launch" / "recipes" / "mbt_b.toml")
+    recipe = load_recipe(Path(__file__).parents[1] / "launch" / "recipes" / "mbt_b.toml")
     config = msgspec.structs.replace(recipe.model, fusion=msgspec.structs.replace(recipe.model.fusion, image_vit=""))
     frontend = msgspec.structs.replace(recipe.frontend, mean=0.0, std=1.0)
     with torch.device("meta"):

@@ -6,8 +6,10 @@ import io
 
 import pytest
 
+from fastav.core.console import Console, clock_time
+from fastav.core.machine import num_cores, peak_flops
 from fastav.training import throughput as meter
-from fastav.training.throughput import Console, Meter, clock_time, num_cores, peak_flops, tracker_values
+from fastav.training.throughput import Meter, tracker_values
 
 
 class Clock:

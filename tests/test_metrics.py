@@ -13,14 +13,13 @@ from fastav.core.errors import FastavError, UserError
 from fastav.task.metrics import (
     Evaluation,
     Metrics,
-    Predictions,
     bootstrap_gain,
     bootstrap_map,
     bootstrap_share,
     interval_key,
-    join,
     measure,
 )
+from fastav.task.predictions import Predictions, join
 
 
 def predictions(probabilities, targets, classes=None, **facts) -> Predictions:

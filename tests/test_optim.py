@@ -12,7 +12,10 @@ from safetensors.torch import load, save
 from torch import nn
 
 from fastav.core.errors import FastavError, UserError
-from fastav.optim.optimizer import Constant, Cosine, Ema, Optim, Plateau, Step, optimizer_tensors, restore_optimizer
+from fastav.optim.ema import Ema
+from fastav.optim.optimizer import Optim
+from fastav.optim.optimizer_state import optimizer_tensors, restore_optimizer
+from fastav.optim.schedule import Constant, Cosine, Plateau, Step
 
 NAMES = ["adamw", "sgd", "adam", "rmsprop", "adagrad"]
 

@@ -13,7 +13,7 @@ from fastav.__main__ import main
 from fastav.data.manifest import Manifest, write_manifest
 from fastav.pack.build import build_pack
 from fastav.pack.settings import PackSettings
-from fastav.recipe.schema import load
+from fastav.recipe.parse import load_recipe
 from fastav.training.inputs import make_loader, make_plan, training_source
 from tests.range_server import serving
 
@@ -36,7 +36,7 @@ def trained(folder, words):
 
 
 def first_batches(words, count=3):
-    recipe = load(None, words)
+    recipe = load_recipe(None, words)
     broken = []
     with make_loader(recipe, training_source(recipe), lambda clip, error: broken.append(str(error))) as loader:
         batches = list(loader.batches([("train", 8 * i, 8) for i in range(count)]))
@@ -73,7 +73,7 @@ def test_near_and_far_give_the_same_batches(pack, tiny, tmp_path):
 
 
 def test_a_blocked_epoch_visits_every_clip_once(pack, tiny, tmp_path):
-    recipe = load(
+    recipe = load_recipe(
         None,
         recipe_of(
             pack,

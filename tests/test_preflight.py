@@ -19,7 +19,7 @@ from fastav.diagnostics import device_tests as gauges
 from fastav.diagnostics.rank_check import Preflight, _node
 from fastav.diagnostics.rank_verdicts import Measured, Place, judge, medians, summary, table
 from fastav.distributed.host_group import Crew
-from fastav.recipe.schema import CHANGEABLE, load, parse, to_table
+from fastav.recipe.parse import CHANGEABLE, load_recipe, parse_recipe, to_table
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -281,10 +281,10 @@ def test_a_broken_rank_always_ends_the_run(tiny, tmp_path, capsys, monkeypatch):
 def test_the_keys_may_change_on_resume_and_older_recipes_have_none():
     keys = ("preflight", "slow_device", "on_slow_device", "preflight_patience_s")
     assert all(f"guard.{key}" in CHANGEABLE for key in keys)
-    older = to_table(load(None))
+    older = to_table(load_recipe(None))
     for key in keys:
         del older["guard"][key]
-    assert parse(older, {}, "an older checkpoint") == load(None)
+    assert parse_recipe(older, {}, "an older checkpoint") == load_recipe(None)
 
 
 def test_a_run_on_two_nodes_measures_what_is_between_them(tiny, tmp_path):
@@ -339,7 +339,7 @@ def test_slurm_ranks_know_how_many_share_their_node(tmp_path, tasks, node, expec
     assert done.stdout == f"{expected} 3 1 20 -m fastav.train recipe.toml --train.num_processes 20\n", done.stderr
     slurm["FASTAV_VERB"] = "preflight"
     done = subprocess.run(command[:2], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60)
-    assert done.stdout == f"{expected} 3 1 20 -m fastav.diagnostics.rank_check\n", done.stderr
+    assert done.stdout == f"{expected} 3 1 20 -m fastav preflight\n", done.stderr
     slurm["FASTAV_VERB"] = "preflite"
     done = subprocess.run(command[:2], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2

@@ -10,7 +10,8 @@ from fastav.__main__ import main
 from fastav.core.errors import UserError
 from fastav.model.av_model import Model
 from fastav.model.fusion import Bottleneck, Late, Score
-from fastav.recipe.schema import CHANGEABLE, Recipe, differences, load, parse, show, to_table, to_toml
+from fastav.recipe.parse import CHANGEABLE, differences, load_recipe, parse_recipe, show_recipe, to_table, to_toml
+from fastav.recipe.schema import Recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "launch" / "recipes").glob("*.toml"))
 
@@ -27,10 +28,10 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_parses_and_survives_a_round_trip(path, tmp_path):
-    recipe = load(path)
+    recipe = load_recipe(path)
     again = tmp_path / "again.toml"
     again.write_text(to_toml(recipe))
-    assert load(again) == recipe
+    assert load_recipe(again) == recipe
 
 
 def test_there_are_recipes():
@@ -40,35 +41,35 @@ def test_there_are_recipes():
 def test_command_line_beats_file_beats_base_beats_default(write):
     write("[optim]\nlr = 1.0\nweight_decay = 0.5\n[train]\nbatch = 8\n", "base.toml")
     path = write('base = "base.toml"\n[optim]\nlr = 2.0\n')
-    assert load(path).optim.lr == 2.0
-    assert load(path).optim.weight_decay == 0.5
-    assert load(path).train.batch == 8
-    assert load(path).train.seed == Recipe().train.seed
-    recipe = load(path, ["--optim.lr", "3e-4", "--train.batch=4"])
+    assert load_recipe(path).optim.lr == 2.0
+    assert load_recipe(path).optim.weight_decay == 0.5
+    assert load_recipe(path).train.batch == 8
+    assert load_recipe(path).train.seed == Recipe().train.seed
+    recipe = load_recipe(path, ["--optim.lr", "3e-4", "--train.batch=4"])
     assert recipe.optim.lr == 3e-4
     assert recipe.train.batch == 4
 
 
 def test_another_kind_drops_the_options_of_the_kind_before(write):
     path = write('[model.fusion]\nkind = "bottleneck"\nstart = 2\ntokens = 6\n')
-    assert load(path).model.fusion == Bottleneck(start=2, tokens=6)
-    assert load(path, ["--model.fusion.kind", "late"]).model.fusion == Late()
-    assert load(path, ["--model.fusion.weight", "0.3", "--model.fusion.kind", "score"]).model.fusion == Score(
+    assert load_recipe(path).model.fusion == Bottleneck(start=2, tokens=6)
+    assert load_recipe(path, ["--model.fusion.kind", "late"]).model.fusion == Late()
+    assert load_recipe(path, ["--model.fusion.weight", "0.3", "--model.fusion.kind", "score"]).model.fusion == Score(
         weight=0.3
     )
     over = write(f'base = "{path.name}"\n[model.fusion]\nkind = "late"\n', "over.toml")
-    assert load(over).model.fusion == Late()
+    assert load_recipe(over).model.fusion == Late()
 
 
 def test_a_preset_is_a_base_that_single_keys_override(write):
-    recipe = load(write('[frontend]\npreset = "inatsounds"\nnum_mels = 64\n'))
+    recipe = load_recipe(write('[frontend]\npreset = "inatsounds"\nnum_mels = 64\n'))
     assert (recipe.frontend.sample_rate, recipe.frontend.num_mels) == (22_050, 64)
-    again = parse(to_table(recipe), {}, "again")
+    again = parse_recipe(to_table(recipe), {}, "again")
     assert again == recipe
 
 
 def test_values_of_the_command_line_take_the_type_of_their_key():
-    recipe = load(
+    recipe = load_recipe(
         None,
         [
             "--out", "2024", "--sampling.crop_scale", "[0.5, 1.0]", "--sampling.eval_windows", "0,150",
@@ -114,7 +115,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("text", "words", "parts"), MISTAKES, ids=range(len(MISTAKES)))
 def test_a_mistake_is_one_line_that_names_what_where_and_the_nearest(write, text, words, parts):
     with pytest.raises(UserError) as caught:
-        load(write(text), words)
+        load_recipe(write(text), words)
     message = str(caught.value)
     assert "\n" not in message
     for part in parts:
@@ -124,34 +125,34 @@ def test_a_mistake_is_one_line_that_names_what_where_and_the_nearest(write, text
 def test_a_missing_recipe_names_the_nearest_file(write):
     path = write("")
     with pytest.raises(UserError, match=r'no such recipe; did you mean "r\.toml"'):
-        load(path.with_name("rr.toml"))
+        load_recipe(path.with_name("rr.toml"))
 
 
 def test_the_run_folder_follows_the_recipes_name_and_towers_find_sibling_runs(write):
     path = write('[model.video]\ninit_from = "video"\n', "fuse.toml")
-    assert load(path).out == "runs/fuse"
-    assert load(path, ["--out", "a/b/fuse"]).model.video.init_from == str(Path("a/b/video"))
+    assert load_recipe(path).out == "runs/fuse"
+    assert load_recipe(path, ["--out", "a/b/fuse"]).model.video.init_from == str(Path("a/b/video"))
 
 
 def test_show_marks_what_differs_from_the_defaults(write):
-    text = show(load(write('[optim]\nlr = 0.25\n[model.fusion]\nkind = "score"\nweight = 0.25\n')))
+    text = show_recipe(load_recipe(write('[optim]\nlr = 0.25\n[model.fusion]\nkind = "score"\nweight = 0.25\n')))
     lines = text.splitlines()
     assert any(line.startswith("lr = 0.25  # default: ") for line in lines)
     assert any(line.startswith("weight = 0.25  # default: 0.5") for line in lines)
     assert "batch = 64" in lines
     path = write(text, "shown.toml")
-    assert load(path).model.fusion == Score(weight=0.25)
+    assert load_recipe(path).model.fusion == Score(weight=0.25)
 
 
 def test_differences_ignore_what_may_change():
     old, new = (
-        load(None),
-        load(None, ["--loading.workers", "3", "--optim.lr", "1", "--out", "x", "--decode.kind", "pyav"]),
+        load_recipe(None),
+        load_recipe(None, ["--loading.workers", "3", "--optim.lr", "1", "--out", "x", "--decode.kind", "pyav"]),
     )
     assert list(differences(old, new)) == ["optim.lr"]
     plateau = ["--optim.schedule.kind", "plateau"]
     other = [*plateau, "--train.eval_every", "2"]
-    assert list(differences(load(None, plateau), load(None, other))) == ["train.eval_every"]
+    assert list(differences(load_recipe(None, plateau), load_recipe(None, other))) == ["train.eval_every"]
     for key in CHANGEABLE:
         table = to_table(old)
         for name in key.split("."):
@@ -174,6 +175,6 @@ def test_the_verb_prints_the_resolved_recipe(write, capsys):
 
 def test_a_key_without_its_table_is_known_by_its_last_word():
     with pytest.raises(UserError, match=r'--manifest: unknown key "manifest"; did you mean "data.manifest"\?'):
-        load(None, ["--manifest", "x"])
+        load_recipe(None, ["--manifest", "x"])
     with pytest.raises(UserError, match=r'unknown key "lr"; did you mean "optim.lr"\?'):
-        load(None, ["--lr", "1"])
+        load_recipe(None, ["--lr", "1"])

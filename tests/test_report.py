@@ -15,9 +15,10 @@ from fastav.__main__ import main
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
-from fastav.recipe import schema as recipes
-from fastav.task.classification import MultiLabel, SingleLabel, write_predictions
-from fastav.task.metrics import Evaluation, Predictions
+from fastav.recipe.parse import load_recipe, to_toml
+from fastav.task.classification import MultiLabel, SingleLabel
+from fastav.task.metrics import Evaluation
+from fastav.task.predictions import Predictions, write_predictions
 from fastav.training.run_folder import RunFolder
 
 EVIL = ["<script>alert(1)</script>", 'a" onload="x', "$x^2$ & co", "鳥 <b>", "plain"]
@@ -58,8 +59,8 @@ def fake_run(
     """A run folder as training leaves it."""
     run = RunFolder(folder)
     task = task or SingleLabel()
-    settings = recipes.load(None, ["--data.manifest", manifest, "--model.fusion.kind", kind, "--out", str(folder)])
-    run.recipe.write_text(recipes.to_toml(msgspec.structs.replace(settings, task=task)))
+    settings = load_recipe(None, ["--data.manifest", manifest, "--model.fusion.kind", kind, "--out", str(folder)])
+    run.recipe.write_text(to_toml(msgspec.structs.replace(settings, task=task)))
     rng = np.random.default_rng(0)
     evaluation = task.evaluate(predictions, "test", resamples=100)
     for step in range(1, steps + 1):

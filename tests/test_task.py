@@ -9,8 +9,8 @@ import torch
 from torch.nn import functional
 
 from fastav.core.errors import UserError
-from fastav.task.classification import MultiLabel, SingleLabel, Task, read_predictions, write_predictions
-from fastav.task.metrics import Predictions
+from fastav.task.classification import MultiLabel, SingleLabel, Task
+from fastav.task.predictions import Predictions, read_predictions, write_predictions
 
 
 def batch(num_rows: int = 6, num_classes: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from fastav.__main__ import main as fastav
 from fastav.core.errors import FastavError, Stopped, TooManyBroken, UserError
 from fastav.model.av_model import AVModel
-from fastav.recipe import schema as recipes
-from fastav.task.classification import read_predictions
+from fastav.recipe.parse import load_recipe, to_toml
+from fastav.task.predictions import read_predictions
 from fastav.train import Trainer, train
 from fastav.training.checkpoint import Checkpoints
 
 
 def run(words: list[str]):
-    return train(recipes.load(None, words))
+    return train(load_recipe(None, words))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -77,7 +77,7 @@ def test_a_run_leaves_a_whole_folder(whole):
     assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, 13))
     assert all(row["clips_per_s"] > 0 and 0 <= row["stall_pct"] <= 100 for row in rows(out) if "loss" in row)
     assert Checkpoints(out / "checkpoints").steps() == [9, 12]
-    resolved = recipes.load(out / "recipe.toml")
+    resolved = load_recipe(out / "recipe.toml")
     assert resolved.frontend.mean is not None
     assert resolved.frontend.std is not None
     predictions = read_predictions(out / "predictions.parquet")
@@ -109,7 +109,7 @@ def test_resume_from_any_checkpoint_ends_with_the_same_bits(whole, tmp_path):
     class Halt(Exception):
         pass
 
-    trainer = Trainer(recipes.load(None, [*words, "--out", str(halved)]), signals=_NoSignal())
+    trainer = Trainer(load_recipe(None, [*words, "--out", str(halved)]), signals=_NoSignal())
     step = trainer.step
 
     def halting(batches):
@@ -238,7 +238,7 @@ def losses_so_far(folder: Path) -> int:
 
 def _as_recipe(words: list[str], folder: Path) -> list[str]:
     path = folder / "recipe.toml"
-    path.write_text(recipes.to_toml(recipes.load(None, words)))
+    path.write_text(to_toml(load_recipe(None, words)))
     return [str(path)]
 
 
@@ -250,7 +250,7 @@ def test_two_processes_train_as_one(tiny, tmp_path):
         run(tiny(kind, tmp_path / "one" / kind, *quick))
         words = tiny(kind, tmp_path / "two" / kind, *quick, "--train.num_processes", "2")
         paths.append(tmp_path / f"{kind}.toml")
-        paths[-1].write_text(recipes.to_toml(recipes.load(None, words)))
+        paths[-1].write_text(to_toml(load_recipe(None, words)))
     torchrun = Path(sys.executable).parent / "torchrun"
     command = [str(torchrun), "--standalone", "--nproc-per-node", "2", "-m", "fastav.train", *map(str, paths)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -270,7 +270,7 @@ def test_two_processes_train_as_one(tiny, tmp_path):
 
 def test_too_many_broken_clips_end_the_run_with_exit_3(tiny, tmp_path, made, capsys):
     path = tmp_path / "r.toml"
-    path.write_text(recipes.to_toml(recipes.load(None, tiny("video", tmp_path / "run", "--train.epochs", "4"))))
+    path.write_text(to_toml(load_recipe(None, tiny("video", tmp_path / "run", "--train.epochs", "4"))))
     from fastav.data.manifest import Manifest, write_manifest
 
     manifest = Manifest.open(made)
@@ -333,7 +333,7 @@ def test_two_processes_that_never_met_are_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "-1")
     from fastav.training.ranks import Ranks
 
-    recipe = recipes.load(None, tiny("video", tmp_path / "run"))
+    recipe = load_recipe(None, tiny("video", tmp_path / "run"))
     with pytest.raises(UserError, match="each would train alone"):
         Ranks(recipe.train)._check(recipe.train)
 

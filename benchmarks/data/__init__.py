@@ -34,9 +34,9 @@ from benchmarks.data.loading import loading_turns, sweep_turns
 from benchmarks.data.peers import SIZE, Dump, Ours, Peer, peers_of, processes
 from benchmarks.timing import Interval, Turn, interleave, median, per_cpu_second, per_second, ratio
 from fastav.core.cli import Parser
+from fastav.core.machine import num_cores
 from fastav.data.clip import Clip, ClipPlan
 from fastav.data.plan import random_crops, segment_frames
-from fastav.training.throughput import num_cores
 
 FRAMES = 8
 _LONGER = 4

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from fastav.data.clip import Clip, ClipPlan
+from fastav.media.crop import crop_box, resize_crop
 from fastav.media.decoder import Read
 from fastav.media.pyav import PyAV
 from fastav.media.shards import Reading, Shards
-from fastav.model.transforms import crop_box, resize_crop
 
 SIZE = 224
 

@@ -24,8 +24,8 @@ from benchmarks.kernels.cases import Case
 from benchmarks.kernels.ceilings import timed
 from benchmarks.result import machine
 from benchmarks.timing import interleave, median, paired_ratio, per_second
+from fastav.core.machine import num_cores
 from fastav.core.process_pool import each
-from fastav.training.throughput import num_cores
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Frames, Segments, launch
 from fastav_kernels.bottleneck_attention.gate import faults, usage_of
 from fastav_kernels.bottleneck_attention.launch import chip_of

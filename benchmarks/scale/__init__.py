@@ -36,7 +36,7 @@ from benchmarks.timing import Interval, grouped_ratio, median, short
 from benchmarks.train import prepared, split_keys
 from fastav.core.cli import Parser
 from fastav.core.errors import FastavError, UserError
-from fastav.recipe import schema as recipes
+from fastav.recipe.parse import load_recipe
 
 KINDS = ("weak", "strong")
 _PATIENCE_S = 3600  # of one start
@@ -127,7 +127,7 @@ def launch(args: argparse.Namespace, folder: Path, console: Console) -> list[Pat
     if 1 not in counts:
         raise UserError(f"--ranks {args.ranks}: expected 1 among them, which efficiency is against")
     path, words = prepared(args.recipe, args.overrides, args.footage, folder)
-    batch = recipes.load(path, words).train.batch
+    batch = load_recipe(path, words).train.batch
     if any(batch % count for count in (*counts, 2)):
         raise UserError(f"train.batch = {batch}: --ranks {args.ranks} cannot all share it, or it cannot be halved")
     files = []

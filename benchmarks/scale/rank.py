@@ -28,10 +28,10 @@ from benchmarks.train.bench import Bench
 from fastav.core.atomic_files import write_text
 from fastav.core.cli import Parser
 from fastav.core.errors import FastavError, UserError
-from fastav.recipe import schema as recipes
+from fastav.core.machine import num_cores
+from fastav.recipe.parse import load_recipe
 from fastav.recipe.schema import Recipe
 from fastav.training.ranks import leave
-from fastav.training.throughput import num_cores
 
 SIZES_MB = (0.004, 0.25, 1.0, 4.0)
 """Of the all-reduces that tell bandwidth from latency, beside one of the whole gradient."""
@@ -46,7 +46,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the JSON")
     own, overrides = split_keys(words)
     args = parser.parse_args(own)
-    recipe = recipes.load(args.recipe, [*overrides, "--data.test", "", "--train.eval_every", "0"])
+    recipe = load_recipe(args.recipe, [*overrides, "--data.test", "", "--train.eval_every", "0"])
     with tempfile.TemporaryDirectory() as scratch:
         found = measure(recipe, args.folder or Path(scratch), args.steps, args.turns)
     if os.environ.get("RANK", "0") == "0":

@@ -37,7 +37,7 @@ from benchmarks.train.bench import APART, MODES, Bench
 from benchmarks.train.bound import Parts, bound
 from fastav.core.cli import Parser, split_overrides
 from fastav.core.errors import UserError
-from fastav.recipe import schema as recipes
+from fastav.recipe.parse import load_recipe, to_table
 from fastav.recipe.schema import Recipe
 from fastav.training.ranks import leave
 
@@ -117,7 +117,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def without_places(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe without where its files lie on this machine."""
     data = msgspec.structs.replace(recipe.data, manifest=Path(recipe.data.manifest).name, shards="", aliases="")
-    return recipes.to_table(msgspec.structs.replace(recipe, data=data, out=""))
+    return to_table(msgspec.structs.replace(recipe, data=data, out=""))
 
 
 def prepared(
@@ -130,7 +130,7 @@ def prepared(
     """
     default = _ROOT / ("benchmarks/recipe_vit_b.toml" if torch.cuda.is_available() else "launch/recipes/small.toml")
     path, words = recipe or default, [*overrides, "--data.test", "", "--train.eval_every", "0"]
-    if not recipes.load(path, words).data.manifest:
+    if not load_recipe(path, words).data.manifest:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError(f"{path}: data.manifest is not set; several ranks cannot all make clips")
         media = make(folder / "media", footage)
@@ -149,7 +149,7 @@ def variants(args: argparse.Namespace, folder: Path) -> dict[str, Recipe]:
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     found = {}
     for number, (name, chosen) in enumerate(_choices(args.vary)):
-        recipe = recipes.load(path, [*words, *chosen])
+        recipe = load_recipe(path, [*words, *chosen])
         run = f"run_{number}_{os.getpid()}" if alone else f"run_{number}"  # the same folder for all ranks
         found[name] = msgspec.structs.replace(recipe, out=str(folder / run))
     return found

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from fastav.core.atomic_files import write_text
 from fastav.core.errors import MediaError, UserError
+from fastav.core.machine import num_cores
 from fastav.data.clip import Clip, PlanBatch
 from fastav.data.manifest import Manifest
 from fastav.diagnostics.machine import Disk, Fact, disk, gpus, host, packages
@@ -31,9 +32,9 @@ from fastav.media.dali.decoder import Dali, missing, takes
 from fastav.media.decoder_choice import Census, choose, sampled
 from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.model.av_model import AVModel
-from fastav.recipe.schema import Recipe, load
+from fastav.recipe.parse import load_recipe
+from fastav.recipe.schema import Recipe
 from fastav.training.inputs import Source, decoder_read, make_plan, modalities
-from fastav.training.throughput import num_cores
 
 _PLANNED = 64  # clips that a single stage is measured on
 _SECONDS = 4.0  # of each measurement
@@ -80,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     _show_facts(console, facts)
     found: dict[str, object] = {"facts": [asdict(fact) for fact in facts]}
     if manifest is not None:
-        found |= _examine(console, manifest, load(args.recipe, []), args.recipe is not None, args.seconds)
+        found |= _examine(console, manifest, load_recipe(args.recipe, []), args.recipe is not None, args.seconds)
     if args.json is not None:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
     bad = [fact for fact in facts if fact.verdict == "bad"]

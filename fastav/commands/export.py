@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
+from fastav.core.console import Console
 from fastav.core.errors import UserError
 from fastav.data.manifest import Manifest
 from fastav.model.av_model import AVModel
-from fastav.recipe import schema as recipes
+from fastav.recipe.parse import parse_recipe, renewed
 from fastav.training.checkpoint import Checkpoint, Checkpoints
 from fastav.training.run_folder import RunFolder
-from fastav.training.throughput import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +62,7 @@ def load(found: Checkpoint, *, averaged: bool = True) -> AVModel:
     Raises:
         UserError: A checkpoint of format 1 names no classes, and its manifest is not there.
     """
-    recipe = recipes.parse(recipes.renewed(found.state["recipe"]), {}, str(found.path))
+    recipe = parse_recipe(renewed(found.state["recipe"]), {}, str(found.path))
     classes = found.state.get("classes") or Manifest.open(recipe.data.manifest).classes
     model = AVModel.empty(recipe.model, classes, recipe.sampling, recipe.frontend)
     state = model.state_dict()

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from fastav.core.errors import UserError
-from fastav.recipe import schema as recipe
 from fastav.recipe.explain import explain
+from fastav.recipe.parse import load_recipe, show_recipe
 
 OVERRIDES = True
 
@@ -34,5 +34,5 @@ def main(args: argparse.Namespace) -> int:
         return 0
     if len(args.words) > 1:
         raise UserError(f"recipe show: {len(args.words)} files given, one expected")
-    sys.stdout.write(recipe.show(recipe.load(args.words[0] if args.words else None, args.overrides)))
+    sys.stdout.write(show_recipe(load_recipe(args.words[0] if args.words else None, args.overrides)))
     return 0

@@ -1,4 +1,4 @@
-"""The words that cross module borders: Clip (a manifest row), ClipPlan (what to read of it), Sample, Batch.
+"""The words that cross module borders: Clip (a manifest row) and ClipPlan (what to read of it).
 
 Shape letters, used as suffixes in tensor code (`frames_BTCHW`):
 
@@ -10,14 +10,11 @@ Shape letters, used as suffixes in tensor code (`frames_BTCHW`):
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,69 +176,3 @@ class PlanBatch:
 
     def __iter__(self) -> Iterator[ClipPlan]:
         return (self[i] for i in range(len(self)))
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One decoded clip under one plan, on the CPU.
-
-    Attributes:
-        frames_TCHW: uint8, cropped, resized, flipped; None where the clip has no video or none was asked for.
-        mel_WCML: float32 log-mel in dB, neither masked nor normalised; None where there is no audio or none asked for.
-    """
-
-    frames_TCHW: Tensor | None
-    mel_WCML: Tensor | None
-
-
-@dataclass(slots=True)
-class Batch:
-    """B clips as tensors; what is absent of a clip is filled and marked in `has_video_B` / `has_audio_B`.
-
-    Attributes:
-        frames_BTCHW: uint8; None in a run without video.
-        mel_BWCML: float32 log-mel in dB; None in a run without audio.
-        window_BW: bool, which windows are real; None without audio.
-        targets_BK: float32 one-hot or multi-hot, before label smoothing and mixup.
-        weight_B: float32 loss weight: 0 for placeholders and padding.
-        has_video_B: bool.
-        has_audio_B: bool.
-        flip_B: bool, already applied; kept for reports.
-        band_B2: int64 first masked mel band and count.
-        mix_B: float32 mixup weight of the clip itself; 1 for none, also where the partner is a placeholder.
-        partner_B: int64 row of the mixup partner.
-        ids: Clip ids, of the planned clip also where a placeholder stands in.
-        row_B: int64 manifest rows.
-        sample: Global number of the first sample.
-        num_broken: Clips of this batch that could not be read.
-        num_unique: Distinct decoded clips (less than B with `repeat`).
-    """
-
-    frames_BTCHW: Tensor | None
-    mel_BWCML: Tensor | None
-    window_BW: Tensor | None
-    targets_BK: Tensor
-    weight_B: Tensor
-    has_video_B: Tensor
-    has_audio_B: Tensor
-    flip_B: Tensor
-    band_B2: Tensor
-    mix_B: Tensor
-    partner_B: Tensor
-    row_B: Tensor
-    ids: list[str] = field(default_factory=list)
-    sample: int = 0
-    num_broken: int = 0
-    num_unique: int = 0
-
-    def __len__(self) -> int:
-        return len(self.weight_B)
-
-    def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with every tensor on `device` (asynchronously from pinned memory)."""
-        moved: dict[str, Any] = {}
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, Tensor):
-                moved[f.name] = value.to(device, non_blocking=True)
-        return replace(self, **moved)

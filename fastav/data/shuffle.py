@@ -1,9 +1,9 @@
 """In which order the clips of a data set are visited: pure functions of the position, for any number of clips.
 
 `global` is a keyed bijection over all clips (`fastav.data.rng.permute`). `blocked` keeps neighbours near each other,
-for shards that are far away: blocks of neighbouring clips are shuffled, and within windows of a few blocks the clips are.
-A reader then touches no more than a window's worth of shards at a time, and what it fetched coarsely is used up before
-it is dropped. Each epoch cuts the blocks elsewhere, so that clips meet other neighbours.
+for shards that are far away: blocks of neighbouring clips are shuffled, and within windows of a few blocks the clips
+are. A reader then touches no more than a window's worth of shards at a time, and what it fetched coarsely is used up
+before it is dropped. Each epoch cuts the blocks elsewhere, so that clips meet other neighbours.
 """
 
 from __future__ import annotations

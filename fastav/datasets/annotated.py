@@ -33,8 +33,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets import Listing
 from fastav.datasets.folder import AUDIO_SUFFIXES, VIDEO_SUFFIXES, HoldOut
+from fastav.datasets.listing import Listing
 from fastav.datasets.tables import parse_table
 
 METRIC = "none published: top-1 accuracy with one label a clip, mAP with several"

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets import Listing, youtube
+from fastav.datasets import youtube
+from fastav.datasets.listing import Listing
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import Row
 

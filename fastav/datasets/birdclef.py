@@ -17,7 +17,7 @@ from pathlib import Path
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets import Listing
+from fastav.datasets.listing import Listing
 from fastav.datasets.tables import MediaFolders, Rows, at_line, class_order, coordinates, find_file, number, read_table
 
 METRIC = (

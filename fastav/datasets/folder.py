@@ -23,7 +23,7 @@ from typing import Any, Literal
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets import Listing
+from fastav.datasets.listing import Listing
 
 VIDEO_SUFFIXES = frozenset((
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".wmv", ".asf", ".flv",

@@ -18,7 +18,7 @@ from typing import Any
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets import Listing
+from fastav.datasets.listing import Listing
 from fastav.datasets.tables import MediaFolders, Rows, class_order, coordinates, find_file
 
 METRIC = (

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
-from fastav.datasets import Listing
+from fastav.datasets.listing import Listing
 from fastav.datasets.tables import MediaFolders, Rows, class_order, find_file, read_table
 
 METRIC = "one label a clip: top-1 accuracy on the test split (of the videos: 1,938 clips)"

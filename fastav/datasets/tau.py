@@ -16,8 +16,8 @@ from pathlib import Path, PurePosixPath
 
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
-from fastav.datasets import Listing
 from fastav.datasets.folder import cut
+from fastav.datasets.listing import Listing
 from fastav.datasets.tables import MediaFolders, Rows, class_order, find_file, read_table
 
 METRIC = (

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastav.core.errors import UserError, did_you_mean
-from fastav.datasets import Listing, youtube
+from fastav.datasets import youtube
+from fastav.datasets.listing import Listing
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import Row
 

@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 
+from fastav.core.machine import num_cores
 from fastav.media.dali.decoder import NVDEC_ENGINES
-from fastav.training.throughput import num_cores
 
 Verdict = Literal["good", "note", "bad"]
 

@@ -1,15 +1,9 @@
-"""Preflight: a short product, copy and all-reduce on every rank; a slow or broken one is named before hours are lost.
-
-fastav preflight                             this machine's first device
-torchrun ... -m fastav.diagnostics.rank_check             the ranks that it starts; accelerate launch does as well
-"""
+"""Measures every rank's device and the network between the ranks, and finds the slow and the broken ones."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import faulthandler
-import json
 import os
 import re
 import signal
@@ -18,99 +12,27 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from fastav.core.atomic_files import write_text
-from fastav.core.cli import run as run_verb
-from fastav.core.errors import FastavError, UserError, listed
+from fastav.core.errors import FastavError, listed
 from fastav.diagnostics import device_tests as gauges
-from fastav.diagnostics.rank_verdicts import MEASURES, Fault, Measured, Place, judge, summary, table
+from fastav.diagnostics.rank_verdicts import MEASURES, Fault, Measured, Place
 from fastav.distributed.host_group import Crew, reason_of
-from fastav.optim.loss_guard import Guarding
-from fastav.recipe.schema import Training
-from fastav.training.ranks import Ranks, leave
-from fastav.training.run_folder import RunFolder
-from fastav.training.throughput import Console
 
-SECONDS, PATIENCE_S = 0.1, Guarding().preflight_patience_s
-_SHOWN = 8
+SECONDS = 0.1
+"""Duration of each measurement."""
+
+SHOWN = 8
+"""Ranks or faults that one message names."""
+
 _GRACE_S = 10  # for a process to end by itself after one of its threads was left hanging
 
 Rates = dict[str, float]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of each measurement ({SECONDS:g})")
-    parser.add_argument("--slow", type=float, default=Guarding().slow_device,
-                        help="a rank is slow with less than this share of the median (%(default)s)")  # fmt: skip
-    parser.add_argument("--patience", type=float, default=PATIENCE_S,
-                        help="seconds within which a measurement must end (%(default)s)")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write everything to this file")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Measures, prints a line for each rank and each fault; 1 where a rank is broken, or slow other than on a CPU."""
-    for name in ("seconds", "patience"):
-        if not getattr(args, name) > 0:
-            raise UserError(f"--{name} {getattr(args, name):g}: more than 0 expected")
-    if not 0 <= args.slow <= 1:
-        raise UserError(f"--slow {args.slow:g}: a share from 0 to 1 expected")
-    # A launcher's config that names a precision is as good as any: nothing is trained.
-    bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
-    try:
-        ranks = Ranks(Training(precision="bf16" if bf16 else "fp32"))
-        found = Preflight(ranks.crew, ranks.device, args.seconds, args.patience).run()
-        faults, console = judge(found, args.slow), Console(sys.stdout, quiet=not ranks.main)
-        for one in found:
-            console.log(one.tell())
-        for fault in faults:
-            console.log(f"slow: {fault.text}" if fault.kind == "slow" else fault.text)
-        console.log(summary(found, faults, args.slow))
-        if args.json and ranks.main:
-            write_text(args.json, json.dumps(table(found, faults), indent=1))
-    finally:
-        with contextlib.suppress(RuntimeError):  # of a broken device, which has been told
-            leave()
-    return int(bool(_serious(faults, found)))
-
-
-def before_training(ranks: Ranks, guarding: Guarding, run: RunFolder, console: Console, step: int = 0) -> None:
-    """Measures at the start of a run, where the recipe says so; every rank must call it.
-
-    Args:
-        ranks: The processes.
-        guarding: Says whether, and what becomes of slow ranks.
-        run: Where figures (`logs/preflight.json`) and incidents go.
-        console: Of the main rank.
-        step: At which the run goes on.
-
-    Raises:
-        FastavError: A rank is broken or does not answer, or is slow and the recipe ends the run there.
-    """
-    if guarding.preflight == "never" or (guarding.preflight == "auto" and ranks.world == 1):
-        return
-    preflight = Preflight(ranks.crew, ranks.device, SECONDS, guarding.preflight_patience_s)
-    if guarding.preflight == "auto" and len(preflight.nodes) == 1:
-        return
-    found = preflight.run()
-    faults = judge(found, guarding.slow_device)
-    if ranks.main:
-        write_text(run.logs / "preflight.json", json.dumps(table(found, faults), indent=1))
-    console.log(summary(found, faults, guarding.slow_device))
-    for fault in faults:
-        told = {"ranks": fault.ranks, "hosts": fault.hosts, "measure": fault.measure, "rate": fault.rate}
-        run.append_incident({"step": step, "kind": "preflight", "fault": fault.kind, **told, "share": fault.share})
-        console.log(f"preflight: {fault.text}")
-    ending = [one for one in _serious(faults, found) if one.kind == "broken" or guarding.on_slow_device == "stop"]
-    if ending:
-        raise FastavError(f"preflight: {listed([fault.text for fault in ending], _SHOWN)}")
-
-
-def _serious(faults: Sequence[Fault], found: Sequence[Measured]) -> list[Fault]:
+def serious_faults(faults: Sequence[Fault], found: Sequence[Measured]) -> list[Fault]:
     """Faults but those of CPUs that are only slow: what they do depends on who else runs there."""
     cpus = {one.place.rank for one in found if one.place.device == "cpu"}
     return [fault for fault in faults if fault.kind == "broken" or not cpus.issuperset(fault.ranks)]
@@ -153,7 +75,7 @@ class Preflight:
         """
         without = [one for one in self.places if one.device == "cpu"]
         if 0 < len(without) < len(self.places):
-            told = listed([one.tell() for one in without], _SHOWN)
+            told = listed([one.tell() for one in without], SHOWN)
             raise FastavError(f"preflight: no GPU can be used by {told}; the other ranks have one")
 
     def run(self) -> list[Measured]:
@@ -239,7 +161,7 @@ class Preflight:
             missing = re.search(r"Ranks? ([\d, ]+?) (?:failed to pass|timed out in) monitoredBarrier", str(error))
             if self._crew.rank == 0 and missing:
                 who = [self.places[int(rank)].tell() for rank in missing[1].split(",")]
-                told = f"{listed(who, _SHOWN)} did not answer within {wait_s:g} s"
+                told = f"{listed(who, SHOWN)} did not answer within {wait_s:g} s"
             else:
                 told = f"not all ranks answered within {wait_s:g} s, rank 0 names them: {reason_of(error)[:200]}"
             raise FastavError(f"preflight: {what}: {told}") from None
@@ -305,7 +227,3 @@ def _node(environment: Mapping[str, str]) -> str:
     if "SLURM_NODEID" in environment and environment.get("SLURM_PROCID") == environment.get("RANK"):
         return environment["SLURM_NODEID"]
     return socket.gethostname()
-
-
-if __name__ == "__main__":
-    sys.exit(run_verb("preflight", "fastav.diagnostics.rank_check", sys.argv[1:]))

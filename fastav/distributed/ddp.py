@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastav.core.errors import UserError
 from fastav.distributed.strategy import MakeOptimizer, Name
-from fastav.optim.optimizer import optimizer_tensors, restore_optimizer
+from fastav.optim.optimizer_state import optimizer_tensors, restore_optimizer
 
 
 class Single:

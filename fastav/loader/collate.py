@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastav.core.errors import MediaError, TooManyBroken
-from fastav.data.clip import Batch, Clip, ClipPlan, PlanBatch, Sample
-from fastav.media.decoder import BatchDecoder, Reader
+from fastav.data.clip import Clip, ClipPlan, PlanBatch
+from fastav.loader.batch import Batch
+from fastav.media.decoder import BatchDecoder, Reader, Sample
 
 if TYPE_CHECKING:
     from fastav.data.plan import Plan

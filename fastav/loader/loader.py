@@ -44,13 +44,14 @@ from typing import TYPE_CHECKING, Literal
 
 from fastav.core.config import Config, Fraction, NonNegativeInt, PositiveFloat, PositiveInt
 from fastav.core.errors import MediaError, TooManyBroken
-from fastav.data.clip import Batch, Clip
+from fastav.core.machine import cores_each
+from fastav.data.clip import Clip
+from fastav.loader.batch import Batch
 from fastav.loader.collate import Assembler, Request
 from fastav.loader.processes import Processes
 from fastav.loader.threads import StageStats, Stream
 from fastav.media.decoder import BatchDecoder, Reader
 from fastav.media.shards import Reading
-from fastav.training.throughput import cores_each
 
 if TYPE_CHECKING:
     from fastav.data.plan import Plan

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from fastav.core.errors import FastavError, MediaError, UserError
 from fastav.core.process_pool import server, start_worker
-from fastav.data.clip import Clip, ClipPlan, Sample
-from fastav.media.decoder import Reader
+from fastav.data.clip import Clip, ClipPlan
+from fastav.media.decoder import Reader, Sample
 
 _LEFT_TO_THE_PARENT = (signal.SIGTERM, signal.SIGUSR1)  # sent to all processes of a job, whose steps want to end well
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fastav.data.clip import Batch, Clip
+from fastav.data.clip import Clip
+from fastav.loader.batch import Batch
 from fastav.loader.collate import Assembler, Job, Request, Task
 
 _JOIN_S = 5.0

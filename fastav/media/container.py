@@ -7,8 +7,7 @@ and its frames are counted from the start (`fastav.media.packets` has the reason
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,8 +19,8 @@ from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.audio import EXACT_SEEK, PREROLL_S, Sound
 from fastav.media.decoder import Modality, Unproven
+from fastav.media.open import blame, explain, first_stream, open_media
 from fastav.media.packets import Reel, count_frames, seek_reel
-from fastav.media.probe import explain, first_stream, open_media
 
 _SEEK_FROM_S = 2.0
 """Spans that start later than this are sought: about where decoding up to them costs more than the seek."""
@@ -147,17 +146,6 @@ class _MediaReader:
                     if frame.is_corrupt:
                         raise MediaError(path, f"frame {number} is damaged", "video")
                     watcher.see(number - first, frame)
-
-
-@contextmanager
-def blame(path: Path | str, stage: str) -> Iterator[None]:
-    """Turns what FFmpeg and the system raise into an error that names file and stage."""
-    try:
-        yield
-    except MediaError:
-        raise
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, explain(error, Path(path)), stage) from error
 
 
 def _leave_out(container: Any, wanted: Iterable[Any]) -> None:

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
-from fastav.data.clip import Clip, ClipPlan, Sample
+from fastav.data.clip import Clip, ClipPlan
 from fastav.media.shards import Reading
 from fastav.media.spectrogram import Frontend
 
@@ -105,3 +106,16 @@ class BatchDecoder(Protocol):
     def close(self) -> None:
         """Frees the device's decoders."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One decoded clip under one plan, on the CPU.
+
+    Attributes:
+        frames_TCHW: uint8, cropped, resized, flipped; None where the clip has no video or none was asked for.
+        mel_WCML: float32 log-mel in dB, neither masked nor normalised; None where there is no audio or none asked for.
+    """
+
+    frames_TCHW: Tensor | None
+    mel_WCML: Tensor | None

@@ -20,7 +20,7 @@ from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.audio import mix_down, resample
 from fastav.media.container import Watcher
-from fastav.media.probe import load_mel
+from fastav.media.open import load_mel
 from fastav.media.shards import FLAC_BLOCK, SplicedFrames, SplicedSound
 
 _STREAMINFO = slice(8, 42)  # after `fLaC` and the header of the first metadata block

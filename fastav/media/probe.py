@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import av
 import av.container
@@ -29,12 +29,11 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastav.core.errors import MediaError
+from fastav.media.open import TIME_TOLERANCE_S, explain, first_stream, frame_times_s, open_media, open_mel
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MEL_SUFFIXES = frozenset({".npy"})
 
-TIME_TOLERANCE_S = 1e-6
-"""Two times nearer than this are the same: far below any frame, far above the rounding of float64 seconds."""
 
 GAP_TOLERANCE_S = 0.05
 LONGEST_GAP_S = 10.0
@@ -198,82 +197,10 @@ def probe_mel(path: Path) -> MediaInfo:
     return MediaInfo(has_audio=True, channels=channels, mel_bands=bands, num_mel_frames=length)
 
 
-def open_mel(path: Path) -> NDArray[np.float32]:
-    """Maps a stored spectrogram [1, M, L] into memory, unread.
-
-    Raises:
-        MediaError: As `probe_mel`.
-    """
-    return load_mel(path, path, mmap_mode="r")
-
-
-def load_mel(file: Any, path: Path | str, mmap_mode: Literal["r"] | None = None) -> NDArray[np.float32]:
-    """Loads a spectrogram, float32 [1, M, L], from a path or an open file; `path` is what errors name.
-
-    Raises:
-        MediaError: It cannot be read, or is something else.
-    """
-    try:
-        mel_CML: Any = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
-    except OSError as error:
-        raise MediaError(path, explain(error, Path(path)), "mel") from error
-    except Exception as error:  # the header is Python source: tokenizer, parser and allocator have errors of their own
-        raise MediaError(path, f"not a whole .npy array ({error})", "mel") from error
-    fits = isinstance(mel_CML, np.ndarray) and mel_CML.ndim == 3 and mel_CML.shape[0] == 1 and mel_CML.size
-    if not fits or mel_CML.dtype != np.float32:
-        kind = f"{mel_CML.dtype} {list(mel_CML.shape)}" if isinstance(mel_CML, np.ndarray) else "an archive"
-        raise MediaError(path, f"holds {kind}, expected a .npy of float32 [1, bands, frames]", "mel")
-    return mel_CML
-
-
-def open_media(path: Path) -> Any:
-    """Opens a container for reading; local files only, whatever a playlist in disguise may name.
-
-    Raises:
-        MediaError: It cannot be opened.
-    """
-    try:
-        # Absolute, or FFmpeg takes a name such as `12:30.mp4` for an address.
-        name = str(path.absolute())
-        return av.open(name, metadata_errors="ignore", options={"protocol_whitelist": "file"})
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, explain(error, path), "open") from error
-
-
-def first_stream(container: Any, kind: str, path: Path) -> Any:
-    """Returns the first stream of a kind ("video" or "audio") that is not cover art, or None.
-
-    Raises:
-        MediaError: There is one, but nothing says how it is coded.
-    """
-    for stream in getattr(container.streams, kind):
-        if kind == "video" and stream.disposition & av.stream.Disposition.attached_pic:
-            continue
-        if stream.codec_context is None:
-            raise MediaError(path, f"nothing says how its {kind} stream is coded, or no decoder for it", kind)
-        return stream
-    return None
-
-
 def upright_rotation(frame: av.VideoFrame) -> int:
     """Degrees by which a frame is to be turned clockwise: its display matrix, to the nearest quarter turn."""
     # PyAV gives the counter-clockwise angle by which the matrix turns the picture.
     return round(-frame.rotation / 90) % 4 * 90
-
-
-def explain(error: BaseException, path: Path) -> str:
-    """Says in a person's words what an error of FFmpeg or the operating system means for a file."""
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, IsADirectoryError):
-        return "is a folder, expected a file"
-    if isinstance(error, PermissionError):
-        return "no permission to read it"
-    if path.is_file() and path.stat().st_size == 0:
-        return "an empty file"
-    if isinstance(error, av.error.InvalidDataError | av.error.EOFError):
-        return "damaged, cut off or not media (FFmpeg: invalid data)"
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class SampleClock:
@@ -426,11 +353,6 @@ class _AudioTally:
             audio_codec=self.stream.codec_context.codec.canonical_name,
             duration_s=info.duration_s if info.has_video else seconds,
         )
-
-
-def frame_times_s(pts: NDArray[np.int64], start_pts: int, time_base: Fraction) -> NDArray[np.float64]:
-    """Turns timestamps into seconds from the first presented frame, always by the same rounding."""
-    return (pts - start_pts) * time_base.numerator / time_base.denominator
 
 
 def _decode_all(path: Path, container: Any, tallies: dict[int, _VideoTally | _AudioTally]) -> float:

@@ -31,12 +31,12 @@ from torchvision.io import ImageReadMode, decode_image
 
 from fastav.core.config import Kind, PositiveInt
 from fastav.core.errors import MediaError
-from fastav.data.clip import Clip, ClipPlan, Sample
-from fastav.media.container import blame, read_media
+from fastav.data.clip import Clip, ClipPlan
+from fastav.media.container import read_media
 from fastav.media.crop import Cropper, cuttable
-from fastav.media.decoder import Read, needed_samples
+from fastav.media.decoder import Read, Sample, needed_samples
+from fastav.media.open import blame, explain, open_mel
 from fastav.media.packed_clip import KeptDecoders, decode_mel, wave_of
-from fastav.media.probe import explain, open_mel
 from fastav.media.shards import Shards, Traffic
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")

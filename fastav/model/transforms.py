@@ -1,77 +1,13 @@
-"""What happens to tensors on their way to a tower: crop and resize after decode, and the device functions.
+"""The model's first operations on frames and spectrograms: normalise, mask, mix.
 
-`resize_crop` runs once per decoded clip, on the CPU, for every decoder, so that decoders differ only in
-decoding. The rest are pure tensor functions without data-dependent Python: they are the first operation of
-the model, on the device, inside the compiled graph and inside what is exported.
+Pure tensor functions without data-dependent Python: they run on the device, inside the compiled graph and inside what
+is exported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
-
-
-def crop_box(crop: Sequence[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """Rounds a planned crop to whole chroma samples of 4:2:0 inside the frame: to pairs of pixels.
-
-    So that planes can be cropped as they were decoded; every decoder cuts the same box, whatever its picture's format.
-
-    Args:
-        crop: x, y, width, height in upright pixels.
-        height: Of the upright frame.
-        width: Of the upright frame.
-
-    Returns:
-        left, top, right, bottom; right and bottom exclusive.
-    """
-    x, y, w, h = crop
-    left, right = _pairs(x, x + w, width)
-    top, bottom = _pairs(y, y + h, height)
-    return left, top, right, bottom
-
-
-def _pairs(begin: float, end: float, size: int) -> tuple[int, int]:
-    """The span in whole pairs of pixels; it may end with a single one where the picture does."""
-    first = min(max(2 * round(begin / 2), 0), max((size - 1) // 2 * 2, 0))
-    last = size if end > size - 1 else 2 * round(end / 2)
-    return first, min(max(last, first + 2), size)
-
-
-def resize_crop(frames_THWC: Tensor | NDArray[np.uint8], crop: Sequence[float], flip: bool, size: int) -> Tensor:
-    """Crops, resizes (bilinear, antialiased) and mirrors the frames of a clip.
-
-    torch's uint8 kernel reads the decoder's interleaved pixels in place: about 4 ms for eight crops of 400 x
-    300 to 224 x 224 on one core (AVX2), the same as torchvision, which calls it, against 39 ms in float. It
-    rounds its weights to 16 bits, which moves a value by at most 1.
-
-    Args:
-        frames_THWC: uint8, upright.
-        crop: x, y, width, height in pixels of the frames; rounded by `crop_box`.
-        flip: Mirror left to right after the crop.
-        size: Height and width of the result.
-
-    Returns:
-        uint8 [T, 3, size, size], contiguous.
-    """
-    if not isinstance(frames_THWC, Tensor):
-        frames_THWC = torch.from_numpy(np.ascontiguousarray(frames_THWC))
-    out_TCHW = torch.empty(len(frames_THWC), 3, size, size, dtype=torch.uint8)
-    resize_crop_into(out_TCHW, frames_THWC, crop, flip)
-    return out_TCHW
-
-
-def resize_crop_into(out_TCHW: Tensor, frames_THWC: Tensor, crop: Sequence[float], flip: bool) -> None:
-    """Does what `resize_crop` does, to the size of `out_TCHW` and straight into it."""
-    _, height, width, _ = frames_THWC.shape
-    left, top, right, bottom = crop_box(crop, height, width)
-    view_TCHW = frames_THWC[:, top:bottom, left:right].permute(0, 3, 1, 2)
-    made_TCHW = functional.interpolate(view_TCHW, size=out_TCHW.shape[2:], mode="bilinear", antialias=True)
-    out_TCHW.copy_(made_TCHW.flip(-1) if flip else made_TCHW)
 
 
 def normalise_frames(frames: Tensor, mean_C: Tensor, std_C: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

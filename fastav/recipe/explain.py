@@ -12,7 +12,8 @@ import docstring_parser
 from msgspec import inspect
 
 from fastav.core.errors import UserError, did_you_mean
-from fastav.recipe import schema as recipe
+from fastav.recipe.parse import structs_of, to_table
+from fastav.recipe.schema import Recipe
 
 _WORDS: dict[type, str] = {inspect.IntType: "whole number", inspect.FloatType: "number", inspect.StrType: "text"}
 _BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
@@ -45,7 +46,7 @@ class Key:
 
 def keys() -> list[Key]:
     """All keys of a recipe, of every kind, in the order in which the structs have them."""
-    return list(_below(inspect.type_info(recipe.Recipe), "", recipe.Recipe()))
+    return list(_below(inspect.type_info(Recipe), "", Recipe()))
 
 
 def explain(asked: Sequence[str]) -> str:
@@ -71,9 +72,9 @@ def explain(asked: Sequence[str]) -> str:
 
 def _below(node: Any, place: str, default: Any) -> Iterator[Key]:
     """Yields the keys of a struct, or of each of the kinds of a union."""
-    structs = recipe.structs_of(node)
+    structs = structs_of(node)
     if structs[0].tag_field:
-        chosen = _toml(recipe.to_table(default)["kind"])
+        chosen = _toml(to_table(default)["kind"])
         yield Key(f"{place}kind", "", _one_of(s.tag for s in structs), chosen, _kinds(structs))
     for struct in structs:
         kind = str(struct.tag) if struct.tag_field else ""
@@ -81,7 +82,7 @@ def _below(node: Any, place: str, default: Any) -> Iterator[Key]:
         meanings = _meanings(struct.cls)
         for field in struct.fields:
             name, value = place + field.name, getattr(config, field.name)
-            if recipe.structs_of(field.type):
+            if structs_of(field.type):
                 yield from _below(field.type, f"{name}.", value)
             else:
                 yield Key(name, kind, _values(field.type), _toml(value), meanings[field.name])
@@ -114,9 +115,7 @@ def _values(node: Any) -> str:
         return f"[{', '.join(map(_values, node.item_types))}]"
     if isinstance(node, inspect.VarTupleType):
         inner = node.item_type
-        tables = [
-            f"tables of {', '.join(field.name for field in struct.fields)}" for struct in recipe.structs_of(inner)
-        ]
+        tables = [f"tables of {', '.join(field.name for field in struct.fields)}" for struct in structs_of(inner)]
         return f"list of {tables[0]}" if tables else f"list, each {_values(inner)}"
     if isinstance(node, inspect.DictType):
         return "table of free keys"

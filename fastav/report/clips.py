@@ -16,7 +16,7 @@ from fastav.media.decoder import Modality, Read
 from fastav.media.pyav import PyAV
 from fastav.recipe.schema import Recipe
 from fastav.report.plots import frame_uri, spectrogram_uri
-from fastav.task.metrics import Predictions
+from fastav.task.predictions import Predictions
 
 FRAMES = 4
 IMAGE_SIZE = 128

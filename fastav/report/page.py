@@ -1,14 +1,8 @@
-"""`fastav report RUN_OR_FOLDER`: one self-contained report.html a run, and a comparison of several runs.
-
-A folder of runs (or several runs) also gets a `results.json` and a table on the terminal: each model's score with its
-95 % interval, and what fusion gains over the best single modality on the same clips.
-"""
+"""The pages of a report: one of a run, and one that compares several runs."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -18,12 +12,9 @@ from typing import Any
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from rich.console import Console as Screen
-from rich.text import Text
 
-from fastav.core.atomic_files import write_text
 from fastav.core.errors import FastavError
-from fastav.recipe import schema as recipe
+from fastav.recipe.parse import load_recipe
 from fastav.report import plots as figures
 from fastav.report.clips import Example, Pictures, best_and_worst, pictures
 from fastav.report.plots import Bar, Estimate, Line
@@ -32,14 +23,10 @@ from fastav.report.runs import (
     SINGLE,
     Compared,
     Run,
-    compare,
     comparison_row,
-    find_runs,
     metric_text,
     number,
     read_text,
-    results,
-    terminal_table,
     value_of,
 )
 from fastav.task.metrics import ClassScore, Evaluation
@@ -51,30 +38,6 @@ SPEEDS = {
 }  # fmt: skip
 BOUND_BY_LOADER_PCT = 10.0
 BARS_A_FIGURE = 32
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
-    parser.add_argument("paths", nargs="+", metavar="RUN_OR_FOLDER", help="run folder, or folder of runs")
-    parser.add_argument("--out", metavar="FOLDER", help="where the comparison of several runs goes")
-    parser.add_argument("--clips", type=int, default=4, metavar="N", help="best and worst clips shown (0: none)")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Writes the reports and prints the table."""
-    screen, notes = Screen(), Screen(stderr=True)
-    runs, home = find_runs([Path(path) for path in args.paths], Path(args.out) if args.out else None)
-    for run in runs:
-        target = run.path / "report.html"
-        write_text(target, run_page(run, max(args.clips, 0)))
-        notes.print(Text(f"written: {target}"))
-    if len(runs) > 1:
-        compared = compare(runs)
-        write_text(home / "report.html", comparison_page(home, runs, compared))
-        write_text(home / "results.json", json.dumps(results(home, runs, compared), indent=1))
-        screen.print(terminal_table(home, runs, compared))
-        notes.print(Text(f"written: {home / 'report.html'}, {home / 'results.json'}"))
-    return 0
 
 
 def run_page(run: Run, num_clips: int) -> str:
@@ -253,7 +216,7 @@ def _examples(run: Run, count: int) -> tuple[list[Example], list[Example], dict[
         return [], [], {}, ""
     best, worst = best_and_worst(run.predictions, count)
     try:
-        settings = recipe.load(run.path / "recipe.toml")
+        settings = load_recipe(run.path / "recipe.toml")
     except FastavError as error:
         return best, worst, {}, f"no pictures: {error}"
     shown, note = pictures(settings, run.path, run.evaluation.split, [one.id for one in [*best, *worst]])

@@ -23,8 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fastav.core.errors import UserError, did_you_mean
-from fastav.task.classification import read_predictions
-from fastav.task.metrics import Evaluation, Predictions, bootstrap_gain, join
+from fastav.task.metrics import Evaluation, bootstrap_gain
+from fastav.task.predictions import Predictions, join, read_predictions
 from fastav.training.run_folder import RunFolder
 
 MARKS = ("recipe.toml", "metrics.json", "metrics.jsonl", "status.json")

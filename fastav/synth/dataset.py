@@ -13,11 +13,9 @@ The same seed and library versions give the same bytes.
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import json
 import multiprocessing
-import re
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -31,6 +29,7 @@ from rich.markup import escape
 from fastav.core.atomic_files import write_text
 from fastav.core.config import Config, NonNegativeInt, PositiveInt
 from fastav.core.errors import FastavError, UserError
+from fastav.core.machine import num_cores
 from fastav.core.progress import progress
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest, Problem
@@ -46,7 +45,6 @@ from fastav.synth.render import (
     leave_interrupts_to_the_parent,
     run_job,
 )
-from fastav.training.throughput import num_cores
 
 FORMAT = 1  # raised whenever the same settings make other clips
 NUM_RECORDERS = {"train": 16, "test": 5}
@@ -337,41 +335,3 @@ def _check(settings: Synth) -> None:
     for side in (settings.width, settings.height):
         if side % 2 or not 48 <= side <= 1024:
             raise UserError(f"--size {settings.width}x{settings.height}: expected even numbers of 48 to 1024")
-
-
-def _size(text: str) -> tuple[int, int]:
-    """Parses `96` or `128x96`."""
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
-    if not match:
-        raise UserError(f'--size "{text}": expected pixels such as 96, or 128x96 (width x height)')
-    return int(match[1]), int(match[2] or match[1])
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
-    default = Synth()
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write into")
-    parser.add_argument("--task", choices=("pairs", "modular"), default=default.task)
-    parser.add_argument("--train", type=int, default=default.train, help=f"training clips ({default.train})")
-    parser.add_argument("--test", type=int, default=default.test, help=f"test clips ({default.test})")
-    parser.add_argument("--seed", type=int, default=default.seed, help="another seed, other data (0)")
-    parser.add_argument("--size", default=str(default.width), help="pixels: 96 (the default), or 128x96")
-    parser.add_argument("--workers", type=int, default=0, help="processes (one a core)")
-    parser.add_argument("--force", action="store_true", help="overwrite what is in the folder")
-
-
-def main(args: argparse.Namespace) -> int:
-    """Makes the data set; returns the exit code."""
-    width, height = _size(args.size)
-    if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: expected 0 (one a core) or more")
-    wanted = {"task": args.task, "train": args.train, "test": args.test, "seed": args.seed}
-    try:
-        settings = msgspec.convert(wanted | {"width": width, "height": height}, Synth)
-    except msgspec.ValidationError as error:
-        reason, _, place = str(error).partition(" - at `$.")
-        field = place.rstrip("`")
-        given = f"--{field} {wanted[field]}" if field in wanted else f"--size {args.size}"
-        raise UserError(f"{given}: {reason.lower()}") from None
-    make(args.out, settings, workers=args.workers, force=args.force)
-    return 0

@@ -6,28 +6,20 @@ nominal global batch, which keeps them exact for any number of ranks and accumul
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from msgspec import Meta
 from torch import Tensor
 from torch.nn import functional
 
-from fastav.core.atomic_files import written_beside
 from fastav.core.config import Kind
-from fastav.core.errors import UserError
 from fastav.task.metrics import MAIN, RESAMPLES, TaskName, measure
 from fastav.task.metrics import Evaluation as Evaluation
 from fastav.task.metrics import Metrics as Metrics
-from fastav.task.metrics import Predictions as Predictions
+from fastav.task.predictions import Predictions as Predictions
 
 Smoothing = Annotated[float, Meta(ge=0, lt=1)]
-PREDICTIONS_VERSION = 1
 
 
 class AnyTask(Kind, frozen=True):
@@ -133,64 +125,3 @@ def mix_targets(targets_BK: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
 
 
 Task = SingleLabel | MultiLabel
-
-
-def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    """Writes predictions as Parquet, atomically: one row a clip.
-
-    Columns: `id`, `labels` (list of strings), `predicted` (the most probable class), `probabilities` (list of
-    float, in the order of the `classes` in the schema metadata), `has_video`, `has_audio`.
-    """
-    num_clips, num_classes = predictions.probabilities_NK.shape
-    names = np.array(predictions.classes, dtype=object)
-    flat = pa.array(np.ascontiguousarray(predictions.probabilities_NK).reshape(-1), type=pa.float32())
-    offsets = pa.array(np.arange(num_clips + 1) * num_classes, type=pa.int32())
-    labels = [names[np.flatnonzero(row)].tolist() for row in predictions.targets_NK]
-    predicted = names[predictions.probabilities_NK.argmax(axis=1)].tolist() if num_classes else [""] * num_clips
-    columns = {
-        "id": pa.array(predictions.ids, type=pa.string()),
-        "labels": pa.array(labels, type=pa.list_(pa.string())),
-        "predicted": pa.array(predicted, type=pa.string()),
-        "probabilities": pa.ListArray.from_arrays(offsets, flat),
-        "has_video": pa.array(predictions.has_video_N),
-        "has_audio": pa.array(predictions.has_audio_N),
-    }
-    facts = {
-        "fastav_predictions": str(PREDICTIONS_VERSION),
-        "classes": json.dumps(list(predictions.classes)),
-        "num_broken": str(predictions.num_broken),
-    }
-    table = pa.table(columns).replace_schema_metadata(facts)
-    with written_beside(path) as beside:
-        pq.write_table(table, beside, compression="zstd")
-
-
-def read_predictions(path: str | Path) -> Predictions:
-    """Reads what `write_predictions` wrote, bit for bit.
-
-    Raises:
-        UserError: The file is missing, is no Parquet file, or is not one of predictions.
-    """
-    try:
-        table = pq.read_table(path)
-        facts = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        classes = tuple(json.loads(facts["classes"]))
-        probabilities = table["probabilities"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        probabilities_NK = probabilities.astype(np.float32).reshape(table.num_rows, len(classes))
-        index = {name: k for k, name in enumerate(classes)}
-        targets_NK = np.zeros_like(probabilities_NK)
-        for row, labels in enumerate(table["labels"].to_pylist()):
-            targets_NK[row, [index[label] for label in labels]] = 1
-        return Predictions(
-            ids=table["id"].to_pylist(),
-            classes=classes,
-            probabilities_NK=probabilities_NK,
-            targets_NK=targets_NK,
-            has_video_N=table["has_video"].to_numpy().astype(np.bool_),
-            has_audio_N=table["has_audio"].to_numpy().astype(np.bool_),
-            num_broken=int(facts["num_broken"]),
-        )
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file of predictions") from None
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not a file of predictions: {error}") from None

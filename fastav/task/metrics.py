@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastav.core.errors import FastavError, UserError
+from fastav.task.predictions import Predictions
 
 TaskName = Literal["single_label", "multi_label"]
 Interval = tuple[float, float]
@@ -35,67 +36,6 @@ RANKING: dict[str, tuple[str, ...]] = {
 MAIN: dict[str, str] = {"single_label": "top1_micro_pct", "multi_label": "map_macro_pct"}
 # Resampled counts held at a time: bounds the memory of the bootstrap to tens of MiB.
 _BOOTSTRAP_CELLS = 2_000_000
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Predictions:
-    """What a model said of N clips, one row a clip, ascending by id.
-
-    Attributes:
-        ids: N clip ids, distinct.
-        classes: K class names.
-        probabilities_NK: float32; rows sum to 1 in a single-label task.
-        targets_NK: float32 zeros and ones; a row of zeros is a clip without a label.
-        has_video_N: bool, whether the clip could be seen.
-        has_audio_N: bool, whether the clip could be heard.
-        num_broken: Clips of the split that could not be read and have no row.
-    """
-
-    ids: list[str]
-    classes: tuple[str, ...]
-    probabilities_NK: NDArray[np.float32]
-    targets_NK: NDArray[np.float32]
-    has_video_N: NDArray[np.bool_]
-    has_audio_N: NDArray[np.bool_]
-    num_broken: int = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def join(parts: Sequence[Predictions]) -> tuple[list[str], list[Predictions]]:
-    """Cuts predictions over the same classes down to the clips that all of them have, in the same order.
-
-    Returns:
-        The common ids, ascending, and the parts cut to them.
-
-    Raises:
-        UserError: The parts have different classes, or no clip in common.
-    """
-    first = parts[0]
-    for part in parts[1:]:
-        if part.classes != first.classes:
-            missing = sorted(set(first.classes) ^ set(part.classes))
-            what = f"only one of them has {', '.join(missing[:5])}" if missing else "their order differs"
-            raise UserError(f"predictions of different classes cannot be joined: {what}")
-    common = sorted(set(first.ids).intersection(*(part.ids for part in parts[1:])))
-    if not common:
-        raise UserError(f"predictions to be joined have no clip in common (such as {', '.join(first.ids[:3])})")
-    return common, [_cut(part, common) for part in parts]
-
-
-def _cut(part: Predictions, ids: list[str]) -> Predictions:
-    where = {clip_id: row for row, clip_id in enumerate(part.ids)}
-    rows = np.array([where[clip_id] for clip_id in ids])
-    return Predictions(
-        ids=ids,
-        classes=part.classes,
-        probabilities_NK=part.probabilities_NK[rows],
-        targets_NK=part.targets_NK[rows],
-        has_video_N=part.has_video_N[rows],
-        has_audio_N=part.has_audio_N[rows],
-        num_broken=part.num_broken,
-    )
 
 
 @dataclass(slots=True)

@@ -33,7 +33,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastav.core.atomic_files import sha256, write_text
 from fastav.core.errors import FastavError, UserError
 from fastav.distributed.host_group import Crew
-from fastav.recipe.schema import Recipe, Table, differences, parse, renewed
+from fastav.recipe.parse import Table, differences, parse_recipe, renewed
+from fastav.recipe.schema import Recipe
 
 # It wonders about every single process, which it is told of by `no_dist`.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -202,7 +203,7 @@ def check_resumable(saved: Table, recipe: Recipe, path: Path) -> None:
     Raises:
         UserError: A key outside `recipe.CHANGEABLE` differs; the message names each with both values.
     """
-    found = differences(parse(renewed(saved), {}, str(path)), recipe)
+    found = differences(parse_recipe(renewed(saved), {}, str(path)), recipe)
     if found:
         told = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in found.items())
         raise UserError(f"{path}: cannot resume, the recipe differs in {told}; put it back or choose another --out")

@@ -20,7 +20,8 @@ from fastav.media.decoder_choice import Census, Choice, choose, sampled
 from fastav.media.shards import Shards
 from fastav.media.spectrogram import Frontend
 from fastav.model.weights import model_folder, read_description
-from fastav.recipe.schema import Recipe, to_table
+from fastav.recipe.parse import to_table
+from fastav.recipe.schema import Recipe
 
 MEASURED_CLIPS = 64  # enough for mean and deviation of a spectrogram to a few tenths of a dB
 
@@ -238,3 +239,18 @@ def _usable(manifest: Manifest, recipe: Recipe) -> Manifest:
         wanted = " or ".join(modalities(recipe))
         raise UserError(f"{manifest.path}: no clip of the split has {wanted}")
     return chosen
+
+
+def unmapped(source: Source) -> str:
+    """One line on the classes of the data that the model does not know; empty when it knows them all."""
+    known = set(source.classes)
+    strange = [
+        name
+        for manifest, _ in source.manifests
+        for name in manifest.classes
+        if source.aliases.get(name, name) not in known
+    ]
+    if not strange:
+        return ""
+    named = ", ".join(strange[:10])
+    return f"{len(strange)} classes of the data are unknown to the model, their clips count as unlabelled: {named}"

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
-import signal
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -24,38 +20,7 @@ from fastav.distributed import launcher as strategies
 from fastav.distributed.host_group import Crew
 from fastav.distributed.rank_log import record_flights
 from fastav.recipe.schema import Training
-
-
-@dataclass(frozen=True, slots=True)
-class Shares:
-    """How a global batch falls apart: `batch = world * accumulation * micro_batch`.
-
-    Attributes:
-        batch: Clips per optimizer step over all ranks.
-        micro_batch: Clips per forward pass and rank.
-        accumulation: Forward passes per optimizer step.
-        rank: This process.
-        world: Processes.
-    """
-
-    batch: int
-    micro_batch: int
-    accumulation: int
-    rank: int
-    world: int
-
-    def requests(self, first_step: int, last_step: int) -> Iterator[tuple[str, int, int]]:
-        """Yields the (kind, first sample, count) of every micro-batch of this rank, in order."""
-        for step in range(first_step, last_step):
-            for part in range(self.accumulation):
-                offset = (part * self.world + self.rank) * self.micro_batch
-                yield "train", step * self.batch + offset, self.micro_batch
-
-    def evaluation(self, num_clips: int) -> list[tuple[str, int, int]]:
-        """Returns the requests of this rank that cover `num_clips`; every rank gets equally many, all full."""
-        rounds = -(-num_clips // (self.world * self.micro_batch))
-        starts = ((part * self.world + self.rank) * self.micro_batch for part in range(rounds))
-        return [("evaluate", start, self.micro_batch) for start in starts]
+from fastav.training.batch_split import Shares
 
 
 class Ranks:
@@ -229,26 +194,3 @@ def leave() -> None:
     if PartialState._shared_state:
         PartialState().destroy_process_group()
         PartialState._reset_state()
-
-
-class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 set `name` instead of killing; a second SIGINT kills."""
-
-    def __init__(self) -> None:
-        self.name = ""
-
-    def __enter__(self) -> StopSignals:
-        self._before = {}
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.name and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.name = signal.Signals(number).name
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -12,24 +12,32 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastav.core.atomic_files import sha256, write_text
+from fastav.core.console import Console
 from fastav.core.errors import MediaError, UserError, did_you_mean
+from fastav.core.machine import peak_flops
 from fastav.data.clip import Clip
-from fastav.diagnostics.rank_check import before_training
 from fastav.distributed import launcher as strategies
 from fastav.distributed.rank_log import RankLog
-from fastav.evaluate import unmapped
 from fastav.model.av_model import AVModel
+from fastav.optim.ema import Ema
 from fastav.optim.loss_guard import Guard, Kind
-from fastav.optim.optimizer import Ema
-from fastav.recipe import schema as recipes
+from fastav.recipe.parse import parse_recipe, renewed, to_table, to_toml
 from fastav.recipe.schema import Recipe
 from fastav.task.metrics import RANKING
 from fastav.training.checkpoint import Checkpoint, Checkpoints, check_resumable
 from fastav.training.checkpoint_writer import Saver, Shares
-from fastav.training.inputs import describe_decoder, evaluation_source, measured_frontend, modalities, training_source
+from fastav.training.inputs import (
+    describe_decoder,
+    evaluation_source,
+    measured_frontend,
+    modalities,
+    training_source,
+    unmapped,
+)
+from fastav.training.preflight_gate import before_training
 from fastav.training.ranks import Ranks
 from fastav.training.run_folder import RunFolder
-from fastav.training.throughput import Console, Meter, peak_flops
+from fastav.training.throughput import Meter
 
 
 class Session:
@@ -81,14 +89,14 @@ class Session:
         if found:
             self._restore(found)
         elif self.ranks.main:
-            write_text(self.run.recipe, recipes.to_toml(self.recipe))
+            write_text(self.run.recipe, to_toml(self.recipe))
         self._announce(found)
 
     def _settle(self, recipe: Recipe, found: Checkpoint | None) -> Recipe:
         """The recipe with the spectrogram's statistics: those of the resumed run, or measured."""
         if not found:
             return msgspec.structs.replace(recipe, frontend=measured_frontend(recipe, self.source))
-        saved = recipes.parse(recipes.renewed(found.state["recipe"]), {}, str(self.run.path)).frontend
+        saved = parse_recipe(renewed(found.state["recipe"]), {}, str(self.run.path)).frontend
         given = recipe.frontend
         adopted = {name: getattr(saved, name) for name in ("mean", "std") if getattr(given, name) is None}
         recipe = msgspec.structs.replace(recipe, frontend=msgspec.structs.replace(given, **adopted))
@@ -103,7 +111,7 @@ class Session:
         """Refuses ranks that see different run folders, recipes or data: they would train apart or hang."""
         own = {
             "newest checkpoint": found.step if found else None,
-            "recipe": recipes.to_toml(msgspec.structs.replace(self.recipe, out="")),
+            "recipe": to_toml(msgspec.structs.replace(self.recipe, out="")),
             "manifests": self.data_digest,
         }
         for rank, other in enumerate(self.ranks.gather(own)):
@@ -181,7 +189,7 @@ class Session:
         decoder, attention = describe_decoder(recipe, self.source), self._attention
         log(f"{self.run.path}: {self.ranks.describe()}; decoder {decoder}; attention {attention}")
         at = f", resumed after step {self.step} ({found.path.name})" if found else ""
-        kind = recipes.to_table(recipe.model.fusion)["kind"]
+        kind = to_table(recipe.model.fusion)["kind"]
         log(
             f"{self.source.num_clips} clips, {len(self.source.classes)} classes, {'+'.join(modalities(recipe))}, "
             f"model {kind}, {self.total_steps} steps of {recipe.train.batch}{at}"
@@ -235,7 +243,7 @@ class Session:
         for kind, named in kinds.items():
             tensors |= shares.own((f"{kind}/{name}", tensor) for name, tensor in named)
         state = {
-            "recipe": recipes.to_table(self.recipe), "data": self.data_digest, "optimizer": meta,
+            "recipe": to_table(self.recipe), "data": self.data_digest, "optimizer": meta,
             "schedule": self.schedule.state_dict(), "guard": self.guard.state_dict(), "best": dict(self.best),
             "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
             "classes": list(self.source.classes), "world": self.ranks.world, "strategy": self.strategy.name,

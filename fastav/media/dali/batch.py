@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastav.core.errors import MediaError
-from fastav.data.clip import Clip, ClipPlan, Sample
+from fastav.data.clip import Clip, ClipPlan
 from fastav.media.dali.graph import Film, Results, Wave
-from fastav.media.decoder import Read
+from fastav.media.decoder import Read, Sample
 
 log = logging.getLogger(__name__)
 

@@ -61,19 +61,19 @@ from PIL import Image
 from fastav.core.config import Fraction as Share
 from fastav.core.config import Kind, NonNegativeInt, PositiveInt
 from fastav.core.errors import FastavError, MediaError, UserError
+from fastav.core.machine import num_cores
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media import mp4
-from fastav.media.container import blame, read_media
+from fastav.media.container import read_media
+from fastav.media.crop import crop_box
 from fastav.media.dali.audio import SoundCut, shortened, wav_of
 from fastav.media.dali.batch import Batch, Decoded, Prepared
 from fastav.media.dali.graph import Engine, Film, FilmGraph, Graph, Place, Results, Wave, WaveGraph
 from fastav.media.decoder import Read
+from fastav.media.open import TIME_TOLERANCE_S, blame, first_stream, frame_times_s, open_media
 from fastav.media.packed_clip import wave_of
-from fastav.media.probe import TIME_TOLERANCE_S, first_stream, frame_times_s, open_media
 from fastav.media.pyav import PyAV
 from fastav.media.shards import Packed, Shards, SplicedFrames, SplicedSound
-from fastav.model.transforms import crop_box
-from fastav.training.throughput import num_cores
 
 Device = Literal["auto", "gpu", "cpu"]
 
