@@ -37,7 +37,7 @@ from fastav.data.clip import Clip, ClipPlan
 from fastav.data.manifest import Manifest, write_manifest
 from fastav.data.plan import Plan, Sampling
 from fastav.loader.loader import Loader, Loading
-from fastav.media.decoder import Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.probe import probe
 from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import Frontend
@@ -112,7 +112,7 @@ def make_plan(manifest: Manifest) -> Plan:
 
 
 def make_decoder() -> Any:
-    return PyAV().build(Read(image_size=SAMPLING.image_size, frontend=Frontend(), window=SAMPLING.window))
+    return PyAV().build(DecodeSpec(image_size=SAMPLING.image_size, frontend=Frontend(), window=SAMPLING.window))
 
 
 class Side(ABC):
@@ -134,7 +134,7 @@ class Side(ABC):
         """Ends the workers."""
 
 
-class Threads(Side):
+class ThreadSide(Side):
     """The loader as it is."""
 
     def __init__(self, manifest: Manifest, batch: int, workers: int) -> None:
@@ -166,7 +166,7 @@ class Threads(Side):
         self._loader.close()
 
 
-class Processes(Side):
+class ProcessSide(Side):
     """A pool of processes that write into batches in shared memory."""
 
     def __init__(self, manifest: Manifest, batch: int, workers: int) -> None:
@@ -308,8 +308,8 @@ def main(words: Sequence[str]) -> int:
     sys.setswitchinterval(args.switch_ms / 1e3)
     manifest = make_clips(args.manifest, args.make) if args.make else Manifest.open(args.manifest)
     makers: dict[str, Callable[[], Side]] = {
-        "threads": lambda: Threads(manifest, args.batch, args.workers),
-        "processes": lambda: Processes(manifest, args.batch, args.workers),
+        "threads": lambda: ThreadSide(manifest, args.batch, args.workers),
+        "processes": lambda: ProcessSide(manifest, args.batch, args.workers),
     }
     made_by: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(args.starts):

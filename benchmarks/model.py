@@ -33,7 +33,7 @@ from fastav.core.machine import peak_flops
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import AVModel, Inputs, Model
 from fastav.model.fusion import Bottleneck
-from fastav.model.tower import Tower
+from fastav.model.tower import TowerConfig
 
 PASSES = ("forward", "forward and backward", "step")
 _PLOTTED = {f"{what}: clips_per_s": f"{what}, clips per second" for what in PASSES}
@@ -83,7 +83,7 @@ def main(words: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = results.new("model", list(words or []), {"frames": [args.frames], "pass": list(PASSES)})
     inputs = Inputs() if device == "cuda" else Inputs(frames=2, image_size=32, num_mels=16, window=24)
-    tower = Tower() if device == "cuda" else Tower(name="vit_tiny_patch16_224", args=_TINY)
+    tower = TowerConfig() if device == "cuda" else TowerConfig(name="vit_tiny_patch16_224", args=_TINY)
     batch = _batch(inputs, args.batch if device == "cuda" else 2, device)
     variants = [
         one for one in _variants(args.frames, tower, inputs, device) if args.only in one.name or one.name == _BASELINE
@@ -110,7 +110,7 @@ def _batch(inputs: Inputs, clips: int, device: str) -> tuple[Tensor, Tensor]:
     return frames.to(device), mel.to(device)
 
 
-def _variants(frames: Any, tower: Tower, inputs: Inputs, device: str) -> list[Variant]:
+def _variants(frames: Any, tower: TowerConfig, inputs: Inputs, device: str) -> list[Variant]:
     """All of them, with the same parameters."""
 
     def make(attention: str) -> AVModel:

@@ -31,9 +31,9 @@ from fastav.core.errors import FastavError
 from fastav.data.plan import Plan, Sampling, segment_frames
 from fastav.loader.loader import Loader, Loading
 from fastav.media import mp4
-from fastav.media.dali.decoder import Dali, missing
-from fastav.media.dali.graph import Engine, Film, FilmGraph, Place
-from fastav.media.decoder import Read
+from fastav.media.dali.decoder import Dali, missing_requirement
+from fastav.media.dali.graph import Engine, PipelinePlace, VideoGraph, VideoSample
+from fastav.media.decoder import DecodeSpec
 from fastav.media.shards.format import UnitKind
 from fastav.media.shards.splice import needed_units
 from fastav.media.spectrogram import Frontend
@@ -46,7 +46,7 @@ _PLOTTED = {
 _ALIKE = 3.0  # levels by which the mean of two decoders may differ
 
 
-class Stream:
+class EncodedStream:
     """One clip's access units."""
 
     def __init__(self, codec: str, units: list[bytes], gop: int, size: tuple[int, int]) -> None:
@@ -54,7 +54,7 @@ class Stream:
         kinds = [UnitKind.FRAME if i % gop else UnitKind.KEYFRAME for i in range(len(units))]
         self.kinds: NDArray[np.int64] = np.array(kinds, np.int64)
 
-    def film(self, numbers: NDArray[np.int32], spliced: bool) -> Film:
+    def film(self, numbers: NDArray[np.int32], spliced: bool) -> VideoSample:
         """The planned frames as DALI gets them: of the whole file, or of the groups that are needed."""
         chosen = needed_units(self.kinds, numbers.tolist()) if spliced else np.arange(len(self.units))
         units = [self.units[i] for i in chosen.tolist()]
@@ -63,7 +63,7 @@ class Stream:
         shown = np.searchsorted(chosen, numbers).astype(np.int32)
         data = mp4.wrap(self.codec, units, keys, width, height)
         places = np.arange(len(numbers), dtype=np.int32)
-        return Film(data, shown, places, ((0, 0, width, height),), (False,), 3 * width * height)
+        return VideoSample(data, shown, places, ((0, 0, width, height),), (False,), 3 * width * height)
 
     def truth(self, numbers: NDArray[np.int32]) -> NDArray[np.float64]:
         """The same frames by PyAV, resized, [T, 3, SIDE, SIDE]."""
@@ -75,7 +75,7 @@ class Stream:
         return np.stack(made).transpose(0, 3, 1, 2).astype(np.float64)
 
 
-def encode(pictures: Sequence[NDArray[np.uint8]], size: tuple[int, int], gop: int, codec: str) -> Stream:
+def encode(pictures: Sequence[NDArray[np.uint8]], size: tuple[int, int], gop: int, codec: str) -> EncodedStream:
     """Codes planar 4:2:0 pictures as packs are coded, in groups of any length."""
     context: Any = av.CodecContext.create("libx264" if codec == "h264" else codec, "w")
     context.width, context.height = size
@@ -91,7 +91,7 @@ def encode(pictures: Sequence[NDArray[np.uint8]], size: tuple[int, int], gop: in
         frame = av.VideoFrame.from_ndarray(picture, "yuv420p").reformat(*size, format=context.pix_fmt)
         frame.pts = i
         units += [bytes(packet) for packet in context.encode(frame)]
-    return Stream(codec, units + [bytes(packet) for packet in context.encode(None)], gop, size)
+    return EncodedStream(codec, units + [bytes(packet) for packet in context.encode(None)], gop, size)
 
 
 def main(words: Sequence[str]) -> int:
@@ -103,7 +103,7 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/")
     args = parser.parse_args(words)
     console = open_console()
-    lack = missing("gpu")
+    lack = missing_requirement("gpu")
     if lack:
         _check_on_cpu(console)
         console.print(f"checked on the CPU with MJPEG; nothing is timed: {lack}", highlight=False, soft_wrap=True)
@@ -117,7 +117,7 @@ def main(words: Sequence[str]) -> int:
         for gop in GOPS:
             stream = encode(pictures, size, gop, "h264")
             for spliced in (False, True):
-                _check(stream, spliced, Place(torch.cuda.current_device(), 4))
+                _check(stream, spliced, PipelinePlace(torch.cuda.current_device(), 4))
                 for threads in args.threads:
                     row = _time(stream, spliced, threads, args.seconds)
                     name = f"{size[0]}x{size[1]}, GOP {gop}, {'spliced' if spliced else 'whole'}, {threads} threads"
@@ -135,18 +135,18 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0f}"
 
 
-def _plans(stream: Stream, count: int, seed: int = 0) -> list[NDArray[np.int32]]:
+def _plans(stream: EncodedStream, count: int, seed: int = 0) -> list[NDArray[np.int32]]:
     u = np.random.default_rng(seed).random((count, FRAMES))
     return list(segment_frames(np.full(count, len(stream.units)), u))
 
 
-def _check(stream: Stream, spliced: bool, place: Place) -> None:
+def _check(stream: EncodedStream, spliced: bool, place: PipelinePlace) -> None:
     """Holds a few clips against PyAV.
 
     Raises:
         FastavError: DALI shows something else, or nothing.
     """
-    engine: Engine[Film] = Engine(FilmGraph(place, SIDE))
+    engine: Engine[VideoSample] = Engine(VideoGraph(place, SIDE))
     plans = _plans(stream, 3)
     engine.start([stream.film(numbers, spliced) for numbers in plans])
     outcome = engine.finish()
@@ -168,13 +168,13 @@ def _check_on_cpu(console: Console) -> None:
     pictures = scene(None, 30, (448, 256))
     stream = encode(pictures, (448, 256), 1, "mjpeg")
     for spliced in (False, True):
-        _check(stream, spliced, Place(None, 2))
+        _check(stream, spliced, PipelinePlace(None, 2))
     console.print("MJPEG, whole and spliced: the graph shows what PyAV shows", highlight=False)
 
 
-def _time(stream: Stream, spliced: bool, threads: int, seconds: float) -> dict[str, Any]:
+def _time(stream: EncodedStream, spliced: bool, threads: int, seconds: float) -> dict[str, Any]:
     """Clips/s of one setting, after a warm-up of two batches."""
-    engine: Engine[Film] = Engine(FilmGraph(Place(torch.cuda.current_device(), threads), SIDE))
+    engine: Engine[VideoSample] = Engine(VideoGraph(PipelinePlace(torch.cuda.current_device(), threads), SIDE))
     films = [stream.film(numbers, spliced) for numbers in _plans(stream, 4 * BATCH, seed=1)]
     decoded = sum(int(film.frames_U[-1]) + 1 for film in films) / len(films)
 
@@ -211,7 +211,7 @@ def _loaders(found: dict[str, Any], console: Console, footage: Path | None, seco
                 plan = Plan(
                     [(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s
                 )
-                decoder = Dali(device="gpu", pipelines=pipelines).build(Read(("video", "audio"), SIDE, frontend))
+                decoder = Dali(device="gpu", pipelines=pipelines).build(DecodeSpec(("video", "audio"), SIDE, frontend))
                 with Loader(
                     plan, decoder, Loading(prefetch=2 + pipelines), modalities=("video", "audio"), classes=("a",),
                     on_broken=lambda clip, error: console.print(f"{clip.id}: {error}"),

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.plot import bars
-from benchmarks.timing import Interval, verdict
+from benchmarks.timing import MedianInterval, verdict
 from fastav.core.atomic_files import write_text
 from fastav.core.errors import UserError
 from fastav.core.machine import num_cores
@@ -101,13 +101,13 @@ def write(
     return path
 
 
-def summarise(result: dict[str, Any], variant: str, metric: str, found: Interval) -> None:
+def summarise(result: dict[str, Any], variant: str, metric: str, found: MedianInterval) -> None:
     """Adds a median and its interval."""
     middle, low, high = found.rounded()
     result["summary"].append({"variant": variant, "metric": metric, "median": middle, "ci95": [low, high]})
 
 
-def judge(result: dict[str, Any], a: str, b: str, metric: str, found: Interval) -> str:
+def judge(result: dict[str, Any], a: str, b: str, metric: str, found: MedianInterval) -> str:
     """Adds the ratio of two variants, `a` over `b`, with its verdict, and returns that."""
     (middle, low, high), word = found.rounded(), verdict(found)
     row = {"a": a, "b": b, "metric": metric, "ratio": middle, "ci95": [low, high], "verdict": word}

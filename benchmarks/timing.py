@@ -37,7 +37,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class MedianInterval:
     """A median and where it lies with 95 %.
 
     Attributes:
@@ -105,28 +105,28 @@ def per_second(turns: Sequence[Turn]) -> NDArray[np.float64]:
     return np.array([turn.clips / max(turn.wall_s, 1e-9) for turn in turns])
 
 
-def median(values: NDArray[np.float64]) -> Interval:
+def median(values: NDArray[np.float64]) -> MedianInterval:
     """Returns the median of some turns and its interval."""
     drawn = _resampled(len(values))
     medians = np.median(values[drawn], axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
-    return Interval(float(np.median(values)), float(low), float(high), len(values))
+    return MedianInterval(float(np.median(values)), float(low), float(high), len(values))
 
 
-def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
+def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> MedianInterval:
     """Returns the ratio of two medians and its interval; round n of one is paired with round n of the other."""
     drawn = _resampled(min(len(one), len(other)))
     ratios = np.median(one[drawn], axis=1) / np.median(other[drawn], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
-    return Interval(float(np.median(one) / np.median(other)), float(low), float(high), min(len(one), len(other)))
+    return MedianInterval(float(np.median(one) / np.median(other)), float(low), float(high), min(len(one), len(other)))
 
 
-def paired_ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> Interval:
+def paired_ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> MedianInterval:
     """Returns the median of the ratios of pairs and its interval: turn n of one was beside turn n of the other."""
     return median(one / other)
 
 
-def grouped_ratio(one: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np.float64]]) -> Interval:
+def grouped_ratio(one: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np.float64]]) -> MedianInterval:
     """Returns the ratio of two medians and its interval, where turns come in groups that differ among themselves.
 
     Groups are drawn first and turns within them (Davison and Hinkley 1997, section 3.8).
@@ -144,10 +144,10 @@ def grouped_ratio(one: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np
     ratios = [draw(one) / draw(other) for _ in range(RESAMPLES // 4)]
     low, high = np.percentile(ratios, [2.5, 97.5])
     middle = float(np.median(np.concatenate(one)) / np.median(np.concatenate(other)))
-    return Interval(middle, float(low), float(high), min(len(one), len(other)))
+    return MedianInterval(middle, float(low), float(high), min(len(one), len(other)))
 
 
-def verdict(found: Interval) -> str:
+def verdict(found: MedianInterval) -> str:
     """Returns `faster`, `slower` or `no difference`, from the interval of a ratio alone.
 
     Of fewer than seven turns the interval of a median is too narrow to go by: then it is `too few turns`.

@@ -16,7 +16,7 @@ import numpy as np
 
 from fastav.data.clip import ClipPlan
 from fastav.data.manifest import Manifest
-from fastav.media.decoder import Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import Frontend
 
@@ -27,7 +27,7 @@ QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 
 def draw_classes(manifest: Manifest, out: Path) -> None:
     """One clip of each class: two frames above its spectrogram."""
-    decoder = PyAV().build(Read(image_size=96, frontend=Frontend(), window=400))
+    decoder = PyAV().build(DecodeSpec(image_size=96, frontend=Frontend(), window=400))
     clips = {clip.labels[0]: clip for clip in reversed(manifest.clips(range(len(manifest)))) if clip.has_audio}
     names = sorted(clips)
     figure, axes = plt.subplots(2, len(names), figsize=(12, 3.1), gridspec_kw={"height_ratios": [1, 1.1]})

@@ -15,15 +15,15 @@ from fastav.model.av_model import AVModel
 from fastav.recipe.schema import Recipe
 from fastav.task.metrics import Evaluation, Metrics
 from fastav.task.predictions import Predictions
-from fastav.training.batch_split import Shares
-from fastav.training.inputs import Source, choose_pin_memory, make_loader
+from fastav.training.batch_split import BatchSplit
+from fastav.training.inputs import SplitSource, choose_pin_memory, make_loader
 from fastav.training.ranks import Ranks
 
 
 def evaluate(
     model: AVModel,
     recipe: Recipe,
-    source: Source,
+    source: SplitSource,
     ranks: Ranks,
     console: Console,
     *,
@@ -43,7 +43,7 @@ def evaluate(
         console: For the progress line.
         split: Name to file the figures under.
         on_broken: Called for every clip that cannot be read.
-        stopping: Whether a signal asks this rank to stop.
+        stopping: Whether a signal need_bottleneck this rank to stop.
 
     Returns:
         Figures and predictions, the same on every rank.
@@ -82,7 +82,7 @@ def evaluate(
     return recipe.task.evaluate(predictions, split, seed=recipe.train.seed), predictions
 
 
-def _present(source: Source, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def _present(source: SplitSource, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """What the clips of an evaluation batch have, also where the model does not look at it."""
     manifest, _ = source.manifests[0]
     has = manifest.columns(batch.row_B.numpy(), ["has_video", "has_audio"])
@@ -95,10 +95,10 @@ def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(batch.frames_BTCHW, batch.mel_BWCML, batch.window_BW, batch.has_video_B, batch.has_audio_B, *mixing)
 
 
-def evaluation_shares(recipe: Recipe, ranks: Ranks) -> Shares:
+def evaluation_shares(recipe: Recipe, ranks: Ranks) -> BatchSplit:
     """Batches of evaluation: a rank's micro-batch, whatever mixup and repeats ask of training."""
     micro = recipe.train.micro_batch or max(recipe.train.batch // ranks.world, 1)
-    return Shares(micro * ranks.world, micro, 1, ranks.rank, ranks.world)
+    return BatchSplit(micro * ranks.world, micro, 1, ranks.rank, ranks.world)
 
 
 def summary(evaluation: Evaluation) -> str:

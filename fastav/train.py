@@ -25,10 +25,10 @@ from fastav.recipe.schema import Recipe
 from fastav.task.metrics import Evaluation
 from fastav.task.predictions import write_predictions
 from fastav.training.inputs import choose_pin_memory, evaluation_source, make_loader
-from fastav.training.ranks import leave
+from fastav.training.ranks import shutdown
 from fastav.training.run_folder import RunFolder
 from fastav.training.signals import StopSignals
-from fastav.training.state import Session
+from fastav.training.state import TrainState
 from fastav.training.throughput import tracker_values
 
 OVERRIDES = True
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> int:
             for recipe in read:
                 train(recipe, signals)
     finally:
-        leave()
+        shutdown()
     return 0
 
 
@@ -76,7 +76,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> Evaluation | No
     try:
         trainer = Trainer(recipe, signals or StopSignals())
     except FastavError as error:
-        note_failed_start(recipe, error)
+        record_failed_start(recipe, error)
         raise
     try:
         trainer.fit()
@@ -85,11 +85,11 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> Evaluation | No
         trainer.note_failure(error)
         raise
     finally:
-        trainer.session.ranks.end()
+        trainer.state.ranks.end()
 
 
 class Trainer:
-    """The loop over one session.
+    """The loop over one state.
 
     Args:
         recipe: The resolved recipe.
@@ -98,186 +98,184 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, signals: StopSignals) -> None:
         self.signals, self.started = signals, time.perf_counter()
-        self.session = Session(recipe)
-        if self.session.ranks.total([float(bool(signals.name))])[0]:
+        self.state = TrainState(recipe)
+        if self.state.ranks.total([float(bool(signals.name))])[0]:
             raise Stopped(f"{recipe.out}: stopped by a signal before the first step; the same command starts it")
-        self._own_s, self._watched = 0.0, self.session.step
-        self._save_every = recipe.saving.every or self.session.steps_per_epoch
-        self._evaluate_every = round(recipe.train.eval_every * self.session.steps_per_epoch)
+        self._own_s, self._watched = 0.0, self.state.step
+        self._save_every = recipe.saving.every or self.state.steps_per_epoch
+        self._evaluate_every = round(recipe.train.eval_every * self.state.steps_per_epoch)
 
     def fit(self) -> None:
         """Runs the remaining steps, with evaluations and checkpoints in between."""
-        session = self.session
-        if session.step >= session.total_steps:
+        state = self.state
+        if state.step >= state.total_steps:
             return
-        pin_memory = choose_pin_memory(session.ranks.device)
-        loader = make_loader(session.recipe, session.source, session.skip, pin_memory=pin_memory)
-        requests = session.shares.requests(session.step, session.total_steps)
-        session.model.train()
+        pin_memory = choose_pin_memory(state.ranks.device)
+        loader = make_loader(state.recipe, state.source, state.skip, pin_memory=pin_memory)
+        requests = state.shares.requests(state.step, state.total_steps)
+        state.model.train()
         with loader, contextlib.closing(loader.batches(requests)) as batches:
-            session.meter.restart()
-            while session.step < session.total_steps:
+            state.meter.restart()
+            while state.step < state.total_steps:
                 row = self.step(batches)
-                loader.check_broken(session.broken, session.seen)
-                last = session.step == session.total_steps
-                if session.step % session.recipe.log.every == 0 or last:
+                loader.check_broken(state.broken, state.seen)
+                last = state.step == state.total_steps
+                if state.step % state.recipe.log.every == 0 or last:
                     self._report(row, last=last)
-                due = bool(self._evaluate_every) and session.step % self._evaluate_every == 0 and not last
+                due = bool(self._evaluate_every) and state.step % self._evaluate_every == 0 and not last
                 better = due and self._evaluate_between()
-                if session.step % self._save_every == 0 or better or last or row["stop"]:
-                    session.save()
-                    session.meter.restart()
+                if state.step % self._save_every == 0 or better or last or row["stop"]:
+                    state.save()
+                    state.meter.restart()
                 if row["stop"] or last:
-                    session.saver.wait()
+                    state.checkpoint_writer.wait()
                 if row["stop"] and not last:
                     reason = f"stopped by {self.signals.name or 'a signal to another rank'}"
-                    raise Stopped(f"{reason} after step {session.step}/{session.total_steps}; the same command resumes")
+                    raise Stopped(f"{reason} after step {state.step}/{state.total_steps}; the same command resumes")
 
     def step(self, batches: Iterator[Batch]) -> dict[str, Any]:
         """One optimizer step; returns its loss, learning rate, gradient norm and whether to stop."""
-        session, recipe = self.session, self.session.recipe
-        session.ranks.seed(recipe.train.seed, session.step)
-        lr = session.schedule.set_step(session.step)
+        state, recipe = self.state, self.state.recipe
+        state.ranks.seed(recipe.train.seed, state.step)
+        lr = state.schedule.set_step(state.step)
         sums, waited, ids = self._accumulate(batches)
         # One small reduction carries the loss, the counts and the wish to stop, so that no rank leaves alone.
-        flags = [float(bool(self.signals.name)), float(session.saver.failed)]
-        loss, broken, seen, unique, stop, unsaved = session.ranks.total([*sums, *flags])
+        flags = [float(bool(self.signals.name)), float(state.checkpoint_writer.failed)]
+        loss, broken, seen, unique, stop, unsaved = state.ranks.total([*sums, *flags])
         loss /= recipe.train.batch
         if unsaved:
-            session.saver.wait()  # raises, on every rank
-        kind, grad_norm = session.guard.judge(loss), float("nan")
-        if session.guard.takes(kind):
-            grad_norm = session.strategy.step(recipe.optim.clip_norm)
+            state.checkpoint_writer.wait()  # raises, on every rank
+        kind, grad_norm = state.guard.judge(loss), float("nan")
+        if state.guard.takes(kind):
+            grad_norm = state.strategy.step(recipe.optim.clip_norm)
         else:
-            session.strategy.discard()
-        kind, taken = session.guard.note(kind, loss, grad_norm)
+            state.strategy.discard()
+        kind, taken = state.guard.record(kind, loss, grad_norm)
         if kind:
-            session.incident(kind, loss, grad_norm, ids)
-        if taken and session.ema:
-            session.ema.update()
-        session.step += 1
-        session.meter.step(recipe.train.batch, int(unique), waited)
-        session.broken, session.seen = session.broken + int(broken), session.seen + int(seen)
+            state.incident(kind, loss, grad_norm, ids)
+        if taken and state.ema:
+            state.ema.update()
+        state.step += 1
+        state.meter.step(recipe.train.batch, int(unique), waited)
+        state.broken, state.seen = state.broken + int(broken), state.seen + int(seen)
         return {"loss": loss, "lr": lr, "grad_norm": grad_norm, "stop": stop > 0}
 
     def _accumulate(self, batches: Iterator[Batch]) -> tuple[list[float], float, list[str]]:
         """Backward passes of one step; returns (loss, broken, seen, decoded) sums, seconds waited, and clip ids."""
-        session, recipe, world = self.session, self.session.recipe, self.session.ranks.world
+        state, recipe, world = self.state, self.state.recipe, self.state.ranks.world
         sums, waited, ids, begun = [0.0] * 4, 0.0, list[str](), time.perf_counter()
-        for part in range(session.shares.accumulation):
+        for part in range(state.shares.accumulation):
             before = time.perf_counter()
             host = next(batches)
             waited += time.perf_counter() - before
             ids += host.ids
-            batch = host.to(session.ranks.device)
-            with session.strategy.part(last=part == session.shares.accumulation - 1):
-                with session.autocast():
-                    logits_BK = forward(session.strategy.network, batch)
+            batch = host.to(state.ranks.device)
+            with state.strategy.part(last=part == state.shares.accumulation - 1):
+                with state.autocast():
+                    logits_BK = forward(state.strategy.network, batch)
                 loss = recipe.task.loss(logits_BK, batch.targets_BK, batch.weight_B, batch.mix_B, batch.partner_B)
                 self._own_s += time.perf_counter() - begun  # loading and forward pass: nobody waits for others in them
                 # The nominal batch divides, not the weights' sum: exact for any ranks. They average, hence the world.
-                session.strategy.backward(loss * (world / recipe.train.batch))
+                state.strategy.backward(loss * (world / recipe.train.batch))
                 begun = time.perf_counter()
             counts = (loss.item(), host.num_broken, len(host), host.num_unique)
             sums = [total + value for total, value in zip(sums, counts, strict=True)]
         return sums, waited, ids
 
     def _report(self, row: dict[str, Any], *, last: bool) -> None:
-        session = self.session
-        rates = session.meter.rates()
-        session.console.progress(session.meter.line(session.step, row["loss"], rates), last=last)
+        state = self.state
+        rates = state.meter.rates()
+        state.console.progress(state.meter.line(state.step, row["loss"], rates), last=last)
         kept = {key: row[key] for key in ("loss", "lr", "grad_norm")}
         speed = {name: getattr(rates, name) for name in rates.__slots__}
-        counts = {"broken": session.broken, "skipped_steps": session.guard.skipped}
-        self._log({"epoch": session.step / session.steps_per_epoch, **kept, **speed, **counts})
-        if session.step - self._watched >= WATCH_EVERY:
-            session.watch_ranks(self._own_s)
-            self._own_s, self._watched = 0.0, session.step
-        eta_s = session.meter.eta_s(session.step)
-        session.run.write_status("running", step=session.step, total_steps=session.total_steps, eta_s=eta_s)
+        counts = {"broken": state.broken, "skipped_steps": state.guard.skipped}
+        self._log({"epoch": state.step / state.steps_per_epoch, **kept, **speed, **counts})
+        if state.step - self._watched >= WATCH_EVERY:
+            state.watch_ranks(self._own_s)
+            self._own_s, self._watched = 0.0, state.step
+        eta_s = state.meter.eta_s(state.step)
+        state.run.write_status("running", step=state.step, total_steps=state.total_steps, eta_s=eta_s)
 
     def _log(self, values: dict[str, Any]) -> None:
-        session = self.session
-        session.run.append_metrics({"step": session.step, **values, "time": time.time()})
-        if session.ranks.accelerator.log_with:
-            session.ranks.accelerator.log(tracker_values(values), step=session.step)
+        state = self.state
+        state.run.append_metrics({"step": state.step, **values, "time": time.time()})
+        if state.ranks.accelerator.log_with:
+            state.ranks.accelerator.log(tracker_values(values), step=state.step)
 
     def _evaluate_between(self) -> bool:
         """Evaluates during training; returns whether the model is the best so far."""
-        session = self.session
+        state = self.state
         try:
             evaluation = self._evaluate()
         except Stopped:  # the next step sees the signal too, and saves
             return False
-        session.meter.restart()
-        metric = session.recipe.saving.best or session.recipe.task.main
+        state.meter.restart()
+        metric = state.recipe.saving.best or state.recipe.task.main
         if evaluation is None or metric not in evaluation.metrics:
             return False
         value = evaluation.metrics[metric]
-        session.schedule.note_metric(value)
-        if session.best and value <= session.best["value"]:
+        state.schedule.note_metric(value)
+        if state.best and value <= state.best["value"]:
             return False
-        session.best = {"step": session.step, "metric": metric, "value": value}
+        state.best = {"step": state.step, "metric": metric, "value": value}
         return True
 
     def _evaluate(self, *, final: bool = False) -> Evaluation | None:
         """Evaluates the (averaged) model on the test split; the final one is written to the run folder."""
-        session = self.session
-        split = session.recipe.data.test
+        state = self.state
+        split = state.recipe.data.test
         if not split:
             return None
-        source = evaluation_source(session.recipe, classes=session.source.classes)
-        averaged = session.ema.swap() if session.ema else contextlib.nullcontext()
+        source = evaluation_source(state.recipe, classes=state.source.classes)
+        averaged = state.ema.swap() if state.ema else contextlib.nullcontext()
         with averaged:
             evaluation, predictions = evaluate(
-                session.model,
-                session.recipe,
+                state.model,
+                state.recipe,
                 source,
-                session.ranks,
-                session.console,
+                state.ranks,
+                state.console,
                 split=split,
-                on_broken=session.skip,
+                on_broken=state.skip,
                 stopping=lambda: bool(self.signals.name),
             )
-        session.console.log(f"step {session.step}/{session.total_steps}: {summary(evaluation)}")
+        state.console.log(f"step {state.step}/{state.total_steps}: {summary(evaluation)}")
         self._log({"eval": evaluation.metrics})
-        if final and session.ranks.main:
-            write_text(session.run.evaluation, evaluation.to_json())
-            write_predictions(session.run.predictions, predictions)
+        if final and state.ranks.main:
+            write_text(state.run.evaluation, evaluation.to_json())
+            write_predictions(state.run.predictions, predictions)
         return evaluation
 
     def finish(self) -> Evaluation | None:
         """Writes `model/`, evaluates on the test split and marks the run as done."""
-        session = self.session
-        weights = session.weights()
-        if session.ranks.main:
-            session.model.save(session.run.model, weights)
+        state = self.state
+        weights = state.weights()
+        if state.ranks.main:
+            state.model.save(state.run.model, weights)
         evaluation = self._evaluate(final=True)
-        session.collect_skipped()
+        state.collect_skipped()
         found = {} if evaluation is None else {evaluation.main: evaluation.value}
-        session.run.write_status("done", step=session.step, total_steps=session.total_steps, **found)
-        if session.broken:
-            session.console.log(
-                f"{session.broken} of {session.seen} reads failed; {session.run.skipped} names the clips"
-            )
-        session.console.log(f"{session.run.path}: done in {clock_time(time.perf_counter() - self.started)}")
-        session.ranks.accelerator.wait_for_everyone()
+        state.run.write_status("done", step=state.step, total_steps=state.total_steps, **found)
+        if state.broken:
+            state.console.log(f"{state.broken} of {state.seen} reads failed; {state.run.skipped} names the clips")
+        state.console.log(f"{state.run.path}: done in {clock_time(time.perf_counter() - self.started)}")
+        state.ranks.accelerator.wait_for_everyone()
         return evaluation
 
     def note_failure(self, error: BaseException) -> None:
         """Leaves the reason of an early end in `status.json`, which launch scripts read."""
-        session, stopped = self.session, isinstance(error, Stopped)
-        facts: dict[str, Any] = {"step": session.step, "total_steps": session.total_steps, "reason": str(error)}
+        state, stopped = self.state, isinstance(error, Stopped)
+        facts: dict[str, Any] = {"step": state.step, "total_steps": state.total_steps, "reason": str(error)}
         if not stopped:
-            session.log.fail(error)
-            facts["first"], session.run.writer = session.log.first_failure()
-            if session.run.writer and facts["first"] and not isinstance(error, FastavError):
-                Console().log(f"{session.run.path}: {facts['first']}")
+            state.log.fail(error)
+            facts["first"], state.run.writer = state.log.first_failure()
+            if state.run.writer and facts["first"] and not isinstance(error, FastavError):
+                Console().log(f"{state.run.path}: {facts['first']}")
         with contextlib.suppress(OSError):  # a full disk may be the reason
-            session.run.write_status("stopped" if stopped else "failed", **facts)
+            state.run.write_status("stopped" if stopped else "failed", **facts)
 
 
-def note_failed_start(recipe: Recipe, error: FastavError) -> None:
+def record_failed_start(recipe: Recipe, error: FastavError) -> None:
     """Leaves the reason in `status.json`, unless a finished run was only asked for again."""
     with contextlib.suppress(OSError, UserError):
         run = RunFolder(recipe.out, writer=os.environ.get("RANK", "0") == "0")

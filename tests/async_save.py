@@ -1,7 +1,7 @@
 """Run by torchrun: how long a training under FSDP2 is held up by a checkpoint, written at once and meanwhile.
 
-Prints one line of JSON on rank 0: seconds that `Saver.start` takes for each, in turns, and whether what was written is
-what was there when it began.
+Prints one line of JSON on rank 0: seconds that `CheckpointWriter.start` takes for each, in turns, and whether what was
+written is what was there when it began.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastav.distributed import launcher as strategies
-from fastav.distributed.host_group import Crew
+from fastav.distributed.host_group import HostGroup
+from fastav.distributed.launcher import Requested, SpreadOptions, spread_model
 from fastav.optim.optimizer import Optim
 from fastav.training.checkpoint import Checkpoints
-from fastav.training.checkpoint_writer import Saver, Shares
+from fastav.training.checkpoint_writer import CheckpointWriter, TensorSplit
 
 ROUNDS, WIDTH = 8, 1024
 
@@ -33,11 +33,11 @@ def main(folder: Path) -> None:
     model = nn.Sequential()
     model.blocks = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(12)))
     model.forward = model.blocks.forward
-    wanted = strategies.Asked("fsdp" if world > 1 else "single", {"reshard": True})
-    spread = strategies.build(wanted, model, lambda: Optim().build(model, 100)[0], strategies.Options(4))
-    crew = Crew(rank, world, dist.new_group(backend="gloo") if world > 1 else None)
-    checkpoints = Checkpoints(folder, 2, crew)
-    savers = {name: Saver(checkpoints, asynchronous=name == "async") for name in ("sync", "async")}
+    wanted = Requested("fsdp" if world > 1 else "single", {"reshard": True})
+    spread = spread_model(wanted, model, lambda: Optim().build(model, 100)[0], SpreadOptions(4))
+    host_group = HostGroup(rank, world, dist.new_group(backend="gloo") if world > 1 else None)
+    checkpoints = Checkpoints(folder, 2, host_group)
+    savers = {name: CheckpointWriter(checkpoints, asynchronous=name == "async") for name in ("sync", "async")}
     blocked, steps, exact = {"sync": [], "async": []}, [], True
 
     def step() -> None:
@@ -47,30 +47,30 @@ def main(folder: Path) -> None:
         steps.append(time.perf_counter() - begun)
 
     for number in range(1, ROUNDS + 2):
-        for name, saver in savers.items():
+        for name, checkpoint_writer in savers.items():
             step()
             optimizer, _ = spread.saved_optimizer()
-            shares, tensors = Shares(crew), {}
+            shares, tensors = TensorSplit(host_group), {}
             for kind, named in (("model", spread.saved(spread.state())), ("optimizer", optimizer)):
                 tensors |= shares.own((f"{kind}/{key}", value) for key, value in named)
             before = {key: _local(value).clone() for key, value in tensors.items()}
             dist.barrier()
             begun = time.perf_counter()
-            saver.start(2 * number + (name == "async"), tensors, {}, order=shares.order)
+            checkpoint_writer.start(2 * number + (name == "async"), tensors, {}, order=shares.order)
             took = time.perf_counter() - begun
             for _ in range(3):
                 step()
-            saver.wait()
+            checkpoint_writer.wait()
             if number > 1:  # buffers and files are new in the first
-                blocked[name].append(max(crew.gather(took)))
+                blocked[name].append(max(host_group.gather(took)))
             read = checkpoints.read(2 * number + (name == "async"))
             targets = {key: torch.empty_like(value) for key, value in tensors.items()}
             for kind in ("model", "optimizer"):
                 part = {key.partition("/")[2]: value for key, value in targets.items() if key.startswith(f"{kind}/")}
                 read.load(kind, part)
             exact &= all(torch.equal(_local(targets[key]), before[key]) for key in targets)
-    megabytes = sum(crew.gather(sum(_local(value).numel() * 4 for value in tensors.values()))) / 1e6
-    exact = all(crew.gather(exact))
+    megabytes = sum(host_group.gather(sum(_local(value).numel() * 4 for value in tensors.values()))) / 1e6
+    exact = all(host_group.gather(exact))
     if rank == 0:
         found = {name: statistics.median(took) for name, took in blocked.items()}
         ratios = [a / s for a, s in zip(blocked["async"], blocked["sync"], strict=True)]

@@ -32,7 +32,7 @@ def words(segments):
     s = segments
     return {
         "clips": s.clips, "num_frames": s.num_frames, "num_tokens": s.num_tokens,
-        "num_bottleneck": s.num_bottleneck, "frames": s.frames, "asks": s.asks,
+        "num_bottleneck": s.num_bottleneck, "frames": s.frames, "need_bottleneck": s.need_bottleneck,
     }  # fmt: skip
 
 
@@ -46,4 +46,9 @@ def error(found, expected):
 def small(kinds=KINDS):
     """Sizes at the edges: one token, no bottleneck, a bottleneck larger than a frame, more than one tile."""
     shapes = [(2, 3, 5, 4), (1, 1, 1, 1), (3, 1, 7, 2), (2, 4, 1, 3), (2, 3, 5, 0), (1, 2, 21, 20), (1, 3, 65, 5)]
-    return [Segments(*shape, kind, asks) for shape in shapes for kind in kinds for asks in (True, False)]
+    return [
+        Segments(*shape, kind, need_bottleneck)
+        for shape in shapes
+        for kind in kinds
+        for need_bottleneck in (True, False)
+    ]

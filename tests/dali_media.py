@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from fastav.media.dali.decoder import Dali, missing
-from fastav.media.decoder import Read
+from fastav.media.dali.decoder import Dali, missing_requirement
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
 from fastav.media.shards.format import ShardWriter
 from fastav.media.spectrogram import Frontend
 from fastav.pack.settings import PackSettings
-from fastav.pack.transcode import Order, pack_clip
+from fastav.pack.transcode import PackJob, pack_clip
 from tests.make_media import numbered, write_media
 from tests.planned import clip_of
 
-needs_dali = pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
+needs_dali = pytest.mark.skipif(bool(missing_requirement("cpu")), reason=missing_requirement("cpu"))
 
 RATE = 16_000
 SIZE = 64
@@ -41,7 +41,7 @@ def noise(seconds, rate=RATE, channels=1):
 def pack(clip, path, settings=None):
     """One clip packed behind another one."""
     settings = settings or PackSettings(codec="mjpeg")
-    packed = pack_clip(Order(clip, settings, path.parent, False))
+    packed = pack_clip(PackJob(clip, settings, path.parent, False))
     assert not isinstance(packed, tuple), packed
     with path.open("wb") as file:
         writer = ShardWriter(file)
@@ -89,7 +89,9 @@ def webm(folder):
 
 
 def reading(modalities=("video", "audio"), size=SIZE, window=100, **settings):
-    return Read(modalities, image_size=size, window=window, frontend=msgspec.structs.replace(Frontend(), **settings))
+    return DecodeSpec(
+        modalities, image_size=size, window=window, frontend=msgspec.structs.replace(Frontend(), **settings)
+    )
 
 
 def cpu(read, **settings):

@@ -9,12 +9,12 @@ import torch
 
 from benchmarks.train.bench import Bench
 from fastav.recipe.parse import load_recipe
-from fastav.training.ranks import leave
+from fastav.training.ranks import shutdown
 
 
 def spread(bench):
     """Largest difference of a parameter between the ranks."""
-    flat = torch.cat([p.detach().flatten() for p in bench.session.model.parameters()])
+    flat = torch.cat([p.detach().flatten() for p in bench.state.model.parameters()])
     sums = [torch.empty_like(flat) for _ in range(2)]
     torch.distributed.all_gather(sums, flat)
     return float((sums[0] - sums[1]).abs().max())
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     found = {"joined": spread(bench)}
     bench.apart()
     found["apart"] = spread(bench)
-    if bench.session.ranks.main:
+    if bench.state.ranks.main:
         print(json.dumps(found), flush=True)
     bench.close()
-    leave()
+    shutdown()

@@ -13,7 +13,7 @@ from fastav.core.errors import MediaError
 from fastav.data.clip import Clip, ClipPlan, PlanBatch
 from fastav.loader.batch import Batch
 from fastav.loader.loader import Loader, Loading
-from fastav.media.decoder import Read, Sample
+from fastav.media.decoder import DecodeSpec, Sample
 from fastav.media.spectrogram import Frontend
 
 T, SIZE, MELS, WINDOW = 2, 4, 3, 5
@@ -95,7 +95,7 @@ class FakeDecoder:
     """Paints a clip's number; `act` may wait, raise, or return something else."""
 
     name = "fake"
-    read = Read(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
+    read = DecodeSpec(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
 
     def __init__(self, act: Callable[[Clip, Sequence[ClipPlan]], list[Sample] | None] | None = None) -> None:
         self.act = act

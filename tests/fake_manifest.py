@@ -18,7 +18,7 @@ def mel_frames(duration_s):
 
 
 class FakeManifest:
-    """Numeric columns and labels in memory, with what the plan asks of a manifest."""
+    """Numeric columns and labels in memory, with what the plan needs of a manifest."""
 
     path = "fake.parquet"
 

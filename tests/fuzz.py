@@ -31,7 +31,7 @@ from fastav.data.manifest import Manifest
 from fastav.data.plan import Plan, Sampling
 from fastav.loader.loader import Loader, Loading
 from fastav.media.container import read_media
-from fastav.media.decoder import Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV, read_image
 from fastav.media.shards.format import table_place
 from fastav.media.spectrogram import Frontend
@@ -278,7 +278,7 @@ def _load_all(manifest: Manifest, raw: Manifest | None) -> dict[str, dict[str, s
     frontend = Frontend()
     sampling = Sampling(frames=4, image_size=SIZE, window=WINDOW, eval_windows=(0,), eval_crop=1.0)
     plan = Plan([(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
-    decoder = PyAV().build(Read(("video", "audio"), SIZE, frontend, WINDOW))
+    decoder = PyAV().build(DecodeSpec(("video", "audio"), SIZE, frontend, WINDOW))
     broken: dict[str, str] = {}
     found: dict[str, dict[str, str]] = {}
     loader = Loader(
@@ -303,7 +303,7 @@ def _load_all(manifest: Manifest, raw: Manifest | None) -> dict[str, dict[str, s
 
 def unlike(packed: Clip, raw: Clip) -> str:
     """Returns which frames of a pack look like none of their source; nothing where all do."""
-    decoder = PyAV().build(Read(("video",), SIZE))
+    decoder = PyAV().build(DecodeSpec(("video",), SIZE))
     one, two = (
         decoder.decode(clip, [plan_of(range(clip.num_frames), (0, 0, clip.width, clip.height))])[0].frames_TCHW.float()
         for clip in (packed, raw)
@@ -320,7 +320,7 @@ class _Film:
         self.numbers = list(range(clip.num_frames))
         self.seen: dict[int, tuple[int | None, str]] = {}
 
-    def see(self, number: int, frame: av.VideoFrame) -> None:
+    def take(self, number: int, frame: av.VideoFrame) -> None:
         self.seen[number] = (frame.pts, _digest(frame.to_ndarray()))
 
 

@@ -1,4 +1,4 @@
-"""What Triton asks of a C compiler before its first kernel runs, without a GPU: `python -m tests.launcher_stub`.
+"""What Triton needs of a C compiler before its first kernel runs, without a GPU: `python -m tests.launcher_stub`.
 
 It compiles its driver module and a launcher for each kernel against the GPU driver's library, for which one that does
 nothing stands in.
@@ -40,7 +40,7 @@ def main() -> None:
             src=launcher, name="__triton_launcher", library_dirs=driver.library_dirs(),
             include_dirs=driver.include_dirs, libraries=driver.libraries,
         )  # fmt: skip
-    print(f"{compiler} compiles what Triton asks of it")
+    print(f"{compiler} compiles what Triton needs of it")
 
 
 if __name__ == "__main__":

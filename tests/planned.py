@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastav.data.clip import Clip, ClipPlan
-from fastav.media.decoder import Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.probe import probe, probe_any
 from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import PRESETS
@@ -58,7 +58,7 @@ def plan_of(frames=(0,), crop=(0, 0, 32, 32), windows=(0,), flip=False):
 
 def pictures(clip, frames, size=32, at=(0, 0), config=None):
     """The planned frames [T, size, size, 3]: an untouched square of each, cut out at `at`."""
-    decoder = (config or PyAV()).build(Read(("video",), image_size=size))
+    decoder = (config or PyAV()).build(DecodeSpec(("video",), image_size=size))
     sample = decoder.decode(clip, [plan_of(frames, crop=(*at, size, size))])[0]
     return sample.frames_TCHW.permute(0, 2, 3, 1).numpy()
 
@@ -73,7 +73,7 @@ def heard(clip, rate=RATE):
             return torch.zeros(len(starts_W), 1, 128, length)
 
     decoder = PyAV().build(
-        Read(("audio",), frontend=msgspec.structs.replace(PRESETS["ssw60"], sample_rate=rate, f_max=rate / 2))
+        DecodeSpec(("audio",), frontend=msgspec.structs.replace(PRESETS["ssw60"], sample_rate=rate, f_max=rate / 2))
     )
     decoder._log_mel = Ear()
     decoder.decode(clip, [plan_of()])

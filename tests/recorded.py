@@ -21,8 +21,8 @@ _RANK = int(os.environ.get("RANK", "0"))
 
 def _recording(method):
     def accumulate(trainer, batches):
-        step = trainer.session.step
-        if step + 1 == _STOP_AT and trainer.session.ranks.world - 1 == _RANK:
+        step = trainer.state.step
+        if step + 1 == _STOP_AT and trainer.state.ranks.world - 1 == _RANK:
             os.kill(os.getpid(), getattr(signal, os.environ.get("FASTAV_SIGNAL", "SIGTERM")))
         sums, waited, ids = method(trainer, batches)
         with (_FOLDER / f"rank_{_RANK}.jsonl").open("a") as file:

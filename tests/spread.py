@@ -14,11 +14,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastav.distributed import launcher as strategies
-from fastav.distributed.host_group import Crew
+from fastav.distributed.host_group import HostGroup
+from fastav.distributed.launcher import Requested, SpreadOptions, spread_model
 from fastav.optim.ema import Ema
 from fastav.optim.optimizer import Optim
-from fastav.training.checkpoint_writer import Shares
+from fastav.training.checkpoint_writer import TensorSplit
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH = 4, 8
@@ -72,8 +72,8 @@ def run(name, accumulation, clip_norm):
     settings = {"reshard": True} if name == "fsdp" else {}
     if name.startswith("zero"):
         settings = json.loads((ROOT / "launch" / "deepspeed" / f"{name}.json").read_text())
-    wanted = strategies.Asked(name.partition("_")[0], settings)
-    options = strategies.Options(BATCH // 2 // accumulation, accumulation, clip_norm)
+    wanted = Requested(name.partition("_")[0], settings)
+    options = SpreadOptions(BATCH // 2 // accumulation, accumulation, clip_norm)
 
     def build(model):
         made = {}
@@ -82,7 +82,7 @@ def run(name, accumulation, clip_norm):
             made["optimizer"], made["schedule"] = Optim(lr=0.05).build(model, STEPS)
             return made["optimizer"]
 
-        spread = strategies.build(wanted, model, make_optimizer, options)
+        spread = spread_model(wanted, model, make_optimizer, options)
         spread.check(2, accumulation)
         return spread, made["schedule"]
 
@@ -104,11 +104,11 @@ def run(name, accumulation, clip_norm):
         ema.update()
     with ema.swap():
         averaged = model(inputs(0, 0, 1)).sum().item()
-    crew = Crew(dist.get_rank(), 2, None)
+    host_group = HostGroup(dist.get_rank(), 2, None)
     named, meta = spread.saved_optimizer()
     optimizer = whole_of(named)
     states = {"model": whole(spread, spread.state()), "optimizer": optimizer, "ema": whole(spread, ema.state_dict())}
-    shares = [len(Shares(crew).own(iter(states["model"].items())))]
+    shares = [len(TensorSplit(host_group).own(iter(states["model"].items())))]
     again = resumed(build, states, meta, accumulation, clip_norm, schedule)
     backward(spread, STEPS, accumulation)
     spread.step(clip_norm)
@@ -130,7 +130,7 @@ def whole_of(named):
 
 def check_order(spread):
     """What has been put back is listed in one order on all ranks, though each hashes its words in another way."""
-    shares, orders = Shares(Crew(dist.get_rank(), 2, None)), [None] * 2
+    shares, orders = TensorSplit(HostGroup(dist.get_rank(), 2, None)), [None] * 2
     shares.own(spread.saved_optimizer()[0])
     dist.all_gather_object(orders, shares.order)
     assert orders[0] == orders[1], f"{spread.name}: ranks list the optimizer's tensors in different orders"

@@ -17,7 +17,7 @@ from benchmarks.data import peers, planner
 from benchmarks.data.clips import PACKS, make
 from benchmarks.data.peers import Dump, Ours, PyAVLinear, peers_of
 from benchmarks.timing import (
-    Interval,
+    MedianInterval,
     Turn,
     interleave,
     median,
@@ -127,7 +127,7 @@ def test_intervals_and_verdicts():
     assert abs(paired.median - 1.5) < 0.05
     whole = median(slow)
     assert whole.low <= whole.median <= whole.high
-    assert str(Interval(12.34, 11.0, 13.0)) == "12.3 (11.0 to 13.0)"
+    assert str(MedianInterval(12.34, 11.0, 13.0)) == "12.3 (11.0 to 13.0)"
     assert per_second([Turn(10, 1.0, 2.0)])[0] == 5
     assert per_cpu_second([Turn(10, 1.0, 2.0)])[0] == 10
 

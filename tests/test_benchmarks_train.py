@@ -24,13 +24,13 @@ from benchmarks.nvml import Gpu, Watch, integral
 from benchmarks.plot import bars
 from benchmarks.scale import KINDS, paper_table, rank
 from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, fitted_between, step, strong, weak
-from benchmarks.timing import Interval, Turn, grouped_ratio, ratio, verdict
+from benchmarks.timing import MedianInterval, Turn, grouped_ratio, ratio, verdict
 from benchmarks.train.bench import MODES, Bench, Waits, busy_pct
 from benchmarks.train.bound import Parts, bound
 from fastav.core.errors import FastavError, UserError
 from fastav.loader.threads import StageStats
 from fastav.recipe.parse import load_recipe
-from fastav.training.ranks import leave
+from fastav.training.ranks import shutdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,11 +42,11 @@ def bench(tiny, tmp_path):
     made = Bench(recipe, 2)
     yield made
     made.close()
-    leave()
+    shutdown()
 
 
 def test_turns_take_what_they_say(bench, monkeypatch):
-    accumulation = bench.session.shares.accumulation
+    accumulation = bench.state.shares.accumulation
     assert accumulation == 2
     taken = []
     real = bench.loader.batches
@@ -58,21 +58,21 @@ def test_turns_take_what_they_say(bench, monkeypatch):
     turn = bench.data()
     assert next(steps) == 0
     assert len(taken) >= bench._lead + 2 * accumulation
-    assert turn.clips == 2 * bench.session.recipe.train.batch
+    assert turn.clips == 2 * bench.state.recipe.train.batch
     assert 0 < turn.facts["stages"]["decode"] <= 100
     assert "wait" not in turn.facts["stages"]
     assert "copy_pct" not in turn.facts, "copying to where it is already takes no time that anyone could tell"
 
     taken.clear()
-    before = bench.session.step
+    before = bench.state.step
     turn = bench.model()
     assert not taken, "the model alone reads nothing"
-    assert bench.session.step == before + 2
+    assert bench.state.step == before + 2
     assert len(turn.facts["steps_ms"]) == 2
     assert sum(turn.facts["steps_ms"]) == pytest.approx(1e3 * turn.wall_s, rel=0.1)
 
     turn = bench.end_to_end()
-    assert bench.session.step == before + 2 + bench._lead + 2
+    assert bench.state.step == before + 2 + bench._lead + 2
     assert len(taken) > (bench._lead + 2) * accumulation, "the loader works on to the end of the turn, as in a run"
     assert 0 < turn.facts["host_wait_pct"] <= 100
     assert turn.facts["device_idle_pct"] is None, "a CPU is host and device"
@@ -81,7 +81,7 @@ def test_turns_take_what_they_say(bench, monkeypatch):
     turn = bench.beside()
     assert len(taken) > bench._lead, "batches were made meanwhile"
     assert turn.facts["data_step_ms"] > 0
-    assert not list(bench.session.run.checkpoints.glob("*"))
+    assert not list(bench.state.run.checkpoints.glob("*"))
     samples = [sample for _, sample, _ in taken]
     assert len(set(samples)) == len(samples)
 
@@ -243,9 +243,7 @@ def test_the_parts_are_medians_of_the_turns():
         "model, not sending": [turn(150)] * 3,
     }
     loading = SimpleNamespace(worker="thread")
-    bench = SimpleNamespace(
-        session=SimpleNamespace(recipe=SimpleNamespace(loading=loading)), device=torch.device("cuda")
-    )
+    bench = SimpleNamespace(state=SimpleNamespace(recipe=SimpleNamespace(loading=loading)), device=torch.device("cuda"))
     found = suite.parts(bench, turns)
     assert found == Parts(
         0.1, 0.2, 0.21, 0.22, cpu_pct=50.0, copy_pct=5.0, sm_pct=96.0, data_beside_s=0.13,
@@ -260,9 +258,9 @@ def test_values_that_are_given_twice_are_two_variants():
 
 
 def test_few_turns_are_no_verdict():
-    assert verdict(Interval(2.0, 1.9, 2.1, 6)) == "too few turns"
-    assert verdict(Interval(2.0, 1.9, 2.1, 7)) == "faster"
-    assert verdict(Interval(2.0, 1.9, 2.1)) == "faster"
+    assert verdict(MedianInterval(2.0, 1.9, 2.1, 6)) == "too few turns"
+    assert verdict(MedianInterval(2.0, 1.9, 2.1, 7)) == "faster"
+    assert verdict(MedianInterval(2.0, 1.9, 2.1)) == "faster"
 
 
 def test_starts_that_differ_widen_the_interval():

@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from fastav.core.errors import FastavError, UserError
-from fastav.distributed.host_group import Crew
+from fastav.distributed.host_group import HostGroup
 from fastav.model.av_model import AVModel
 from fastav.optim.ema import Ema
 from fastav.optim.optimizer_state import restore_optimizer
 from fastav.recipe.parse import parse_recipe, renewed, to_table
 from fastav.recipe.schema import Recipe
 from fastav.training.checkpoint import Checkpoints, check_resumable
-from fastav.training.checkpoint_writer import Saver, Shares
+from fastav.training.checkpoint_writer import CheckpointWriter, TensorSplit
 
 OLD = Path(__file__).parent / "checkpoints"
 SUMS_OF_OLD = {"model": 45.043644, "ema": 46.975115}  # the same training, by one process and by two
@@ -39,10 +39,10 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 def save(checkpoints: Checkpoints, step: int, best: int | None = None, **options) -> Path:
-    saver = Saver(checkpoints, **options)
+    checkpoint_writer = CheckpointWriter(checkpoints, **options)
     told = None if best is None else {"step": best, "metric": "top1", "value": 0.1 + 0.2}
-    saver.start(step, tensors(step), {"best": told}, told)
-    saver.wait()
+    checkpoint_writer.start(step, tensors(step), {"best": told}, told)
+    checkpoint_writer.wait()
     return checkpoints.path(step)
 
 
@@ -66,12 +66,12 @@ def test_what_is_read_is_what_was_written_bit_for_bit(tmp_path, asynchronous):
 
 def test_what_is_written_is_what_was_there_when_it_began(tmp_path):
     checkpoints, changing = Checkpoints(tmp_path), {"model/a": torch.zeros(200_000)}
-    saver = Saver(checkpoints)
+    checkpoint_writer = CheckpointWriter(checkpoints)
     for step in (1, 2, 3):
         changing["model/a"].fill_(step)
-        saver.start(step, changing, {})
+        checkpoint_writer.start(step, changing, {})
         changing["model/a"].fill_(-1)
-    saver.wait()
+    checkpoint_writer.wait()
     assert all(torch.equal(checkpoints.read(n).tensors("model")["a"], torch.full((200_000,), n)) for n in (2, 3))
 
 
@@ -86,7 +86,7 @@ def test_what_is_asked_for_must_be_there(tmp_path):
 
 def test_ranks_share_out_what_all_of_them_have():
     named = [(f"t{n}", torch.full((size,), float(n))) for n, size in enumerate((50, 10, 20, 30, 5, 40))]
-    parts = [Shares(Crew(rank, 3)).own(named) for rank in range(3)]
+    parts = [TensorSplit(HostGroup(rank, 3)).own(named) for rank in range(3)]
     assert sorted(name for part in parts for name in part) == [name for name, _ in named]
     assert max(sum(t.numel() for t in part.values()) for part in parts) <= 70
 
@@ -96,21 +96,21 @@ def test_ranks_that_list_other_tensors_write_nothing(tmp_path):
     names = [("exp_avg", "exp_avg_sq"), ("exp_avg_sq", "exp_avg")]
     orders = []
     for listed in names:
-        shares = Shares(Crew(0, 2))
+        shares = TensorSplit(HostGroup(0, 2))
         shares.own((f"optimizer/a:{name}", torch.ones(3)) for name in listed)
         orders.append(shares.order)
     assert orders[0] != orders[1]
 
-    class Other(Crew):
+    class Other(HostGroup):
         def gather(self, item):
             return [item, ("other", orders[1])] if orders[0] in item else [item]
 
-    saver = Saver(Checkpoints(tmp_path, crew=Other()))
-    saver.start(3, tensors(3), {}, order=orders[1])
-    saver.wait()
-    saver.start(5, tensors(5), {}, order=orders[0])
+    checkpoint_writer = CheckpointWriter(Checkpoints(tmp_path, host_group=Other()))
+    checkpoint_writer.start(3, tensors(3), {}, order=orders[1])
+    checkpoint_writer.wait()
+    checkpoint_writer.start(5, tensors(5), {}, order=orders[0])
     with pytest.raises(FastavError, match=r"step 5: ranks list its tensors in different orders.*step 3 is intact"):
-        saver.wait()
+        checkpoint_writer.wait()
     assert not Checkpoints(tmp_path).path(5).exists()
 
 
@@ -229,18 +229,18 @@ def test_a_full_disk_while_saving_is_one_clear_error_and_loses_nothing(tmp_path)
         from fastav.training.checkpoint import Checkpoints
         from fastav.core.errors import FastavError
         from fastav.training.checkpoint_writer import Saver
-        saver = Saver(Checkpoints(pathlib.Path({str(tmp_path)!r})))
-        saver.start(1, {{"model/a": torch.ones(10)}}, {{}})
-        saver.wait()
+        checkpoint_writer = Saver(Checkpoints(pathlib.Path({str(tmp_path)!r})))
+        checkpoint_writer.start(1, {{"model/a": torch.ones(10)}}, {{}})
+        checkpoint_writer.wait()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        saver.start(2, {{"model/a": torch.ones(100_000)}}, {{}})
+        checkpoint_writer.start(2, {{"model/a": torch.ones(100_000)}}, {{}})
         try:
-            saver.wait()
+            checkpoint_writer.wait()
         except FastavError as error:
             print(error)
-        saver.start(3, {{"model/a": torch.ones(11)}}, {{}})
-        saver.wait()
+        checkpoint_writer.start(3, {{"model/a": torch.ones(11)}}, {{}})
+        checkpoint_writer.wait()
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script)],

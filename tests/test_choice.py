@@ -10,7 +10,7 @@ from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
 from fastav.media.dali.decoder import Dali
-from fastav.media.decoder_choice import Auto, Census, choose, sampled
+from fastav.media.decoder_choice import Auto, ClipStats, choose_decoder, sample_clips
 from fastav.media.pyav import PyAV
 from fastav.recipe.parse import load_recipe
 from fastav.training.inputs import describe_decoder, training_source
@@ -22,15 +22,17 @@ def video(codec, width=448, height=256, shard=""):
 
 def test_a_census():
     clips = [video("h264", shard="a.tar"), video("h264"), video("av1"), Clip(id="s", num_samples=5)]
-    census = Census.of(clips)
-    assert census.codecs == Counter({"h264 packed": 1, "h264": 1, "av1": 1, "": 1})
-    assert census.told() == "h264 packed 25 %, h264 25 %, av1 25 %, no video 25 %"
-    assert Census.of([]).told() == "no clips"
+    clip_stats = ClipStats.of(clips)
+    assert clip_stats.codecs == Counter({"h264 packed": 1, "h264": 1, "av1": 1, "": 1})
+    assert clip_stats.describe() == "h264 packed 25 %, h264 25 %, av1 25 %, no video 25 %"
+    assert ClipStats.of([]).describe() == "no clips"
 
 
 def test_without_a_gpu_it_is_pyav_and_says_why(monkeypatch):
-    monkeypatch.setattr("fastav.media.decoder_choice.missing", lambda device: "PyTorch finds no CUDA device")
-    choice = choose(Auto(), Census.of([video("h264")]), True)
+    monkeypatch.setattr(
+        "fastav.media.decoder_choice.missing_requirement", lambda device: "PyTorch finds no CUDA device"
+    )
+    choice = choose_decoder(Auto(), ClipStats.of([video("h264")]), True)
     assert isinstance(choice.config, PyAV)
     assert choice.reason == "DALI cannot be used: PyTorch finds no CUDA device"
 
@@ -46,44 +48,44 @@ def test_without_a_gpu_it_is_pyav_and_says_why(monkeypatch):
     ],
 )
 def test_with_a_gpu_it_goes_by_codec_and_size(monkeypatch, clips, looks, kind, reason):
-    monkeypatch.setattr("fastav.media.decoder_choice.missing", lambda device: "")
-    monkeypatch.setattr("fastav.media.decoder_choice.ailing", lambda device: "")
-    choice = choose(Auto(), Census.of(clips), looks)
+    monkeypatch.setattr("fastav.media.decoder_choice.missing_requirement", lambda device: "")
+    monkeypatch.setattr("fastav.media.decoder_choice.self_test_failure", lambda device: "")
+    choice = choose_decoder(Auto(), ClipStats.of(clips), looks)
     assert isinstance(choice.config, kind)
     assert reason in choice.reason
 
 
 def test_a_gpu_that_shows_other_pictures_is_left_alone(monkeypatch):
-    monkeypatch.setattr("fastav.media.decoder_choice.missing", lambda device: "")
-    monkeypatch.setattr("fastav.media.decoder_choice.ailing", lambda device: "spliced groups come out grey")
-    choice = choose(Auto(), Census.of([video("h264")]), True)
+    monkeypatch.setattr("fastav.media.decoder_choice.missing_requirement", lambda device: "")
+    monkeypatch.setattr("fastav.media.decoder_choice.self_test_failure", lambda device: "spliced groups come out grey")
+    choice = choose_decoder(Auto(), ClipStats.of([video("h264")]), True)
     assert isinstance(choice.config, PyAV)
     assert choice.reason == "DALI does not work here: spliced groups come out grey"
 
 
 def test_dali_that_could_decode_nothing_is_refused():
     with pytest.raises(UserError, match=r"dali on the cpu was asked for and can decode none .*MJPEG pack"):
-        choose(Dali(device="cpu"), Census.of([video("h264")] * 3), True)
-    half = choose(Dali(device="cpu"), Census.of([video("h264"), video("mjpeg")]), True)
+        choose_decoder(Dali(device="cpu"), ClipStats.of([video("h264")] * 3), True)
+    half = choose_decoder(Dali(device="cpu"), ClipStats.of([video("h264"), video("mjpeg")]), True)
     assert half.reason == "asked for; 50 % of the clips are left to PyAV"
-    assert choose(Dali(device="cpu"), Census.of([video("mjpeg")]), True).reason == "asked for"
-    assert choose(Dali(device="cpu"), Census.of([video("h264")]), False).reason == "asked for"
+    assert choose_decoder(Dali(device="cpu"), ClipStats.of([video("mjpeg")]), True).reason == "asked for"
+    assert choose_decoder(Dali(device="cpu"), ClipStats.of([video("h264")]), False).reason == "asked for"
 
 
 def test_what_is_asked_for_is_taken(monkeypatch):
-    assert choose(PyAV(threads_per_clip=3), Census.of([]), True).config == PyAV(threads_per_clip=3)
+    assert choose_decoder(PyAV(threads_per_clip=3), ClipStats.of([]), True).config == PyAV(threads_per_clip=3)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    forced = choose(Dali(device="gpu"), Census.of([video("h264")]), True).config
-    from fastav.media.decoder import Read
+    forced = choose_decoder(Dali(device="gpu"), ClipStats.of([video("h264")]), True).config
+    from fastav.media.decoder import DecodeSpec
 
     with pytest.raises(UserError, match=r'decode.kind "dali" with device "gpu": (PyTorch finds no CUDA|the package)'):
-        forced.build(Read())
+        forced.build(DecodeSpec())
 
 
 def test_rows_are_evenly_spaced(made):
     manifest = Manifest.open(made)
-    assert len(sampled([manifest])) == len(manifest)
-    assert len(sampled([manifest, manifest])) == 2 * len(manifest)
+    assert len(sample_clips([manifest])) == len(manifest)
+    assert len(sample_clips([manifest, manifest])) == 2 * len(manifest)
 
 
 def test_the_first_log_line(made, tiny, tmp_path):

@@ -14,7 +14,7 @@ from fastav.core.errors import UserError
 from fastav.data.plan import Sampling
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import AVModel
-from fastav.model.fusion import Streams
+from fastav.model.fusion import FusionInputs
 from fastav.model.scenic_checkpoint import read_checkpoint
 from tests.test_mbt import MODALITY, config_of, parity, tree_of
 
@@ -118,7 +118,7 @@ def test_a_converted_checkpoint_gives_the_authors_logits(parity, case, tmp_path)
     model = AVModel.from_pretrained(tmp_path / "model")
     assert all(name in MODALITY for name in told["modality_fusion"])
     frames = rgb.permute(0, 1, 4, 2, 3)
-    streams = Streams(frames, spectrogram.permute(0, 3, 2, 1).unsqueeze(1))
+    streams = FusionInputs(frames, spectrogram.permute(0, 3, 2, 1).unsqueeze(1))
     with torch.no_grad():
         found = model.fusion(model.video, model.audio, streams)
     torch.testing.assert_close(found, torch.from_numpy(arrays[f"{case}/logits_f32"]).float(), rtol=0, atol=2e-6)

@@ -22,9 +22,9 @@ from fastav.core.errors import FastavError, MediaError, UserError
 from fastav.media import mp4
 from fastav.media.crop import crop_box, resize_crop
 from fastav.media.dali import decoder as dali
-from fastav.media.dali.decoder import Dali, missing
-from fastav.media.dali.graph import Engine, Film, FilmGraph, Place
-from fastav.media.decoder import Read
+from fastav.media.dali.decoder import Dali, missing_requirement
+from fastav.media.dali.graph import Engine, PipelinePlace, VideoGraph, VideoSample
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
 from fastav.media.shards import SplicedFrames
 from fastav.pack.settings import PackSettings
@@ -55,14 +55,14 @@ from tests.test_mp4 import coded
 
 def test_what_is_missing_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert missing("cpu") == "the package nvidia-dali-cuda130 is not installed (pip install 'fastav[dali]')"
+    assert missing_requirement("cpu") == "the package nvidia-dali-cuda130 is not installed (pip install 'fastav[dali]')"
     with pytest.raises(UserError, match=r'^decode\.kind "dali" with device "cpu": the package nvidia-dali-cuda130 is'):
-        Dali(device="cpu").build(Read())
+        Dali(device="cpu").build(DecodeSpec())
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: "there")
-    assert missing("cpu") == ""
+    assert missing_requirement("cpu") == ""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert missing("auto") == ""
-    assert missing("gpu") == "PyTorch finds no CUDA device"
+    assert missing_requirement("auto") == ""
+    assert missing_requirement("gpu") == "PyTorch finds no CUDA device"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def not_there(name):
@@ -70,12 +70,12 @@ def test_what_is_missing_is_told_in_one_line(monkeypatch):
 
     monkeypatch.setattr(ctypes, "CDLL", not_there)
     for device in ("gpu", "auto"):
-        assert missing(device) == (
+        assert missing_requirement(device) == (
             "the driver's video decoder libnvcuvid.so.1 is not there "
             "(a container needs NVIDIA_DRIVER_CAPABILITIES=compute,video,utility)"
         )
     monkeypatch.setattr(ctypes, "CDLL", lambda name: name)
-    assert missing("gpu") == ""
+    assert missing_requirement("gpu") == ""
 
 
 def test_dali_is_loaded_by_the_first_pipeline_not_by_the_import():
@@ -93,15 +93,15 @@ def test_threads_are_two_for_each_video_decoder_of_the_gpu(monkeypatch):
 
 
 def test_a_gpu_takes_neither_mjpeg_nor_odd_sides():
-    assert dali.takes("gpu", "h264", 448, 256)
-    assert dali.takes("cpu", "mjpeg", 448, 256)
-    assert not dali.takes("gpu", "mjpeg", 448, 256)
-    assert dali.takes("gpu", "vp9", 448, 256)
-    assert dali.takes("cpu", "vp9", 447, 255)
-    assert not dali.takes("gpu", "vp9", 447, 256)
-    assert not dali.takes("gpu", "vp9", 448, 255)
-    assert not dali.takes("gpu", "vp9", 126, 256)
-    assert not dali.takes("cpu", "h264", 448, 256)
+    assert dali.can_decode("gpu", "h264", 448, 256)
+    assert dali.can_decode("cpu", "mjpeg", 448, 256)
+    assert not dali.can_decode("gpu", "mjpeg", 448, 256)
+    assert dali.can_decode("gpu", "vp9", 448, 256)
+    assert dali.can_decode("cpu", "vp9", 447, 255)
+    assert not dali.can_decode("gpu", "vp9", 447, 256)
+    assert not dali.can_decode("gpu", "vp9", 448, 255)
+    assert not dali.can_decode("gpu", "vp9", 126, 256)
+    assert not dali.can_decode("cpu", "h264", 448, 256)
 
 
 @needs_dali
@@ -150,7 +150,7 @@ def test_settings_of_the_spectrogram_that_contradict_one_another_are_refused():
 
 @needs_dali
 def test_a_dali_that_does_not_work_is_found_when_the_decoder_is_built(monkeypatch):
-    broken = Film(b"no film", *[np.zeros(1, np.int32)] * 2, ((0, 0, 1, 1),), (False,), 3)
+    broken = VideoSample(b"no film", *[np.zeros(1, np.int32)] * 2, ((0, 0, 1, 1),), (False,), 3)
     monkeypatch.setattr(dali, "_made_film", lambda codec: broken)
     with pytest.raises(FastavError, match=r'^decode\.kind "dali" with device "cpu" does not work here: DALI: \S'):
         cpu(reading(("video",)))
@@ -159,7 +159,7 @@ def test_a_dali_that_does_not_work_is_found_when_the_decoder_is_built(monkeypatc
 
 @needs_dali
 def test_a_dali_that_shows_other_pictures_is_found_when_the_decoder_is_built(monkeypatch):
-    assert dali.ailing("cpu") == ""
+    assert dali.self_test_failure("cpu") == ""
     monkeypatch.setattr(dali, "_TRIAL_GREYS", (40, 90, 140, 190))
     made = dali._made_film("mjpeg")
     monkeypatch.setattr(dali, "_made_film", lambda codec: made)
@@ -205,8 +205,8 @@ def test_crop_and_resize_are_those_of_resize_crop(size, flip):
     crop = (37, 11, 81, 59)
 
     def run(side, box, flip):
-        engine = Engine(FilmGraph(Place(None, 1), side))
-        engine.start([Film(data, frames, np.array([0, 1], np.int32), (box,), (flip,), 128 * 96 * 3)])
+        engine = Engine(VideoGraph(PipelinePlace(None, 1), side))
+        engine.start([VideoSample(data, frames, np.array([0, 1], np.int32), (box,), (flip,), 128 * 96 * 3)])
         return engine.finish().parts[0][1][0][0]
 
     # 96 x 96 pixels of the frame as they are, and the rest of it: cropped and resized to their own size.
@@ -472,11 +472,11 @@ def test_threads_share_pipelines_and_larger_batches_follow_smaller_ones(wide, ta
 def test_outputs_of_a_pipeline_outlive_later_runs_and_the_pipeline():
     units, keys = coded("mjpeg", 4)
     data = mp4.wrap("mjpeg", units, keys, 128, 96)
-    engine = Engine(FilmGraph(Place(None, 1), 64))
+    engine = Engine(VideoGraph(PipelinePlace(None, 1), 64))
 
     def run(number):
         one = np.array([number], np.int32)
-        engine.start([Film(data, one, np.zeros(1, np.int32), ((0, 0, 128, 96),), (False,), 1)] * 2)
+        engine.start([VideoSample(data, one, np.zeros(1, np.int32), ((0, 0, 128, 96),), (False,), 1)] * 2)
         return engine.finish().parts[0][1][0]
 
     kept = run(0)
@@ -496,9 +496,9 @@ def test_an_engine_keeps_batches_apart_and_takes_larger_ones():
     data, place = mp4.wrap("mjpeg", units, keys, 128, 96), np.zeros(1, np.int32)
 
     def film(number):
-        return Film(data, np.array([number], np.int32), place, ((0, 0, 128, 96),), (False,), 1)
+        return VideoSample(data, np.array([number], np.int32), place, ((0, 0, 128, 96),), (False,), 1)
 
-    engine = Engine(FilmGraph(Place(None, 1), 64))
+    engine = Engine(VideoGraph(PipelinePlace(None, 1), 64))
     engine.start([film(3)])
     engine.start([film(1)])
     again = engine.finish().parts[0][1][0]
@@ -512,7 +512,7 @@ def test_an_engine_keeps_batches_apart_and_takes_larger_ones():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(bool(missing("gpu")), reason=missing("gpu"))
+@pytest.mark.skipif(bool(missing_requirement("gpu")), reason=missing_requirement("gpu"))
 def test_packed_h264_and_sound_on_a_gpu_agree_with_pyav(folder):
     path = folder / "gpu.mp4"
     write_media(path, frames=75, size=(160, 96), picture=smooth, wave=noise(3, 44_100), rate=44_100, layout="mono")

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from fastav.core.errors import MediaError
-from fastav.media.dali.audio import SoundCut, shortened, wav_of
-from fastav.media.decoder import Read
+from fastav.media.dali.audio import AudioSpan, shortened, wav_of
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
-from fastav.media.shards import FLAC_BLOCK, Reading, Shards
+from fastav.media.shards import FLAC_BLOCK, ShardReader, ShardReading
 from fastav.media.spectrogram import PRESETS, Frontend
 from fastav.pack.settings import PackSettings
 from tests.dali_media import (  # fixtures
@@ -52,7 +52,7 @@ def test_spectrograms_are_the_frontends_for_any_settings(name, folder, tmp_path)
     settings = PackSettings(sample_rate=frontend.sample_rate)
     clip = pack(clip_of(path), tmp_path / "sound.tar", settings)
     total = int(frontend.num_frames(clip.num_samples))
-    read = Read(("audio",), frontend=frontend, window=60)
+    read = DecodeSpec(("audio",), frontend=frontend, window=60)
     decoder, reference = cpu(read), PyAV().build(read)
     places = [0, 1, 3, total // 2, total - 61, total - 60, total - 59, total - 5, total - 1, total, -1]
     plans = [plan_of(windows=[start]) for start in places if start < total + 1]
@@ -81,7 +81,7 @@ def test_the_cut_of_a_sound_holds_its_windows_frames_exactly():
             wave_CS = torch.from_numpy(rng.standard_normal((1, count)).astype(np.float32))
             total = int(frontend.num_frames(count))
             starts_W, length = rng.integers(-1, total + 2, 2).astype(np.int32), int(rng.integers(1, 40))
-            cut = SoundCut.of(frontend, starts_W, length, count)
+            cut = AudioSpan.of(frontend, starts_W, length, count)
             if cut is None:
                 assert not any(0 <= start < total for start in starts_W)
                 continue
@@ -146,11 +146,11 @@ def test_every_other_sound_is_decoded_on_the_cpu_and_agrees_too(folder, spoken):
 
 
 def test_a_header_tells_the_samples_that_follow_it(spoken):
-    sound = Shards(Reading()).fetch(spoken, None, (20_000, 30_000)).sound
+    sound = ShardReader(ShardReading()).fetch(spoken, None, (20_000, 30_000)).sound
     assert (sound.start, len(sound.frames)) == (16_384, 4)
     stream = shortened(sound, spoken)
     assert int.from_bytes(stream[18:26], "big") & (1 << 36) - 1 == 4 * FLAC_BLOCK
-    tail = Shards(Reading()).fetch(spoken, None, (90_000, 96_000)).sound
+    tail = ShardReader(ShardReading()).fetch(spoken, None, (90_000, 96_000)).sound
     assert int.from_bytes(shortened(tail, spoken)[18:26], "big") & (1 << 36) - 1 == 96_000 - tail.start
     for wrong in ({"sample_rate": 8_000}, {"channels": 2}):
         with pytest.raises(MediaError, match=r'audio: clip "spoken" sounds in 1 channels at 16000 Hz, its row says'):

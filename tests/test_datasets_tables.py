@@ -12,8 +12,8 @@ import pytest
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.datasets.tables import (
+    ClipRows,
     MediaFolders,
-    Rows,
     class_order,
     coordinates,
     find_file,
@@ -173,7 +173,7 @@ def test_media_are_found_by_their_stem(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_rows_take_an_id_once() -> None:
-    table, taken = Path("t.csv"), Rows()
+    table, taken = Path("t.csv"), ClipRows()
     taken.add(Clip("a", audio=Path("a.wav")), table, 2)
     taken.add(Clip("a", audio=Path("a.wav")), table, 5)
     taken.add(Clip("b"), table)
@@ -187,7 +187,7 @@ def test_rows_take_an_id_once() -> None:
 
 
 def test_a_listing_of_nothing_is_refused() -> None:
-    taken = Rows()
+    taken = ClipRows()
     with pytest.raises(UserError, match=r"^t.csv: no clips in it, expected some$"):
         taken.refuse_none("t.csv")
     taken.lose("a", Path("x/a.wav"), Path("t.csv"), 2)

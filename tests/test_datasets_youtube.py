@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from fastav.core.errors import UserError
-from fastav.datasets.youtube import Row, file_names, find, second, table_in
+from fastav.datasets.youtube import YoutubeRow, file_names, find, second, table_in
 from tests.listed import kinds, tree
 
 ODD = "-a_B-c_30_4"  # ids may start with "-", and hold "_" and what looks like a time
 
 
-def row(video_id: str = ODD, start_s: float = 30, end_s: float = 40, **given: object) -> Row:
+def row(video_id: str = ODD, start_s: float = 30, end_s: float = 40, **given: object) -> YoutubeRow:
     fields = {"labels": ("owl",), "split": "train", "table": Path("t.csv"), "line": 3, **given}
-    return Row(str(fields.pop("id", f"{video_id}_{start_s:g}")), video_id, start_s, end_s, **fields)  # type: ignore[arg-type]
+    return YoutubeRow(str(fields.pop("id", f"{video_id}_{start_s:g}")), video_id, start_s, end_s, **fields)  # type: ignore[arg-type]
 
 
 CONVENTIONS = [

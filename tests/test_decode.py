@@ -13,9 +13,9 @@ import fastav.media.packets as frames_module
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.crop import resize_crop
-from fastav.media.decoder import Read, Unproven
+from fastav.media.decoder import DecodeSpec, UncertainSeek
 from fastav.media.decoder_choice import DecoderConfig
-from fastav.media.packets import Reel
+from fastav.media.packets import PacketReader
 from fastav.media.probe import probe, probe_any
 from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import PRESETS
@@ -123,7 +123,7 @@ def test_frame_numbers_in_every_layout(made, name, monkeypatch):
 
 def numbers(clip, frames, config=None):
     """The numbers that the planned frames of a `numbered` file show."""
-    decoder = (config or PyAV()).build(Read(("video",), image_size=96))
+    decoder = (config or PyAV()).build(DecodeSpec(("video",), image_size=96))
     sample = decoder.decode(clip, [plan_of(frames, crop=(0, 0, clip.width, clip.height))])[0]
     return [number_of(picture.permute(1, 2, 0).numpy()) for picture in sample.frames_TCHW]
 
@@ -150,21 +150,21 @@ def test_spans_too_large_to_hold_are_read_twice(made, no_counting, monkeypatch, 
 
 def test_only_what_is_needed_is_decoded(made, monkeypatch):
     decoded = []
-    real = Reel._decode
+    real = PacketReader._decode
 
     def count(self, first, last, keep):
         decoded.append(last - first + 1)
         yield from real(self, first, last, keep)
 
-    monkeypatch.setattr(Reel, "_decode", count)
+    monkeypatch.setattr(PacketReader, "_decode", count)
     path, info = made("short.mp4")
     assert numbers(clip_of(path, info=info), [3, 40, 100]) == [3, 40, 100]
     assert len(decoded) == 3
     assert sum(decoded) < 3 * 12
     decoded.clear()
     fed = []
-    feed = Reel.feed
-    monkeypatch.setattr(Reel, "feed", lambda self, packet: fed.append(1) or feed(self, packet))
+    feed = PacketReader.feed
+    monkeypatch.setattr(PacketReader, "feed", lambda self, packet: fed.append(1) or feed(self, packet))
     assert numbers(clip_of(path, 4.0, 1.0, info=info), [2]) == [102]
     assert sum(decoded) <= 12
     assert len(fed) <= 25 + 12 + 1
@@ -230,9 +230,9 @@ def test_a_failing_short_cut_gives_the_same_frames(made, monkeypatch):
 
     def fail(self, wanted):
         yield wanted[0], next(straight(made("short.mp4")[0]))
-        raise Unproven("for the test")
+        raise UncertainSeek("for the test")
 
-    monkeypatch.setattr(Reel, "pick", fail)
+    monkeypatch.setattr(PacketReader, "pick", fail)
     assert np.array_equal(pictures(clip, [3, 30]), expected)
 
 
@@ -291,7 +291,9 @@ def test_repeats_crops_and_flips(made):
     truth = [frame.to_ndarray(format="rgb24") for frame in straight(path)]
     frames = [4, 4, 90, 90]
     plans = [plan_of(frames, (3, 5, 60, 40), flip=True), plan_of(frames, (20, 2, 50, 61))]
-    for sample, plan in zip(PyAV().build(Read(("video",), image_size=48)).decode(clip, plans), plans, strict=True):
+    for sample, plan in zip(
+        PyAV().build(DecodeSpec(("video",), image_size=48)).decode(clip, plans), plans, strict=True
+    ):
         expected = resize_crop(np.stack([truth[n] for n in frames]), plan.crop, plan.flip, 48)
         off = (sample.frames_TCHW.int() - expected.int()).abs()
         assert off.float().mean() < 1.5  # FFmpeg's fast conversion of whole frames is about a level too dark
@@ -337,7 +339,7 @@ def opened(monkeypatch):
 def test_a_single_modality_decodes_only_itself(both, opened, modality, start_s):
     path, info = both
     clip = clip_of(path, start_s, 1.0, info=info)
-    sample = PyAV().build(Read((modality,), image_size=32)).decode(clip, [plan_of([1, 20])])[0]
+    sample = PyAV().build(DecodeSpec((modality,), image_size=32)).decode(clip, [plan_of([1, 20])])[0]
     assert (sample.frames_TCHW is None) == (modality == "audio")
     assert (sample.mel_WCML is None) == (modality == "video")
     assert len(opened) == 1
@@ -348,7 +350,7 @@ def test_a_single_modality_decodes_only_itself(both, opened, modality, start_s):
 
 def test_both_modalities_share_one_container(both, opened):
     path, info = both
-    decoder = PyAV().build(Read(image_size=48, window=100))
+    decoder = PyAV().build(DecodeSpec(image_size=48, window=100))
     plans = [plan_of([0, 50, 99], windows=(20, -1)), plan_of([0, 50, 99], (10, 10, 30, 30), (20, -1), flip=True)]
     samples = decoder.decode(clip_of(path, info=info), plans)
     assert len(opened) == 1
@@ -365,10 +367,10 @@ def test_both_modalities_share_one_container(both, opened):
 
 def test_what_is_not_there_is_none(made, tmp_path):
     silent, info = made("long.mp4")
-    sample = PyAV().build(Read(image_size=32)).decode(clip_of(silent, info=info), [plan_of()])[0]
+    sample = PyAV().build(DecodeSpec(image_size=32)).decode(clip_of(silent, info=info), [plan_of()])[0]
     assert sample.mel_WCML is None
     sound = write_media(tmp_path / "x.m4a", wave=clicks(1, [0.5]))
-    sample = PyAV().build(Read(image_size=32)).decode(clip_of(sound), [plan_of()])[0]
+    sample = PyAV().build(DecodeSpec(image_size=32)).decode(clip_of(sound), [plan_of()])[0]
     assert sample.frames_TCHW is None
     assert sample.mel_WCML.shape == (1, 1, 128, 400)
 
@@ -376,7 +378,7 @@ def test_what_is_not_there_is_none(made, tmp_path):
 def test_promises_that_a_file_breaks_are_named(both, made, tmp_path):
     path, info = both
     clip = clip_of(path, info=info)
-    decoder = PyAV().build(Read(image_size=32))
+    decoder = PyAV().build(DecodeSpec(image_size=32))
     silent = made("long.mp4")[0]
     broken = {
         r"open: no such file": replace(clip, video=tmp_path / "gone.mp4", audio=tmp_path / "gone.mp4"),
@@ -397,7 +399,7 @@ def test_a_file_cut_off_after_it_was_indexed_is_named(both, tmp_path):
     path = remux(both[0], tmp_path / "front.mp4", options={"movflags": "faststart"})
     clip = clip_of(path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
-    decoder = PyAV().build(Read(image_size=32))
+    decoder = PyAV().build(DecodeSpec(image_size=32))
     with pytest.raises(MediaError, match=r"(video|audio): (damaged|its)"):
         decoder.decode(clip, [plan_of([5, 98])])
 
@@ -433,7 +435,7 @@ def test_a_damaged_motion_jpeg_picture_is_named(tmp_path):
 
 
 def test_many_threads_see_the_same(both, made):
-    decoder = PyAV().build(Read(image_size=64, window=200))
+    decoder = PyAV().build(DecodeSpec(image_size=64, window=200))
     rng = np.random.default_rng(0)
     jobs = []
     for path, info in [both, made("short.mp4"), made("open.mkv"), made("mpeg4.avi")] * 6:
@@ -491,7 +493,7 @@ def test_stored_spectrograms(tmp_path):
     mel_CML = np.random.default_rng(0).normal(size=(1, 128, 250)).astype(np.float32)
     np.save(tmp_path / "a.npy", mel_CML)
     clip = Clip("x", mel=tmp_path / "a.npy", num_mel_frames=250, duration_s=2.0)
-    decoder = PyAV().build(Read(("video", "audio"), window=100))
+    decoder = PyAV().build(DecodeSpec(("video", "audio"), window=100))
     sample = decoder.decode(clip, [plan_of(windows=(0, 200, -1))])[0]
     assert sample.frames_TCHW is None
     assert sample.mel_WCML.shape == (3, 1, 128, 100)
@@ -499,16 +501,16 @@ def test_stored_spectrograms(tmp_path):
     assert torch.equal(sample.mel_WCML[1, ..., :50], torch.from_numpy(mel_CML[..., 200:]))
     assert (sample.mel_WCML[1, ..., 50:] == -100).all()
     assert (sample.mel_WCML[2] == -100).all()
-    assert PyAV().build(Read(("video",))).decode(clip, [plan_of()])[0].mel_WCML is None
+    assert PyAV().build(DecodeSpec(("video",))).decode(clip, [plan_of()])[0].mel_WCML is None
     with pytest.raises(MediaError, match=r"has 128 bands, frontend\.num_mels is 80"):
-        PyAV().build(Read(frontend=PRESETS["events"])).decode(clip, [plan_of()])
+        PyAV().build(DecodeSpec(frontend=PRESETS["events"])).decode(clip, [plan_of()])
 
 
 def test_a_picture_with_a_recording(both, tmp_path):
     Image.fromarray(numbered(77)).save(tmp_path / "a.png")
     path, info = both
     clip = replace(clip_of(path, info=info), video=None, image=tmp_path / "a.png", num_frames=1, width=96, height=64)
-    sample = PyAV().build(Read(image_size=96)).decode(clip, [plan_of([0], (0, 0, 96, 64))])[0]
+    sample = PyAV().build(DecodeSpec(image_size=96)).decode(clip, [plan_of([0], (0, 0, 96, 64))])[0]
     assert number_of(sample.frames_TCHW[0].permute(1, 2, 0).numpy()) == 77
     assert sample.mel_WCML.max() > -60
 

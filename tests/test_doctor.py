@@ -15,7 +15,7 @@ from fastav.commands.doctor import Speed
 from fastav.data.clip import Clip
 from fastav.diagnostics import machine as examine
 from fastav.diagnostics.machine import Disk
-from fastav.media.decoder_choice import Census
+from fastav.media.decoder_choice import ClipStats
 from fastav.recipe.parse import load_recipe
 
 TOWER = "{patch_size = 16, embed_dim = 16, depth = 2, num_heads = 2}"
@@ -102,14 +102,14 @@ def test_on_clips(made, tmp_path, capsys):
     assert stages[:2] == ["decode video, PyAV, one thread", "decode audio, PyAV, one thread"]
     assert any(stage.startswith("loader, PyAV") for stage in stages)
     assert all(speed["clips_per_s"] > 0 for speed in [*found["speeds"], found["model"]])
-    assert found["census"] == {"h264": 64}
+    assert found["clip_stats"] == {"h264": 64}
 
 
 def advice(clips, loader, model, processes=None):
     speeds = [Speed("loader, PyAV, 2 threads", loader, loader / 2)]
     speeds += [Speed("loader, PyAV, 2 processes", processes)] if processes else []
     disk = Disk(100.0, 50.0)
-    return list(doctor._advice(clips, Census.of(clips), speeds, Speed("model", model), disk, load_recipe(None, [])))
+    return list(doctor._advice(clips, ClipStats.of(clips), speeds, Speed("model", model), disk, load_recipe(None, [])))
 
 
 def test_advice():

@@ -10,8 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastav.core.errors import UserError
 from fastav.model.bottleneck_block import BottleneckBlock
-from fastav.model.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Streams, Video, over_windows
-from fastav.model.tower import Tower
+from fastav.model.fusion import MBT, Audio, Bottleneck, Early, FusionInputs, Late, Score, Video, over_windows
+from fastav.model.tower import TowerConfig
 
 B, T, W, K = 2, 3, 2, 5
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -49,7 +49,7 @@ class Fused(nn.Module):
         towers = {}
         for modality, (size, changes) in make.items():
             settings = {"name": "vit_tiny_patch16_224", "args": TINY} | changes
-            tower = Tower(**settings).build(modality=modality, input_size=size, num_classes=heads)
+            tower = TowerConfig(**settings).build(modality=modality, input_size=size, num_classes=heads)
             towers[modality] = tower if modality in config.modalities else None
         # Trained towers have spread parameters; timm's initial ones are too small to tell mistakes.
         for tower in filter(None, towers.values()):
@@ -74,7 +74,7 @@ def feed(frames=T, windows=W, clips=B, dtype=torch.float64, **masks):
     video = torch.randn(clips, frames, 3, 16, 16, generator=generator, dtype=torch.float64).to(dtype)
     audio = torch.randn(clips, windows, 1, 16, 24, generator=generator, dtype=torch.float64).to(dtype)
     masks = {name: torch.tensor(value) for name, value in masks.items()}
-    return Streams(video, audio.expand(-1, -1, 3, -1, -1), **masks)
+    return FusionInputs(video, audio.expand(-1, -1, 3, -1, -1), **masks)
 
 
 def close(a, b, atol=1e-12):
@@ -293,7 +293,7 @@ def test_clips_do_not_touch_one_another(config):
     model = Fused(config)
     streams = feed(clips=4, has_video_B=[True, True, False, True], has_audio_B=[True, False, True, True])
     order = torch.tensor([2, 0, 3, 1])
-    swapped = Streams(*(None if s is None else s[order] for s in streams))
+    swapped = FusionInputs(*(None if s is None else s[order] for s in streams))
     close(model(swapped), model(streams)[order])
 
 

@@ -15,7 +15,7 @@ from torch._inductor.utils import run_and_get_code
 
 import fastav.model.bottleneck_block
 from fastav.model.bottleneck_block import enter_blocks
-from fastav.model.tower import Tower
+from fastav.model.tower import TowerConfig
 from fastav.model.transforms import mask_bands, normalise_frames, normalise_mel
 
 _HEADERS = Path(sysconfig.get_path("include"), "Python.h").is_file()
@@ -78,7 +78,9 @@ class Plain(nn.Module):
 def tower(depth=2):
     torch.manual_seed(0)
     args = {"patch_size": 8, "embed_dim": D, "depth": depth, "num_heads": 2}
-    return Tower(name="vit_tiny_patch16_224", args=args).build(modality="video", input_size=(32, 32), num_classes=0)
+    return TowerConfig(name="vit_tiny_patch16_224", args=args).build(
+        modality="video", input_size=(32, 32), num_classes=0
+    )
 
 
 def calls(run, *inputs):
@@ -120,9 +122,9 @@ def plain_calls(depth):
 def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
     """Two layers of tokens and bottleneck against two of one matrix of as many rows."""
 
-    def stand_in(qkv, *, clips, num_frames, num_tokens, num_bottleneck, frames, asks, impl):
+    def stand_in(qkv, *, clips, num_frames, num_tokens, num_bottleneck, frames, need_bottleneck, impl):
         copies = num_frames if frames == "mean" else 1
-        rows = clips * num_frames * num_tokens + (clips * copies * num_bottleneck if asks else 0)
+        rows = clips * num_frames * num_tokens + (clips * copies * num_bottleneck if need_bottleneck else 0)
         return attention(qkv, rows)
 
     monkeypatch.setattr(fastav.model.bottleneck_block, "bottleneck_attention", stand_in)
@@ -130,7 +132,7 @@ def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
 
     def both(depth):
         fused = tower(depth)
-        enter_blocks(fused, 0, frames, "sdpa", last_asks=True)
+        enter_blocks(fused, 0, frames, "sdpa", last_needs_bottleneck=True)
 
         def through_fused(x, z):
             for layer in fused.blocks:

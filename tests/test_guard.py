@@ -11,27 +11,27 @@ import pytest
 
 from fastav.core.errors import FastavError
 from fastav.distributed.rank_log import RankLog, record_flights
-from fastav.optim.loss_guard import Guard, Guarding
+from fastav.optim.loss_guard import GuardConfig, LossGuard
 
 
 def step(guard, loss, grad_norm=1.0, number=0, clips=()):
     """A step as the trainer takes it; returns what it was and whether it was taken."""
     kind = guard.judge(loss)
-    kind, taken = guard.note(kind, loss, grad_norm if guard.takes(kind) else math.nan)
+    kind, taken = guard.record(kind, loss, grad_norm if guard.takes(kind) else math.nan)
     if kind:
         guard.check(kind, number, loss, grad_norm, clips)
     return kind, taken
 
 
 def test_steps_that_are_not_finite_are_left_out_counted_and_end_the_run():
-    guard = Guard(Guarding(limit=3))
+    guard = LossGuard(GuardConfig(limit=3))
     assert step(guard, 1.0) == ("", True)
     assert step(guard, math.nan) == ("non-finite", False)
     assert step(guard, 1.0, math.inf) == ("non-finite", False)
     assert step(guard, 1.0) == ("", True)
     assert guard.skipped == 2
     step(guard, math.nan)
-    resumed = Guard(Guarding(limit=3))
+    resumed = LossGuard(GuardConfig(limit=3))
     resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     step(resumed, math.nan)
     message = r"step 6: loss nan, .*not finite for 3 steps in a row.*c0, c1, .*c7 and 2 more"
@@ -39,25 +39,25 @@ def test_steps_that_are_not_finite_are_left_out_counted_and_end_the_run():
         step(resumed, math.nan, number=6, clips=[f"c{n}" for n in range(10)])
     assert resumed.skipped == 5
     with pytest.raises(FastavError, match="not finite for 1 steps"):
-        step(Guard(Guarding(on_non_finite="stop")), math.inf)
+        step(LossGuard(GuardConfig(on_non_finite="stop")), math.inf)
 
 
 @pytest.mark.parametrize(("rule", "taken"), [("log", True), ("skip", False)])
 def test_a_spike_is_measured_against_the_last_losses(rule, taken):
-    guard = Guard(Guarding(spike=2.0, window=4, on_spike=rule))
+    guard = LossGuard(GuardConfig(spike=2.0, window=4, on_spike=rule))
     assert step(guard, 9.0) == ("", True), "nothing to measure it against yet"
     for loss in (1.0, 1.2, 0.8, 1.0):
         assert step(guard, loss) == ("", True)
     assert step(guard, 1.9) == ("", True)
     assert step(guard, 2.4) == ("spike", taken)
     assert guard.skipped == (not taken)
-    resumed = Guard(Guarding(spike=2.0, window=4, on_spike=rule))
+    resumed = LossGuard(GuardConfig(spike=2.0, window=4, on_spike=rule))
     resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
     assert resumed.judge(2.4) == guard.judge(2.4)
 
 
 def test_a_spike_may_end_the_run_and_names_the_clips():
-    guard = Guard(Guarding(spike=2.0, window=2, on_spike="stop"))
+    guard = LossGuard(GuardConfig(spike=2.0, window=2, on_spike="stop"))
     step(guard, 1.0)
     step(guard, 1.0)
     with pytest.raises(FastavError, match=r"step 7: loss 3 is more than 2 times the median of the last 2, 1; .*: a, b"):
@@ -65,12 +65,12 @@ def test_a_spike_may_end_the_run_and_names_the_clips():
 
 
 def test_slow_ranks_are_named():
-    guard = Guard(Guarding())
+    guard = LossGuard(GuardConfig())
     assert guard.slow([1.0, 1.1, 1.7, 1.0]) == [(2, pytest.approx(1.7))]
     assert guard.slow([1.0, 1.6]) == [(1, pytest.approx(1.6))]
     assert guard.slow([1.0, 1.4]) == []
     assert guard.slow([1.0]) == []
-    assert Guard(Guarding(slow_rank=0)).slow([1.0, 9.0]) == []
+    assert LossGuard(GuardConfig(slow_rank=0)).slow([1.0, 9.0]) == []
 
 
 def test_the_rank_that_failed_first_is_named(tmp_path):

@@ -16,7 +16,7 @@ import torch
 from fastav_kernels import bottleneck_attention
 from fastav_kernels.bottleneck_attention import Segments
 from fastav_kernels.bottleneck_attention.gate import faults, reduction_usage, usage_of
-from fastav_kernels.bottleneck_attention.plans import ARCHITECTURES, KERNELS, Chip, Plan, plan_for, read_plans
+from fastav_kernels.bottleneck_attention.plans import ARCHITECTURES, KERNELS, Chip, LaunchPlan, plan_for, read_plans
 from tests.attention_cases import packed, words
 
 ROOT = Path(__file__).parents[1]
@@ -81,10 +81,10 @@ def test_sm_90_backward_of_up_to_256_keys_hardly_spills(tokens, kind):
 
 def test_what_adds_up_the_parts_of_frames_compiles():
     for kernel in ("merge_parts", "sum_parts"):
-        for segments in (FRAMES, Segments(1, 1, 197, 4, "shared"), replace(FRAMES, asks=False)):
+        for segments in (FRAMES, Segments(1, 1, 197, 4, "shared"), replace(FRAMES, need_bottleneck=False)):
             used = reduction_usage(kernel, "sm_90", segments, torch.bfloat16, 12, 64)
             assert used.stack == 0
-    for segments in (replace(FRAMES, num_bottleneck=0), replace(FRAMES, asks=False)):
+    for segments in (replace(FRAMES, num_bottleneck=0), replace(FRAMES, need_bottleneck=False)):
         plan = plan_for("forward", Chip("sm_90"), 64, 2, 201)
         assert not faults(plan, "sm_90", usage_of(plan, "sm_90", segments, torch.bfloat16), torch.bfloat16)
 
@@ -97,7 +97,7 @@ def test_there_is_a_plan_for_everything(architecture):
                 assert plan_for(kernel, Chip(architecture, 99 * 1024), dim, num_bytes, 100_000)
     text = resources.files("fastav_kernels.bottleneck_attention").joinpath(f"plans/{architecture}.json").read_text()
     told = json.loads(text)
-    assert all(set(plan) == {field.name for field in fields(Plan)} for plan in told["plans"])
+    assert all(set(plan) == {field.name for field in fields(LaunchPlan)} for plan in told["plans"])
     assert told["measured"]
 
 

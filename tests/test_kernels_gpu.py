@@ -14,7 +14,7 @@ import torch
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import AVModel, Inputs, Model
 from fastav.model.fusion import Bottleneck
-from fastav.model.tower import Tower
+from fastav.model.tower import TowerConfig
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments, bottleneck_attention
 from tests.attention_cases import KINDS, error, exact, packed, small, words
 
@@ -23,7 +23,9 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no CUDA device"),
 ]
 SHAPES = [(2, 8, 197, 4), (4, 1, 201, 4), (2, 3, 65, 5), (2, 8, 50, 0), (1, 2, 577, 4)]
-CASES = [Segments(*shape, kind, asks) for shape in SHAPES for kind in KINDS for asks in (True, False)]
+CASES = [
+    Segments(*shape, kind, need_bottleneck) for shape in SHAPES for kind in KINDS for need_bottleneck in (True, False)
+]
 
 
 def run(impl, qkv, segments, dout):
@@ -86,7 +88,9 @@ def test_inductor_compiles_it_as_one_graph(kind):
 @pytest.mark.parametrize("frames", ["shared", "mean"])
 def test_a_compiled_model_under_autocast_agrees_with_sdpa(frames):
     fusion = {name: Bottleneck(start=1, frames=frames, attention=name) for name in ("triton", "sdpa")}
-    tower = Tower(name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 2})
+    tower = TowerConfig(
+        name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 128, "depth": 3, "num_heads": 2}
+    )
     images = torch.randint(0, 256, (2, 3, 3, 32, 32), dtype=torch.uint8, device="cuda")
     mel, found = torch.randn(2, 1, 1, 16, 24, device="cuda") * 20 - 40, {}
     for name, kind in fusion.items():

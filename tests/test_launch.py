@@ -18,7 +18,7 @@ import yaml
 
 from fastav.core.errors import UserError
 from fastav.recipe.parse import load_recipe
-from fastav.training.ranks import Ranks, leave
+from fastav.training.ranks import Ranks, shutdown
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,7 +35,7 @@ def refused(monkeypatch):
         assert "\n" not in str(caught.value)
 
     yield check
-    leave()
+    shutdown()
 
 
 def test_a_world_of_another_size(refused):
@@ -69,7 +69,7 @@ def test_a_batch_that_ranks_cannot_share(monkeypatch):
     monkeypatch.setattr(type(ranks), "world", 4)
     with pytest.raises(UserError, match=r"train\.batch = 10 does not divide by the 4 processes"):
         ranks.shares(load_recipe(None, ["--train.batch", "10"]).train)
-    leave()
+    shutdown()
 
 
 def test_accelerates_multi_cpu_without_mpirun_is_found_out(tmp_path):
@@ -178,10 +178,10 @@ def test_activation_checkpointing_changes_no_number():
     from fastav.media.spectrogram import Frontend
     from fastav.model.av_model import AVModel, Inputs, Model
     from fastav.model.fusion import Bottleneck
-    from fastav.model.tower import Tower
+    from fastav.model.tower import TowerConfig
 
-    tower = Tower(name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2},
-                  drop_path=0.3)  # fmt: skip
+    tower = TowerConfig(name="vit_tiny_patch16_224", drop_path=0.3,
+                         args={"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2})  # fmt: skip
     torch.manual_seed(0)
     frontend = Frontend(num_mels=16, mean=-40.0, std=20.0)
     model = AVModel(

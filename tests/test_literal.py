@@ -10,7 +10,7 @@ from benchmarks.literal import Literal
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import AVModel, Inputs, Model
 from fastav.model.fusion import Bottleneck
-from fastav.model.tower import Tower
+from fastav.model.tower import TowerConfig
 
 ARGS = {"patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 2, "init_values": 0.5}
 INPUTS = Inputs(frames=3, image_size=32, num_mels=16, window=24)
@@ -18,7 +18,7 @@ INPUTS = Inputs(frames=3, image_size=32, num_mels=16, window=24)
 
 def make(frames, attention):
     torch.manual_seed(0)
-    tower = Tower(name="vit_tiny_patch16_224", args=ARGS)
+    tower = TowerConfig(name="vit_tiny_patch16_224", args=ARGS)
     config = Model(video=tower, audio=tower, fusion=Bottleneck(start=2, frames=frames, attention=attention))
     model = AVModel(config, "abcde", INPUTS, Frontend(num_mels=16, mean=-40.0, std=20.0))
     for parameter in model.parameters():

@@ -17,7 +17,7 @@ from fastav.core.errors import MediaError, TooManyBroken
 from fastav.data.clip import Clip, ClipPlan
 from fastav.loader.batch import Batch
 from fastav.loader.loader import Batches, Loader, Loading
-from fastav.media.decoder import Read, Sample
+from fastav.media.decoder import DecodeSpec, Sample
 from fastav.media.spectrogram import Frontend
 from tests.fake_decoder import (
     MELS,
@@ -472,7 +472,7 @@ def test_real_files_end_to_end(tmp_path: Path) -> None:
     broken.video.write_bytes(broken.video.read_bytes()[:3000])
     sampling = Sampling(frames=3, image_size=32, window=100, eval_windows=(0, 150, 450), mixup=0.3, repeat=2)
     frontend = Frontend()
-    decoder = PyAV().build(Read(image_size=32, frontend=frontend, window=100))
+    decoder = PyAV().build(DecodeSpec(image_size=32, frontend=frontend, window=100))
     options = {"mel_bands": frontend.num_mels, "mel_frames": frontend.num_frames_s}
     plan = Plan([(manifest, 1.0)], sampling, seed=1, **options)
 

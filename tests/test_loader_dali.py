@@ -12,9 +12,9 @@ from fastav.data.manifest import Manifest
 from fastav.data.plan import Plan, Sampling
 from fastav.loader.loader import Loader, Loading
 from fastav.media.dali.decoder import Dali
-from fastav.media.decoder import Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 from fastav.media.spectrogram import Frontend
 from fastav.pack.build import build_pack
 from fastav.pack.settings import PackSettings
@@ -37,7 +37,7 @@ def loader_of(manifest, config, broken=None, **sampling):
         frames=4, image_size=SIZE, window=WINDOW, eval_windows=(0, 150), crop_scale=(0.5, 1.0), **sampling
     )
     plan = Plan([(manifest, 1.0)], chosen, seed=3, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
-    read = Read(("video", "audio"), SIZE, frontend, WINDOW)
+    read = DecodeSpec(("video", "audio"), SIZE, frontend, WINDOW)
     named = broken if broken is not None else []
     return Loader(
         plan, config.build(read), Loading(workers=2), modalities=("video", "audio"), classes=manifest.classes,
@@ -98,7 +98,7 @@ def test_a_bad_clip_does_not_end_the_run(pack, tmp_path):
     import shutil
 
     shutil.copytree(pack.root, copy)
-    units = Shards(Reading()).units(clip)
+    units = ShardReader(ShardReading()).units(clip)
     shard = copy / "shards" / clip.shard.rsplit("/", 1)[1]
     raw = bytearray(shard.read_bytes())
     for at in units.at_U[: clip.num_frames].tolist():

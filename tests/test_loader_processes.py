@@ -19,8 +19,8 @@ from fastav.core.errors import FastavError, MediaError
 from fastav.data.clip import Clip, ClipPlan
 from fastav.loader.batch import Batch
 from fastav.loader.loader import Loader, Loading
-from fastav.loader.processes import Processes
-from fastav.media.decoder import Read, Sample
+from fastav.loader.processes import DecoderProcesses
+from fastav.media.decoder import DecodeSpec, Sample
 from tests.fake_decoder import CLASSES, FRONTEND, MELS, SIZE, WINDOW, FakePlan, T, make_clips, same, train_requests
 
 
@@ -28,7 +28,7 @@ class Marked:
     """Frames and spectrograms that say which clip and frames they are; some clips are bad."""
 
     name = "marked"
-    read = Read(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
+    read = DecodeSpec(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
 
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
         if clip.id == "crashes":
@@ -94,7 +94,7 @@ def test_batches_are_those_of_threads(tmp_path: Path) -> None:
     broken.write_bytes(broken.read_bytes()[:3000])
     sampling = Sampling(frames=3, image_size=32, window=100, eval_windows=(0, 150, 450), mixup=0.3, repeat=2)
     frontend = Frontend()
-    decoder = PyAV().build(Read(image_size=32, frontend=frontend, window=100))
+    decoder = PyAV().build(DecodeSpec(image_size=32, frontend=frontend, window=100))
     plan = Plan([(manifest, 1.0)], sampling, seed=1, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
     requests = [("train", 0, 4), ("evaluate", 0, 4), ("train", 4, 8), ("evaluate", 4, 4)]
 
@@ -160,7 +160,7 @@ def test_a_sample_of_another_shape_is_broken_and_gives_its_process_back() -> Non
 def test_closing_in_the_middle_of_decodes_ends_every_process() -> None:
     clips = named("slow", "slow", "slow", "slow")
     plan = FakePlan(clips).train(0, 4)
-    processes = Processes(Marked(), 4)
+    processes = DecoderProcesses(Marked(), 4)
     errors: list[Exception] = []
 
     def work(row: int) -> None:
@@ -199,7 +199,7 @@ def test_a_forgotten_loader_leaves_nothing() -> None:
 def test_a_sample_is_not_overwritten_while_it_is_held_and_rooms_grow() -> None:
     clips = make_clips(4)
     plan = FakePlan(clips).train(0, 4)
-    both = Processes(Marked(), 2)
+    both = DecoderProcesses(Marked(), 2)
     first = both.decode(clips[0], [plan[0]])
     second = both.decode(clips[1], [plan[1]])  # in the other process
     assert first[0].frames_TCHW is not None

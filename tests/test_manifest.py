@@ -568,7 +568,9 @@ def test_two_files_with_the_same_content(tmp_path: Path, files: list[Path]) -> N
 
 def test_the_schema_has_every_field_of_a_clip() -> None:
     assert {f.name for f in dataclasses.fields(Clip)} - {"row"} | {"media_frames", "media_samples"} == set(SCHEMA.names)
-    assert json.loads(store.Header(("a",), {"train": (0, 1)}, {}).write()[b"fastav.splits"]) == {"train": [0, 1]}
+    assert json.loads(store.ManifestHeader(("a",), {"train": (0, 1)}, {}).write()[b"fastav.splits"]) == {
+        "train": [0, 1]
+    }
 
 
 def test_means_over_labels_are_those_of_the_label_matrix(tmp_path: Path) -> None:

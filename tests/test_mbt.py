@@ -15,11 +15,11 @@ from torch import nn
 
 from fastav.core.errors import UserError
 from fastav.model.av_model import AVModel
-from fastav.model.fusion import Streams
+from fastav.model.fusion import FusionInputs
 from fastav.model.fusion.mbt import MBT, MBTFusion
 from fastav.model.fusion.mbt_init import copy_image_vit
 from fastav.model.scenic_checkpoint import mbt_state
-from fastav.model.tower import ClipDropPath, Tower
+from fastav.model.tower import ClipDropPath, TowerConfig
 from fastav.recipe.parse import load_recipe
 
 CASES = (
@@ -75,7 +75,7 @@ class Whole(nn.Module):
         }  # fmt: skip
         sizes = {"video": frames_size[1:], "audio": (mel_size[1], mel_size[0])}
         self.towers = {
-            name: Tower(name="vit_tiny_patch16_224", args=args).build(
+            name: TowerConfig(name="vit_tiny_patch16_224", args=args).build(
                 modality=name, input_size=sizes[name], num_classes=0
             )
             for name in used
@@ -86,7 +86,7 @@ class Whole(nn.Module):
             self.add_module(name, tower)
 
     def forward(self, rgb, spectrogram):
-        streams = Streams(
+        streams = FusionInputs(
             rgb.permute(0, 1, 4, 2, 3) if "video" in self.towers else None,
             spectrogram.permute(0, 3, 2, 1).unsqueeze(1) if "audio" in self.towers else None,
         )
@@ -190,14 +190,14 @@ def tiny(**changes):
     """Settings, towers and streams of a model of kind `mbt`, and the model."""
     torch.manual_seed(3)
     args = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
-    tower = Tower(name="vit_tiny_patch16_224", args=args)
+    tower = TowerConfig(name="vit_tiny_patch16_224", args=args)
     video = tower.build(modality="video", input_size=(16, 16), num_classes=0)
     audio = tower.build(modality="audio", input_size=(16, 24), num_classes=0)
     fusion = MBT(**{"start": 1, "patch": 8} | changes).build(video, audio, 4, 2)
     for parameter in fusion.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     modules = nn.ModuleDict({"video": video, "audio": audio, "fusion": fusion}).double().eval()
-    streams = Streams(torch.randn(3, 2, 3, 16, 16).double(), torch.randn(3, 1, 3, 16, 24).double())
+    streams = FusionInputs(torch.randn(3, 2, 3, 16, 16).double(), torch.randn(3, 1, 3, 16, 24).double())
 
     def forward(streams):
         return fusion(video, audio, streams)
@@ -242,7 +242,9 @@ def test_the_bottleneck_of_a_clip_with_one_modality_is_that_ones_alone():
     tokens = blocks[0](tokens + fusion.position["video"])
     z = fusion.bottleneck.expand(3, -1, -1)
     args = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
-    plain = Tower(name="vit_tiny_patch16_224", args=args).build(modality="video", input_size=(16, 16), num_classes=0)
+    plain = TowerConfig(name="vit_tiny_patch16_224", args=args).build(
+        modality="video", input_size=(16, 16), num_classes=0
+    )
     plain.double().eval()
     for number in (1, 2):
         plain.blocks[number].load_state_dict(blocks[number].state_dict())

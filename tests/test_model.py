@@ -18,11 +18,11 @@ from fastav.data.plan import Sampling
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import AVModel, Inputs, Model
 from fastav.model.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Video
-from fastav.model.tower import Tower
+from fastav.model.tower import TowerConfig
 
 B, T, W = 4, 2, 3
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
-TINY = Tower(name="vit_tiny_patch16_224", args=ARGS)
+TINY = TowerConfig(name="vit_tiny_patch16_224", args=ARGS)
 SAMPLING = Sampling(frames=T, image_size=16, window=24)
 FRONTEND = Frontend(num_mels=16, mean=-40.0, std=20.0)
 CLASSES = ("coot", "crow", "gull")
@@ -222,7 +222,7 @@ class Probe(nn.Module):
 
 def test_code_of_a_saved_model_has_to_be_allowed(tmp_path):
     name = f"{Probe.__module__}:Probe"
-    make(Late(), video=Tower(name=name)).save(tmp_path / "model")
+    make(Late(), video=TowerConfig(name=name)).save(tmp_path / "model")
     with pytest.raises(UserError, match="made by code of that name"):
         AVModel.from_pretrained(tmp_path / "model")
     assert AVModel.from_pretrained(tmp_path / "model", factories=[name])(*batch()).shape == (B, 3)
@@ -264,7 +264,7 @@ def test_towers_start_from_other_runs(tmp_path, caplog):
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
 def test_a_whole_model_starts_from_another_but_for_its_head(name, tmp_path):
-    tower = Tower(name=name)
+    tower = TowerConfig(name=name)
     sampling = msgspec.structs.replace(SAMPLING, image_size=64)
     saved = make(Video(), classes=("a", "b"), sampling=sampling, video=tower)
     saved.save(tmp_path / "m")
@@ -281,8 +281,12 @@ def test_a_whole_model_starts_from_another_but_for_its_head(name, tmp_path):
 @pytest.mark.parametrize(
     ("fusion", "towers", "message"),
     [
-        (MBT(image_vit="x.safetensors"), {"video": Tower(weights="timm")}, "image_vit and a start of model.video"),
-        (MBT(), {"audio": Tower(freeze=2)}, "model.audio.freeze: 2 given, 0 expected"),
+        (
+            MBT(image_vit="x.safetensors"),
+            {"video": TowerConfig(weights="timm")},
+            "image_vit and a start of model.video",
+        ),
+        (MBT(), {"audio": TowerConfig(freeze=2)}, "model.audio.freeze: 2 given, 0 expected"),
     ],
 )
 def test_towers_of_mbt_are_blocks_alone(fusion, towers, message):
@@ -317,7 +321,7 @@ def test_flops_are_pytorchs_count(fusion, windows):
 
 
 def test_flops_of_a_convolutional_tower():
-    model = make(Late(), video=Tower(name="resnet18")).requires_grad_(False)
+    model = make(Late(), video=TowerConfig(name="resnet18")).requires_grad_(False)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(*batch(windows=1)[:2])
     assert B * model.flops() == pytest.approx(counter.get_total_flops(), rel=0.01)

@@ -25,10 +25,10 @@ import fastav.pack.build
 from fastav.__main__ import main
 from fastav.core.errors import MediaError, UserError
 from fastav.data.manifest import Manifest, check, write_manifest
-from fastav.media.decoder import Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.packed_clip import decode_sound
 from fastav.media.pyav import PyAV
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 from fastav.media.spectrogram import Frontend
 from fastav.pack import transcode
 from fastav.pack.build import build_pack
@@ -36,7 +36,7 @@ from fastav.pack.encode import encode_flac
 from fastav.pack.folder import PackFolder, plan_shards
 from fastav.pack.quality import psnr_db
 from fastav.pack.settings import PackSettings
-from fastav.pack.transcode import Order, pack_clip
+from fastav.pack.transcode import PackJob, pack_clip
 from tests.make_media import clicks, number_of, write_media
 from tests.planned import clip_of, plan_of
 
@@ -53,7 +53,7 @@ def packed(path, settings=None, tmp=None, **changes):
 
 def frames_of(clip, numbers, size=None):
     """The planned frames of a packed clip, whole, [T, H, W, 3] when it is square."""
-    read = Read(("video",), image_size=size or clip.height)
+    read = DecodeSpec(("video",), image_size=size or clip.height)
     plan = plan_of(frames=numbers, crop=(0, 0, clip.width, clip.height))
     return PyAV().build(read).decode(clip, [plan])[0].frames_TCHW.permute(0, 2, 3, 1).numpy()
 
@@ -133,7 +133,7 @@ def test_packed_frames_and_sound_are_those_of_the_source(mixed, pack):
         shift = 25 if name == "piece" else 0
         pictures = frames_of(made[name], numbers, size=64)
         assert [number_of(picture) for picture in pictures] == [n + shift for n in numbers]
-    read = Read(("audio",), window=100)
+    read = DecodeSpec(("audio",), window=100)
     for name in ("both.mp4", "piece", "sound.wav", "mel"):
         for start in (0, 40, 90):
             one, two = (
@@ -147,11 +147,11 @@ def test_packed_frames_and_sound_are_those_of_the_source(mixed, pack):
 
 def test_the_mel_of_a_splice_is_that_of_the_whole_clip(pack):
     clip, frontend = by_id(pack)["both.mp4"], Frontend()
-    wave = Shards(Reading()).fetch(clip, None, (0, clip.num_samples)).sound
+    wave = ShardReader(ShardReading()).fetch(clip, None, (0, clip.num_samples)).sound
     from fastav.media.packed_clip import wave_of
 
     whole = frontend.build().log_mel(wave_of(wave, clip, RATE))
-    decoder = PyAV().build(Read(("audio",), window=60))
+    decoder = PyAV().build(DecodeSpec(("audio",), window=60))
     for starts in ((0,), (10,), (150,), (190,), (230,), (0, 120, 190), (249,), (-1, 40), (-1,)):
         found = decoder.decode(clip, [plan_of(windows=starts)])[0].mel_WCML
         for window, start in zip(found, starts, strict=True):
@@ -173,7 +173,7 @@ def test_rotation_is_baked_in(tmp_path):
         clip = packed(path, tmp=folder)
         raw = clip_of(path)
         assert (clip.width > clip.height) == (raw.width > raw.height)
-        read = Read(("video",), image_size=32)
+        read = DecodeSpec(("video",), image_size=32)
         one, two = (
             PyAV().build(read).decode(c, [plan_of(crop=(0, 0, c.width, c.height))])[0].frames_TCHW[0].float()
             for c in (raw, clip)
@@ -269,7 +269,7 @@ def test_the_index_names_every_byte(mixed, pack):
                 assert (
                     raw[member["offset"] : member["offset"] + member["size"]] == tar.extractfile(member["name"]).read()
                 )
-        units = Shards(Reading()).units(clip)
+        units = ShardReader(ShardReading()).units(clip)
         assert entry["unit_offset"] == units.at_U.tolist()
         with tarfile.open(clip.shard) as tar:
             told = json.loads(tar.extractfile(f"{entry['key']}.json").read())
@@ -468,7 +468,7 @@ def test_quiet_recordings_keep_their_24_bits(tmp_path):
     quiet = (3e-5 * np.random.default_rng(0).normal(size=(1, 16_000))).astype(np.float32)
     path = write_media(tmp_path / "q.wav", wave=quiet, rate=RATE, audio_codec="pcm_s24le", layout="mono")
     clip = packed(path, tmp=tmp_path)
-    wave_S = decode_sound(Shards(Reading()).fetch(clip, None, (0, clip.num_samples)).sound, clip)
+    wave_S = decode_sound(ShardReader(ShardReading()).fetch(clip, None, (0, clip.num_samples)).sound, clip)
     assert np.abs(wave_S - quiet[0]).max() < 2**-22
 
 
@@ -478,7 +478,7 @@ def test_verify_finds_what_was_altered(mixed, tmp_path, capsys):
     assert main(["pack", "--verify", str(out), "--workers", "1"]) == 0
     assert "every byte and every frame is right" in capsys.readouterr().out
     clip = by_id(made)["both.mp4"]
-    units = Shards(Reading()).units(clip)
+    units = ShardReader(ShardReading()).units(clip)
     shard = Path(clip.shard)
     raw = bytearray(shard.read_bytes())
     raw[int(units.at_U[30]) + 9] ^= 4
@@ -523,7 +523,7 @@ def test_a_fault_of_ours_is_named_and_not_fatal(mixed, monkeypatch):
         raise MemoryError("no room")
 
     monkeypatch.setattr("fastav.pack.transcode.read_media", fail)
-    order = Order(by_id(mixed)["both.mp4"], PackSettings(), mixed.root, False)
+    order = PackJob(by_id(mixed)["both.mp4"], PackSettings(), mixed.root, False)
     assert pack_clip(order) == (order.clip.source, "MemoryError: no room", "pack")
 
 

@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 
-from fastav.core.process_pool import each
+from fastav.core.process_pool import run_jobs
 
 
 def work(mode, job):
@@ -25,7 +25,7 @@ def work(mode, job):
 
 @pytest.mark.parametrize("mode", ["works", "dies", "hangs"])
 def test_every_job_has_an_outcome(mode):
-    done = sorted(each(range(8), partial(work, mode), 2, patience_s=4.0), key=lambda d: d.number)
+    done = sorted(run_jobs(range(8), partial(work, mode), 2, patience_s=4.0), key=lambda d: d.number)
     assert [d.job for d in done] == [d.number for d in done] == list(range(8))
     bad = mode != "works"
     assert [d.result for d in done] == [None if bad and i == 3 else i * i for i in range(8)]
@@ -34,7 +34,7 @@ def test_every_job_has_an_outcome(mode):
 
 def test_what_a_job_raises_ends_it_all():
     with pytest.raises(ValueError, match="three"):
-        list(each(range(8), partial(work, "raises"), 1))
+        list(run_jobs(range(8), partial(work, "raises"), 1))
 
 
 def wait_for(folder, job):
@@ -46,7 +46,7 @@ def wait_for(folder, job):
 
 def test_jobs_are_not_begun_too_far_ahead(tmp_path):
     seen = []
-    for done in each(range(30), partial(wait_for, tmp_path), 2, ahead=5):
+    for done in run_jobs(range(30), partial(wait_for, tmp_path), 2, ahead=5):
         seen.append(done.number)
         if len(seen) == 4:
             time.sleep(0.3)

@@ -15,10 +15,10 @@ import torch
 
 from fastav.__main__ import main
 from fastav.core.errors import FastavError
-from fastav.diagnostics import device_tests as gauges
+from fastav.diagnostics import device_tests
 from fastav.diagnostics.rank_check import Preflight, _node
-from fastav.diagnostics.rank_verdicts import Measured, Place, judge, medians, summary, table
-from fastav.distributed.host_group import Crew
+from fastav.diagnostics.rank_verdicts import RankMeasurement, RankPlace, find_faults, medians, summary, table
+from fastav.distributed.host_group import HostGroup
 from fastav.recipe.parse import CHANGEABLE, load_recipe, parse_recipe, to_table
 
 ROOT = Path(__file__).parents[1]
@@ -34,18 +34,18 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 def measured(rank, of_node=4, name="NVIDIA H200", **rates):
     """A rank of a cluster whose nodes have so many."""
     node = rank // of_node
-    place = Place(rank, f"node{node}", node, f"cuda:{rank % of_node}", name, f"GPU-{rank:04x}")
+    place = RankPlace(rank, f"node{node}", node, f"cuda:{rank % of_node}", name, f"GPU-{rank:04x}")
     usual = {"product": 600.0, "copy": 4000.0, "node": 400.0, "exchange": 40.0, "all": 90.0}
-    return Measured(place, usual | rates)
+    return RankMeasurement(place, usual | rates)
 
 
 def texts(found, slow=0.8):
-    return [fault.text for fault in judge(found, slow)]
+    return [fault.text for fault in find_faults(found, slow)]
 
 
 def test_sound_ranks_are_told_with_their_medians():
     found = [measured(rank, product=600.0 + rank) for rank in range(8)]
-    assert judge(found, 0.8) == []
+    assert find_faults(found, 0.8) == []
     assert summary(found, [], 0.8) == (
         "preflight: 8 ranks on 2 nodes: matrix product 604 TFLOP/s, copy 4000 GB/s, all-reduce in the node 400 GB/s, "
         "exchange between nodes 40 GB/s, all-reduce of all ranks 90 GB/s; all within 0.8 of the median"
@@ -58,12 +58,12 @@ def test_a_slow_rank_is_told_with_its_device():
     assert texts(found) == [
         "rank 3 (host node0, cuda:3, NVIDIA H200, GPU-0003): matrix product 372 TFLOP/s, 0.62 of the median"
     ]
-    (fault,) = judge(found, 0.8)
+    (fault,) = find_faults(found, 0.8)
     assert (fault.kind, fault.ranks, fault.hosts, fault.measure) == ("slow", (3,), ("node0",), "product")
     assert fault.share == pytest.approx(0.62)
     assert texts(found, slow=0.6) == []
     assert texts(found, slow=0) == []
-    assert "all within" not in summary(found, judge(found, 0.8), 0.8)
+    assert "all within" not in summary(found, find_faults(found, 0.8), 0.8)
 
 
 def test_the_slow_ranks_of_a_node_are_told_as_the_node():
@@ -103,20 +103,20 @@ def test_all_ranks_together_have_one_rate():
 
 def test_broken_and_missing_ranks():
     found = [measured(rank) for rank in range(8)]
-    found[2] = Measured(found[2].place, {}, "matrix product: CUDA error: device-side assert")
+    found[2] = RankMeasurement(found[2].place, {}, "matrix product: CUDA error: device-side assert")
     for rank in (4, 5):
         found[rank] = measured(rank, copy=math.nan, node=None)
     assert texts(found) == [
         "rank 2 (host node0, cuda:2, NVIDIA H200, GPU-0002): broken: matrix product: CUDA error: device-side assert",
         "node 1 (host node1), ranks 4, 5: broken: no figure for copy and all-reduce in the node",
     ]
-    assert [fault.kind for fault in judge(found, 0.8)] == ["broken", "broken"]
+    assert [fault.kind for fault in find_faults(found, 0.8)] == ["broken", "broken"]
 
 
 @pytest.mark.parametrize("num_nodes", range(1, 8))
 def test_every_node_exchanges_with_two_others(num_nodes):
     partners = {node: set() for node in range(num_nodes)}
-    for pairs in gauges.pairings(num_nodes):
+    for pairs in device_tests.pairings(num_nodes):
         ends = [end for pair in pairs for end in pair]
         assert len(ends) == len(set(ends)), "one partner at a time"
         for a, b in pairs:
@@ -155,10 +155,10 @@ def spoiled(calls, row):
 )
 def test_a_product_that_is_wrong_in_one_number_is_found(monkeypatch, calls, row, message):
     device = torch.device("cpu")
-    assert gauges.product(device, 0.001) > 0
+    assert device_tests.matmul_rate(device, 0.001) > 0
     monkeypatch.setattr(torch, "mm", spoiled(calls, row))
     with pytest.raises(FastavError, match=message):
-        gauges.product(device, 0.001)
+        device_tests.matmul_rate(device, 0.001)
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +221,7 @@ def slow_gpu(self):
 
 
 def slow_cpu(self):
-    return [Measured(Place(rank, "node0", 0, "cpu", "CPU"), {"copy": 9.0 / (rank + 1)}) for rank in (0, 1)]
+    return [RankMeasurement(RankPlace(rank, "node0", 0, "cpu", "CPU"), {"copy": 9.0 / (rank + 1)}) for rank in (0, 1)]
 
 
 def test_slow_ranks_count_but_on_a_cpu(monkeypatch, capsys):
@@ -347,7 +347,7 @@ def test_slurm_ranks_know_how_many_share_their_node(tmp_path, tasks, node, expec
 
 
 def test_a_node_without_a_gpu_among_others_is_named():
-    class Some(Crew):
+    class Some(HostGroup):
         def gather(self, item):
             return [("0", "n1", "cuda:0", "NVIDIA H200", "GPU-1"), ("1", "n2", "cpu", "CPU", "")]
 
@@ -357,7 +357,7 @@ def test_a_node_without_a_gpu_among_others_is_named():
 
 def test_a_device_that_fails_for_good_is_still_told(monkeypatch):
     """After an illegal access every call into CUDA fails, that which frees memory too."""
-    preflight = Preflight(Crew(), torch.device("cpu"), 0.1, 5.0)
+    preflight = Preflight(HostGroup(), torch.device("cpu"), 0.1, 5.0)
     preflight._device = torch.device("cuda", 0)
     broken = RuntimeError("CUDA error: an illegal memory access was encountered")
 

@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from fastav.__main__ import main
 from fastav.data.manifest import Manifest
-from fastav.media.decoder import Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.packed_clip import decode_sound
 from fastav.media.pyav import PyAV
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 from tests.planned import plan_of
 
 SIZE = 64
@@ -63,7 +63,7 @@ def test_every_file_is_packed_or_named(realdata, packed, kind):
 def test_packed_pictures_are_those_of_the_files(packed):
     raw = by_id(packed / "video.parquet")
     made = Manifest.open(packed / "video" / "manifest.parquet")
-    decoder = PyAV().build(Read(("video",), image_size=SIZE))
+    decoder = PyAV().build(DecodeSpec(("video",), image_size=SIZE))
     compared = 0
     for clip in made.clips(range(len(made))):
         source = raw[clip.id]
@@ -80,7 +80,7 @@ def test_packed_pictures_are_those_of_the_files(packed):
 
 
 def test_packed_sound_is_that_of_the_files(packed):
-    shards = Shards(Reading())
+    shards = ShardReader(ShardReading())
     for kind in ("video", "audio"):
         raw = by_id(packed / f"{kind}.parquet")
         made = Manifest.open(packed / kind / "manifest.parquet")
@@ -90,7 +90,7 @@ def test_packed_sound_is_that_of_the_files(packed):
             source = raw[clip.id]
             wave_S = decode_sound(shards.fetch(clip, None, (0, clip.num_samples)).sound, clip)
             assert clip.num_samples == round(source.num_samples * 16_000 / source.sample_rate)
-            read = Read(("audio",), window=60)
+            read = DecodeSpec(("audio",), window=60)
             one, two = (PyAV().build(read).decode(c, [plan_of(windows=(5,))])[0].mel_WCML for c in (source, clip))
             loud = one > max(float(one.max()) - 40, -35)
             assert ((one - two)[loud].abs() < 1).all(), clip.id

@@ -15,7 +15,7 @@ import pytest
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.packed_clip import KeptDecoders, decode_sound
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 from fastav.media.shards.format import (
     FLAC_BLOCK,
     Member,
@@ -26,9 +26,9 @@ from fastav.media.shards.format import (
     num_units,
     table_place,
 )
-from fastav.media.shards.splice import needed_sound, needed_units
+from fastav.media.shards.splice import needed_audio, needed_units
 from fastav.pack.settings import PackSettings
-from fastav.pack.transcode import Order, pack_clip
+from fastav.pack.transcode import PackJob, pack_clip
 from tests.make_media import clicks, write_media
 from tests.planned import clip_of
 
@@ -62,7 +62,7 @@ def packs(source, tmp_path_factory):
     """The same clip in every preset, the second of three clips of its shard."""
     folder, made = tmp_path_factory.mktemp("packs"), {}
     for name, settings in SETTINGS.items():
-        packed = pack_clip(Order(source, settings, source.video.parent, True))
+        packed = pack_clip(PackJob(source, settings, source.video.parent, True))
         shard = folder / f"{name}.tar"
         with shard.open("wb") as file:
             writer = ShardWriter(file)
@@ -80,7 +80,7 @@ class Film:
     def __init__(self, numbers):
         self.numbers, self.frames = list(numbers), {}
 
-    def see(self, number, frame):
+    def take(self, number, frame):
         self.frames[number] = frame.to_ndarray()
 
 
@@ -94,7 +94,7 @@ def whole_stream(clip):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_splice_decodes_to_the_same_pixels_as_the_whole_file(packs, name):
-    clip, shards, decoders = packs[name], Shards(Reading()), KeptDecoders()
+    clip, shards, decoders = packs[name], ShardReader(ShardReading()), KeptDecoders()
     expected = whole_stream(clip)
     assert len(expected) == clip.num_frames == 75
     rng = np.random.default_rng(5)
@@ -110,7 +110,7 @@ def test_a_splice_decodes_to_the_same_pixels_as_the_whole_file(packs, name):
 def test_only_the_needed_groups_are_read(packs, name):
     clip = packs[name]
     gop = {"small": 8, "balanced": 4, "fast": 1, "mjpeg": 1}[name]
-    packed = Shards(Reading()).fetch(clip, [9, 10, 42], None)
+    packed = ShardReader(ShardReading()).fetch(clip, [9, 10, 42], None)
     expected = list(range(9 // gop * gop, 10 // gop * gop + 10 % gop + 1)) if gop > 1 else [9, 10]
     expected += list(range(42 // gop * gop, 43))
     assert len(packed.frames.units) == len(expected)
@@ -124,7 +124,7 @@ def test_only_the_needed_groups_are_read(packs, name):
 def test_h264_has_delimiters_parameter_sets_and_no_reordering(packs):
     for name in ("small", "balanced", "fast"):
         clip = packs[name]
-        frames = Shards(Reading()).fetch(clip, list(range(75)), None).frames
+        frames = ShardReader(ShardReading()).fetch(clip, list(range(75)), None).frames
         for unit, key in zip(frames.units, frames.keys, strict=True):
             kinds = [part[0] & 31 for part in unit.replace(b"\0\0\0\1", b"\0\0\1").split(b"\0\0\1")[1:]]
             assert kinds[0] == 9  # access unit delimiter
@@ -148,7 +148,7 @@ def test_a_spliced_stream_decodes_without_a_word_from_ffmpeg(packs):
             for clip in packs.values():
                 for _ in range(10):
                     numbers = sorted(rng.choice(75, size=8, replace=False).tolist())
-                    frames = Shards(Reading()).fetch(clip, numbers, None).frames
+                    frames = ShardReader(ShardReading()).fetch(clip, numbers, None).frames
                     with av.open(io.BytesIO(frames.stream), format=clip.video_codec) as container:
                         assert sum(1 for _ in container.decode(video=0)) == len(frames.units)
         # The MJPEG coder of full-range pictures is deprecated by name only; everything else would be a fault.
@@ -160,7 +160,7 @@ def test_a_spliced_stream_decodes_without_a_word_from_ffmpeg(packs):
 
 
 def test_sound_is_spliced_by_frames(packs):
-    clip, shards = packs["balanced"], Shards(Reading())
+    clip, shards = packs["balanced"], ShardReader(ShardReading())
     whole = decode_sound(shards.fetch(clip, None, (0, clip.num_samples)).sound, clip)
     assert len(whole) == clip.num_samples == pytest.approx(3 * RATE, abs=RATE // 20)
     peaks = np.flatnonzero(np.abs(whole) > 0.6)
@@ -180,11 +180,11 @@ def test_sound_is_spliced_by_frames(packs):
 def test_altered_bytes_are_named(packs, tmp_path):
     clip = packs["balanced"]
     raw = bytearray(Path(clip.shard).read_bytes())
-    units = Shards(Reading()).units(clip)
+    units = ShardReader(ShardReading()).units(clip)
     raw[int(units.at_U[20]) + 5] ^= 1
     copy = tmp_path / "x.tar"
     copy.write_bytes(raw)
-    moved, shards = replace(clip, shard=str(copy)), Shards(Reading())
+    moved, shards = replace(clip, shard=str(copy)), ShardReader(ShardReading())
     with pytest.raises(MediaError, match=rf"x.tar: shard: unit 20 of clip .* at byte {units.at_U[20]} was altered"):
         shards.fetch(moved, [21], None)
     assert shards.fetch(moved, [24], None).frames is not None  # its neighbours are still good
@@ -200,7 +200,7 @@ def test_an_altered_table_is_named(packs, tmp_path):
         copy = tmp_path / "x.tar"
         copy.write_bytes(raw)
         with pytest.raises(MediaError, match="shard: "):
-            Shards(Reading()).fetch(replace(clip, shard=str(copy)), list(range(75)), (0, clip.num_samples))
+            ShardReader(ShardReading()).fetch(replace(clip, shard=str(copy)), list(range(75)), (0, clip.num_samples))
 
 
 def test_an_altered_kind_is_named(packs, tmp_path):
@@ -212,7 +212,7 @@ def test_an_altered_kind_is_named(packs, tmp_path):
     data[row + 4] = UnitKind.KEYFRAME
     (tmp_path / "kind.tar").write_bytes(data)
     with pytest.raises(MediaError, match=r"unit 6 of clip .* was altered"):
-        Shards(Reading()).fetch(replace(clip, shard=str(tmp_path / "kind.tar")), [2, 6], None)
+        ShardReader(ShardReading()).fetch(replace(clip, shard=str(tmp_path / "kind.tar")), [2, 6], None)
 
 
 def test_a_zeroed_row_of_the_table_is_named(packs, tmp_path):
@@ -223,7 +223,7 @@ def test_a_zeroed_row_of_the_table_is_named(packs, tmp_path):
     data[place + size - 12 : place + size] = bytes(12)
     (tmp_path / "zero.tar").write_bytes(data)
     with pytest.raises(MediaError, match=r"the table of clip .* is damaged"):
-        Shards(Reading()).fetch(replace(clip, shard=str(tmp_path / "zero.tar")), None, (0, clip.num_samples))
+        ShardReader(ShardReading()).fetch(replace(clip, shard=str(tmp_path / "zero.tar")), None, (0, clip.num_samples))
 
 
 def test_a_cut_off_or_missing_shard_is_named(packs, tmp_path):
@@ -231,9 +231,9 @@ def test_a_cut_off_or_missing_shard_is_named(packs, tmp_path):
     copy = tmp_path / "cut.tar"
     copy.write_bytes(Path(clip.shard).read_bytes()[: clip.shard_at + 2000])
     with pytest.raises(MediaError, match=r"cut\.tar: shard: "):
-        Shards(Reading()).fetch(replace(clip, shard=str(copy)), [70], None)
+        ShardReader(ShardReading()).fetch(replace(clip, shard=str(copy)), [70], None)
     with pytest.raises(MediaError, match=r"gone\.tar: shard: "):
-        Shards(Reading()).fetch(replace(clip, shard=str(tmp_path / "gone.tar")), [70], None)
+        ShardReader(ShardReading()).fetch(replace(clip, shard=str(tmp_path / "gone.tar")), [70], None)
 
 
 def test_the_table_is_plain_numpy():
@@ -271,8 +271,8 @@ def test_needed_units_and_sound():
     with pytest.raises(ValueError, match="frames"):
         needed_units(kinds, [10])
     clip = Clip(id="a", num_samples=10_000)
-    assert needed_sound(clip, (0, 1)).tolist() == [0, 1]
-    assert needed_sound(clip, (4096, 10_000)).tolist() == [0, 2, 3]
-    assert needed_sound(clip, (0, 0)).tolist() == [0]
-    assert needed_sound(clip, None).tolist() == []
-    assert needed_sound(Clip(id="m", num_mel_frames=5), (0, 0)).tolist() == [0]
+    assert needed_audio(clip, (0, 1)).tolist() == [0, 1]
+    assert needed_audio(clip, (4096, 10_000)).tolist() == [0, 2, 3]
+    assert needed_audio(clip, (0, 0)).tolist() == [0]
+    assert needed_audio(clip, None).tolist() == []
+    assert needed_audio(Clip(id="m", num_mel_frames=5), (0, 0)).tolist() == [0]

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 from fastav.core.errors import MediaError, UserError
-from fastav.media.shards import Reading
+from fastav.media.shards import ShardReading
 from fastav.media.shards.cache import Cached
 from fastav.media.shards.remote import Remote
-from fastav.media.shards.store import LocalFiles, merged
+from fastav.media.shards.store import LocalFiles, merge_ranges
 from tests.range_server import serving
 
 SIZE = 300_000
@@ -67,8 +67,8 @@ def message(function, *args):
 
 
 def test_ranges_that_nearly_touch_are_one_read():
-    assert merged([(100, 50), (0, 10), (150, 5), (12, 3)], 4) == [(0, 15, [1, 3]), (100, 55, [0, 2])]
-    assert merged([(0, 100), (10, 5)], 0) == [(0, 100, [0, 1])]
+    assert merge_ranges([(100, 50), (0, 10), (150, 5), (12, 3)], 4) == [(0, 15, [1, 3]), (100, 55, [0, 2])]
+    assert merge_ranges([(0, 100), (10, 5)], 0) == [(0, 100, [0, 1])]
 
 
 def test_local_ranges_in_any_order(folder):
@@ -148,7 +148,7 @@ def test_a_stale_handle_is_opened_anew(folder, monkeypatch):
 
 
 def test_ranges_over_http(folder, server):
-    store, rng = Reading().build(), np.random.default_rng(2)
+    store, rng = ShardReading().build(), np.random.default_rng(2)
     for name in ("a.tar", "b.tar"):
         ranges = ranges_of(rng, 9)
         assert store.read(f"{server.url}/{name}", ranges) == expected(folder, name, ranges)
@@ -172,7 +172,7 @@ def test_any_fsspec_url(folder):
     memory = fsspec.filesystem("memory")
     memory.pipe("/pack/a.tar", (folder / "a.tar").read_bytes())
     ranges = [(5, 10), (200_000, 7)]
-    assert Reading().build().read("memory://pack/a.tar", ranges) == expected(folder, "a.tar", ranges)
+    assert ShardReading().build().read("memory://pack/a.tar", ranges) == expected(folder, "a.tar", ranges)
 
 
 def test_what_passes_is_tried_again(folder, server):
@@ -207,7 +207,7 @@ def test_a_server_that_is_busy_is_no_missing_shard(folder, server, tmp_path):
 
 
 def test_a_cache_of_less_than_a_few_blocks_is_refused(tmp_path):
-    text = message(Reading(cache=str(tmp_path), cache_gib=0.001, fill_mib=4).build)
+    text = message(ShardReading(cache=str(tmp_path), cache_gib=0.001, fill_mib=4).build)
     assert "cache_gib 0.001 holds less than four blocks of loading.shards.fill_mib 4" in text
 
 
@@ -302,11 +302,11 @@ def test_the_bound_holds_while_others_read(folder, server, tmp_path):
             seen.append(sizes)
             time.sleep(0.01)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
+    sink = threading.Thread(target=watch)
+    sink.start()
     run_workers(server, folder, tmp_path, most, count=3)
     done.set()
-    watcher.join()
+    sink.join()
     assert 0 < max(seen) <= most
     assert sum(path.stat().st_size for path in blocks(tmp_path)) <= most
 
@@ -419,7 +419,7 @@ def test_a_child_forked_in_the_middle_keeps_no_lock(server, tmp_path):
 
 def test_packed_clips_over_http_and_the_cache(made, tmp_path):
     from fastav.data.manifest import Manifest
-    from fastav.media.shards import Shards
+    from fastav.media.shards import ShardReader
     from fastav.pack.build import build_pack
     from fastav.pack.settings import PackSettings
 
@@ -429,9 +429,9 @@ def test_packed_clips_over_http_and_the_cache(made, tmp_path):
         far = near.with_shards(server.url).split("train").clip(3)
         assert far.shard.startswith(server.url)
         numbers, samples = [0, 5, clip.num_frames - 1], (0, clip.num_samples)
-        here = Shards(Reading()).fetch(clip, numbers, samples)
-        assert Shards(Reading()).fetch(far, numbers, samples) == here
-        shards = Shards(Reading(cache=str(tmp_path / "cache"), fill_mib=1))
+        here = ShardReader(ShardReading()).fetch(clip, numbers, samples)
+        assert ShardReader(ShardReading()).fetch(far, numbers, samples) == here
+        shards = ShardReader(ShardReading(cache=str(tmp_path / "cache"), fill_mib=1))
         assert shards.fetch(far, numbers, samples) == here
         for path in blocks(tmp_path / "cache"):
             path.write_bytes(bytes(path.stat().st_size))

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastav.core.errors import UserError
-from fastav.distributed.launcher import asked
+from fastav.distributed.launcher import requested
 from fastav.distributed.zero import check_settings
 
 ROOT = Path(__file__).parents[1]
@@ -51,16 +51,16 @@ def test_the_launcher_chooses(tmp_path):
     file.write_text('{"zero_optimization": {"stage": 2}}')
     deepspeed = {"ACCELERATE_USE_DEEPSPEED": "true"}
     fsdp = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    assert asked(1, {}).name == "single"
-    assert asked(2, {}).name == "ddp"
-    assert asked(2, fsdp).settings == {"reshard": True}
-    assert asked(2, fsdp | {"FSDP_RESHARD_AFTER_FORWARD": "false"}).settings == {"reshard": False}
-    assert asked(2, deepspeed | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}).name == "zero2"
+    assert requested(1, {}).name == "single"
+    assert requested(2, {}).name == "ddp"
+    assert requested(2, fsdp).settings == {"reshard": True}
+    assert requested(2, fsdp | {"FSDP_RESHARD_AFTER_FORWARD": "false"}).settings == {"reshard": False}
+    assert requested(2, deepspeed | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}).name == "zero2"
     offload = {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}
-    told = asked(2, deepspeed | offload)
+    told = requested(2, deepspeed | offload)
     assert told.name == "zero3"
     for file in (ROOT / "launch" / "accelerate").glob("*.yaml"):
-        name = asked(2, {"FASTAV_ACCELERATE_CONFIG": str(file)}).name
+        name = requested(2, {"FASTAV_ACCELERATE_CONFIG": str(file)}).name
         assert name == ((re.findall(r"zero\d|fsdp", file.stem) or ["ddp"])[0])
     assert told.settings["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
 
@@ -84,7 +84,7 @@ def test_the_launcher_chooses(tmp_path):
 )
 def test_what_the_launcher_cannot_have_is_refused(environment, message):
     with pytest.raises(UserError, match=message):
-        asked(2, environment)
+        requested(2, environment)
 
 
 @pytest.mark.parametrize(

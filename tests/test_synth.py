@@ -17,7 +17,7 @@ from fastav.core.progress import progress
 from fastav.data.manifest import Manifest
 from fastav.synth import dataset as synth
 from fastav.synth import render as synth_render
-from fastav.synth.dataset import Synth, combinations, lay_out, make
+from fastav.synth.dataset import Synth, combinations, lay_out, make_dataset
 from fastav.synth.render import CALLS, PATTERNS, Recorder, draw_frames, draw_wave
 
 SMALL = Synth(train=24, test=16, width=64, height=48)
@@ -27,7 +27,7 @@ TINY = Synth(train=8, test=8, width=48, height=48)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("synth") / "made"
-    make(out, SMALL, workers=1)
+    make_dataset(out, SMALL, workers=1)
     return out
 
 
@@ -51,7 +51,7 @@ def decoded(path: Path, kind: str) -> int:
 
 
 def test_same_seed_same_bytes_whatever_the_workers(made: Path, tmp_path: Path) -> None:
-    make(tmp_path / "again", SMALL, workers=2)
+    make_dataset(tmp_path / "again", SMALL, workers=2)
     assert files(tmp_path / "again") == files(made)
 
 
@@ -244,14 +244,14 @@ def test_drawings_are_what_they_should_be() -> None:
 
 def test_second_call_does_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
-    make(made, SMALL)
+    make_dataset(made, SMALL)
     assert "already there; nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
 def test_another_data_set_is_not_overwritten_without_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "data"
-    make(out, TINY, workers=1)
+    make_dataset(out, TINY, workers=1)
     text = capsys.readouterr().out
     assert "making: 18/18 files, 0 s left" in text
     assert "8 training and 8 test clips of 8 classes" in text
@@ -259,14 +259,14 @@ def test_another_data_set_is_not_overwritten_without_force(tmp_path: Path, capsy
     (out / "notes.txt").write_text("mine")
     other = Synth(train=9, test=8, width=48, height=48)
     with pytest.raises(UserError, match=r"another made data set \(train 8 there, 9 asked for\).*--force"):
-        make(out, other)
-    make(out, other, workers=1, force=True)
+        make_dataset(out, other)
+    make_dataset(out, other, workers=1, force=True)
     assert len(list((out / "train").glob("*.mp4"))) == 9 + 2
     assert (out / "notes.txt").read_text() == "mine"
     assert json.loads((out / "synth.json").read_text())["settings"]["train"] == 9
 
 
-def disk_full(job: synth_render.Job) -> int:
+def disk_full(job: synth_render.RenderJob) -> int:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -275,7 +275,7 @@ def test_interrupted_work_is_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(synth, "run_job", disk_full)
     for _ in range(2):  # the second call does not take the half-done folder for a finished or a foreign one
         with pytest.raises(FastavError, match="No space left on device") as caught:
-            make(out, TINY, workers=1)
+            make_dataset(out, TINY, workers=1)
         assert caught.value.exit_code == 1
         assert not json.loads((out / "synth.json").read_text())["complete"]
 
@@ -286,7 +286,7 @@ def test_a_lost_file_is_made_again(made: Path, tmp_path: Path, monkeypatch: pyte
     next((out / "test").glob("*.mp4")).unlink()
     monkeypatch.setattr(synth, "run_job", disk_full)
     with pytest.raises(FastavError, match="No space left on device"):
-        make(out, SMALL, workers=1)
+        make_dataset(out, SMALL, workers=1)
 
 
 def run(*words: str) -> int:

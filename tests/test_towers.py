@@ -13,14 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastav.core.errors import UserError
-from fastav.model.tower import ClipDropPath, Tower
+from fastav.model.tower import ClipDropPath, TowerConfig
 
 TINY = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
 
 
 def build(size=(32, 32), classes=5, modality="video", **config):
     config = {"name": "vit_tiny_patch16_224", "args": TINY} | config
-    return Tower(**config).build(modality=modality, input_size=size, num_classes=classes)
+    return TowerConfig(**config).build(modality=modality, input_size=size, num_classes=classes)
 
 
 def images(rows=2, size=(32, 32)):

@@ -113,7 +113,7 @@ def test_resume_from_any_checkpoint_ends_with_the_same_bits(whole, tmp_path):
     step = trainer.step
 
     def halting(batches):
-        if trainer.session.step == 5:  # two steps after the checkpoint of step 3: they are made again
+        if trainer.state.step == 5:  # two steps after the checkpoint of step 3: they are made again
             raise Halt
         return step(batches)
 

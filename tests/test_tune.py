@@ -27,7 +27,7 @@ def test_a_written_file_of_plans_is_the_one_that_was_read(architecture, tmp_path
             "dtype": "bfloat16",
             "num_frames": 8,
             "num_bottleneck": 4,
-            "asks": True,
+            "need_bottleneck": True,
             "min_tokens": 65,
             "max_tokens": 197,
             "ratio": 1.07,

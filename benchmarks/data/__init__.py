@@ -28,11 +28,11 @@ from torch import Tensor
 
 from benchmarks import result as results
 from benchmarks.console import open_console
-from benchmarks.data.clips import PACKS, Media, make
+from benchmarks.data.clips import PACKS, TestFiles, make
 from benchmarks.data.duels import duels
 from benchmarks.data.loading import loading_turns, sweep_turns
 from benchmarks.data.peers import SIZE, Dump, Ours, Peer, peers_of, processes
-from benchmarks.timing import Interval, Turn, interleave, median, per_cpu_second, per_second, ratio
+from benchmarks.timing import MedianInterval, Turn, interleave, median, per_cpu_second, per_second, ratio
 from fastav.core.cli import Parser
 from fastav.core.machine import num_cores
 from fastav.data.clip import Clip, ClipPlan
@@ -116,7 +116,7 @@ def _plans(clip: Clip) -> Iterator[ClipPlan]:
     return cycle([draw() for _ in range(_PLANS)])
 
 
-def _readers(media: Media) -> dict[str, tuple[Clip, Peer]]:
+def _readers(media: TestFiles) -> dict[str, tuple[Clip, Peer]]:
     """Every reader on everything it is compared on."""
     readers: dict[str, tuple[Clip, Peer]] = {}
     assert media.raw.video is not None, "it is raw"
@@ -133,7 +133,7 @@ def _readers(media: Media) -> dict[str, tuple[Clip, Peer]]:
     return readers
 
 
-def _decoding(media: Media, clips: int) -> dict[str, Callable[[], int]]:
+def _decoding(media: TestFiles, clips: int) -> dict[str, Callable[[], int]]:
     def turn(clip: Clip, peer: Peer) -> Callable[[], int]:
         plans = _plans(clip)
 
@@ -147,7 +147,7 @@ def _decoding(media: Media, clips: int) -> dict[str, Callable[[], int]]:
     return {name: turn(clip, peer) for name, (clip, peer) in _readers(media).items()}
 
 
-def _parallel(media: Media, clips: int, workers: int, pool: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:
+def _parallel(media: TestFiles, clips: int, workers: int, pool: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:
     """The packed files again, by as many threads as there are workers; and by a DataLoader's processes."""
 
     def turn(clip: Clip, peer: Peer) -> Callable[[], int]:
@@ -180,7 +180,7 @@ def _taking(feed: Iterator[Tensor], clips: int) -> Callable[[], int]:
     return run
 
 
-def _describe(found: dict[str, Any], media: Media) -> None:
+def _describe(found: dict[str, Any], media: TestFiles) -> None:
     """Notes sizes, quality, and how much of a packed clip is read and decoded."""
     assert media.raw.video is not None, "it is raw"
     raw_kb = media.raw.video.stat().st_size / 1e3
@@ -237,12 +237,14 @@ def _verdicts(
             _verdict(found, console, (ours, other), ratio(measure(turns[ours]), measure(turns[other])), metric)
 
 
-def _verdict(found: dict[str, Any], console: Console, names: tuple[str, str], interval: Interval, metric: str) -> None:
+def _verdict(
+    found: dict[str, Any], console: Console, names: tuple[str, str], interval: MedianInterval, metric: str
+) -> None:
     word = results.judge(found, *names, metric, interval)
     console.print(f"{names[0]} / {names[1]}: {interval} ({word})", highlight=False)
 
 
-def _profile(media: Media) -> int:
+def _profile(media: TestFiles) -> int:
     """Where the time of one clip goes."""
     for pack in ("balanced", "fast"):
         draw, ours = planner(media.packed[pack]), Ours(media.packed[pack])

@@ -21,7 +21,7 @@ from fastav.data.clip import Clip
 from fastav.data.manifest import write_manifest
 from fastav.media.audio import mix_down, resample
 from fastav.media.probe import probe
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 from fastav.pack.build import build_pack
 from fastav.pack.settings import PackSettings
 
@@ -37,7 +37,7 @@ PACKS = {
 
 
 @dataclass(frozen=True)
-class Media:
+class TestFiles:
     """One clip in every form.
 
     Attributes:
@@ -57,7 +57,9 @@ class Media:
     footage: str
 
 
-def make(folder: Path, footage: Path | None, *, frames: int = 250, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Media:
+def make(
+    folder: Path, footage: Path | None, *, frames: int = 250, size: tuple[int, int] = (WIDTH, HEIGHT)
+) -> TestFiles:
     """Writes all of it, or finds it there.
 
     Raises:
@@ -85,7 +87,7 @@ def make(folder: Path, footage: Path | None, *, frames: int = 250, size: tuple[i
         quality[name] = _psnr(folder / name)
     _dump(raw, folder / "dump")
     kind = f"{footage.name}, upscaled, sharpened, with grain" if footage else "procedural scene with grain"
-    return Media(raw, packed, remuxed, quality, folder / "dump", kind)
+    return TestFiles(raw, packed, remuxed, quality, folder / "dump", kind)
 
 
 def scene(footage: Path | None, frames: int, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
@@ -157,7 +159,7 @@ def _write_raw(path: Path, pictures: list[NDArray[np.uint8]], size: tuple[int, i
 
 def _remux(clip: Clip, path: Path) -> None:
     """Puts a packed clip's access units into an mp4 as they are."""
-    frames = Shards(Reading()).fetch(clip, list(range(clip.num_frames)), None).frames
+    frames = ShardReader(ShardReading()).fetch(clip, list(range(clip.num_frames)), None).frames
     assert frames is not None, "the clip has video"
     with av.open(io.BytesIO(frames.stream), format=frames.codec) as source, av.open(str(path), "w") as out:
         stream = out.add_stream_from_template(source.streams.video[0])

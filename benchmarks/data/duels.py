@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.data.peers import Peer
-from benchmarks.timing import Interval, Turn, interleave, paired_ratio, per_cpu_second, per_second
+from benchmarks.timing import MedianInterval, Turn, interleave, paired_ratio, per_cpu_second, per_second
 from fastav.data.clip import Clip, ClipPlan
 
 PEERS = 2
@@ -34,7 +34,7 @@ def duels(
     workers: int,
     rounds: int,
     clips: int,
-) -> Iterator[tuple[tuple[str, str], Interval, str]]:
+) -> Iterator[tuple[tuple[str, str], MedianInterval, str]]:
     """Yields the names, the ratio and its metric of each duel: by CPU in one thread, and by the clock in `workers`.
 
     Args:

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import result as results
-from benchmarks.data.clips import Media, repeated
+from benchmarks.data.clips import TestFiles, repeated
 from benchmarks.timing import interleave, median, paired_ratio, per_cpu_second, per_second
 from fastav.data.plan import Plan, Sampling
 from fastav.loader.loader import Loader, Loading, Worker
-from fastav.media.dali.decoder import Dali, missing
-from fastav.media.decoder import Read
+from fastav.media.dali.decoder import Dali, missing_requirement
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.media.spectrogram import Frontend
 
@@ -41,7 +41,7 @@ class Feed:
         frontend, sampling = Frontend(), Sampling(image_size=size, repeat=repeat)
         modalities: Any = ("video", "audio") if audio else ("video",)
         plan = Plan([(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
-        read = Read(modalities, size, frontend, sampling.window)
+        read = DecodeSpec(modalities, size, frontend, sampling.window)
         self._decoder = (kind or PyAV()).build(read)
         self.loader = Loader(
             plan, self._decoder, Loading(workers=workers, worker=worker), modalities=modalities, classes=("a",),
@@ -75,7 +75,7 @@ def _refuse(clip: Any, error: Exception) -> None:
 
 
 def loading_turns(
-    found: dict[str, Any], console: Console, media: Media, folder: Path, workers: int, rounds: int, clips: int
+    found: dict[str, Any], console: Console, media: TestFiles, folder: Path, workers: int, rounds: int, clips: int
 ) -> None:
     """Measures and reports the loader's variants."""
     manifests = {"raw": repeated(media.raw, _COPIES, folder / "raws.parquet")}
@@ -123,7 +123,7 @@ def loading_turns(
         feed.loader.close()
 
 
-def sweep_turns(found: dict[str, Any], console: Console, media: Media, folder: Path, rounds: int) -> None:
+def sweep_turns(found: dict[str, Any], console: Console, media: TestFiles, folder: Path, rounds: int) -> None:
     """Measures the loader over workers, resolutions and decoders, on raw and packed clips."""
     manifests = {
         "raw": repeated(media.raw, _COPIES, folder / "raws.parquet"),
@@ -138,7 +138,7 @@ def sweep_turns(found: dict[str, Any], console: Console, media: Media, folder: P
     feeds["balanced, 2 workers that are processes, 224 px"] = Feed(manifests["balanced"], 2, worker="process")
     still = repeated(media.packed["mjpeg"], _COPIES, folder / "mjpegs.parquet")
     feeds["mjpeg, 2 workers, 224 px"] = Feed(still, 2)
-    if reason := missing("cpu"):
+    if reason := missing_requirement("cpu"):
         found["notes"].append(f"DALI is not measured: {reason}")
     else:
         feeds["mjpeg by DALI on the CPU, 2 workers, 224 px"] = Feed(still, 2, kind=Dali(device="cpu"))

@@ -23,9 +23,9 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media.crop import crop_box, resize_crop
-from fastav.media.decoder import Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 
 SIZE = 224
 
@@ -42,8 +42,8 @@ class Ours:
     """fastav's CPU decoder on a packed or a raw row."""
 
     def __init__(self, clip: Clip) -> None:
-        self._clip, self._decoder = clip, PyAV().build(Read(("video",), image_size=SIZE))
-        self.shards = Shards(Reading())
+        self._clip, self._decoder = clip, PyAV().build(DecodeSpec(("video",), image_size=SIZE))
+        self.shards = ShardReader(ShardReading())
 
     def frames(self, plan: ClipPlan) -> Tensor:
         """See `Peer`."""

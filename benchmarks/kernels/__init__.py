@@ -20,7 +20,7 @@ from rich.table import Table
 
 from benchmarks import result as results
 from benchmarks.console import open_console
-from benchmarks.kernels.cases import BACKENDS, CASES, Case, Found, check, implementation, implementations
+from benchmarks.kernels.cases import BACKENDS, CASES, Case, CaseResult, check, implementation, implementations
 from benchmarks.kernels.ceilings import Ceiling, ceilings, timed
 from benchmarks.timing import interleave, median, paired_ratio, per_second
 from fastav.core.cli import Parser
@@ -100,7 +100,7 @@ def _check(found: dict[str, Any], console: Console, chosen: Sequence[Case], devi
     return wrong
 
 
-def _note(found: dict[str, Any], table: Table, one: Found) -> None:
+def _note(found: dict[str, Any], table: Table, one: CaseResult) -> None:
     shown = [one.case, one.impl, one.dtype, *(f"{x:.1e}" for x in (one.forward, one.backward, one.allowed))]
     table.add_row(*shown, "yes" if one.repeats else "no", style="" if one.good else "red")
     found["runs"].append(

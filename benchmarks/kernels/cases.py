@@ -59,7 +59,7 @@ class Case:
 
 CASES = (
     Case("8 frames of 197, bottleneck 4, shared", Segments(64, 8, 197, 4, "shared")),
-    Case("the same in the last layer", Segments(64, 8, 197, 4, "shared", asks=False)),
+    Case("the same in the last layer", Segments(64, 8, 197, 4, "shared", need_bottleneck=False)),
     Case("8 frames of 197, bottleneck 4, mean", Segments(64, 8, 197, 4, "mean")),
     Case("spectrogram of 201, bottleneck 4", Segments(64, 1, 201, 4, "joint"), against=("sdpa",)),
     Case("8 frames of 197, no bottleneck", Segments(64, 8, 197, 0, "shared"), against=("sdpa",)),
@@ -98,7 +98,7 @@ def implementation(name: str) -> Callable[[Tensor, Segments], Tensor]:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class CaseResult:
     """How far an implementation is from float64, relative to the norm.
 
     Attributes:
@@ -125,7 +125,7 @@ class Found:
         return max(self.forward, self.backward) <= self.allowed and (self.repeats or self.impl != "triton")
 
 
-def check(case: Case, dtype: torch.dtype, device: str) -> Iterator[Found]:
+def check(case: Case, dtype: torch.dtype, device: str) -> Iterator[CaseResult]:
     """Holds each implementation of a case, in small, against float64.
 
     On a GPU in half precision at most twice SDPA's own error is allowed, the rule of FlashAttention's tests.
@@ -151,7 +151,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> Iterator[Found]:
         allowed = TOLERANCE[dtype]
         if device.startswith("cuda") and dtype != torch.float32:
             allowed = 2 * max(errors["sdpa"][:2])
-        yield Found(
+        yield CaseResult(
             case.name, impl, str(dtype).removeprefix("torch."), *errors[impl][:2], allowed, repeats=errors[impl][2]
         )
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from benchmarks.timing import Interval, interleave, median, per_second
+from benchmarks.timing import MedianInterval, interleave, median, per_second
 
 _TURN_S = 0.05
 
@@ -24,7 +24,7 @@ class Ceiling:
 
     name: str
     unit: str
-    rate: Interval
+    rate: MedianInterval
 
 
 def timed(run: Callable[[], object]) -> Callable[[], int]:

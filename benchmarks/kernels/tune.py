@@ -25,11 +25,11 @@ from benchmarks.kernels.ceilings import timed
 from benchmarks.result import machine
 from benchmarks.timing import interleave, median, paired_ratio, per_second
 from fastav.core.machine import num_cores
-from fastav.core.process_pool import each
+from fastav.core.process_pool import run_jobs
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Frames, Segments, launch
 from fastav_kernels.bottleneck_attention.gate import faults, usage_of
 from fastav_kernels.bottleneck_attention.launch import chip_of
-from fastav_kernels.bottleneck_attention.plans import Chip, Plan, Win, architecture_of, plan_for, read_plans
+from fastav_kernels.bottleneck_attention.plans import Chip, LaunchPlan, Win, architecture_of, plan_for, read_plans
 
 _TOKENS = (50, 65, 101, 145, 197)
 _WIN_CLIPS, _WIN_FRAMES, _WIN_BOTTLENECK, _FINALISTS = 64, 8, 4, 6
@@ -70,9 +70,9 @@ def tune(console: Console, rounds: int, only: str = "", folder: Path | None = No
     return [*told, f"wins: {names or 'none'}", f"plans: {file}"]
 
 
-def reachable(plans: Sequence[Plan]) -> list[Plan]:
+def reachable(plans: Sequence[LaunchPlan]) -> list[LaunchPlan]:
     """Drops plans that are never chosen, as one before takes sequences as long with as little memory."""
-    kept: list[Plan] = []
+    kept: list[LaunchPlan] = []
     for plan in plans:
         hidden = any(
             (one.kernel, one.head_dim, one.num_bytes) == (plan.kernel, plan.head_dim, plan.num_bytes)
@@ -85,13 +85,15 @@ def reachable(plans: Sequence[Plan]) -> list[Plan]:
     return kept
 
 
-def _planned(plans: Sequence[Plan], kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> Plan | None:
+def _planned(
+    plans: Sequence[LaunchPlan], kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int
+) -> LaunchPlan | None:
     """As `plan_for`, of plans that are not in a file yet."""
     fitting = (p for p in plans if (p.kernel, p.head_dim, p.num_bytes) == (kernel, head_dim, num_bytes))
     return next((p for p in fitting if keys <= p.max_keys and p.shared_bytes <= chip.shared_bytes), None)
 
 
-def _name(plan: Plan) -> str:
+def _name(plan: LaunchPlan) -> str:
     return f"{plan.kernel}, heads of {plan.head_dim}, up to {plan.max_keys} keys"
 
 
@@ -99,14 +101,14 @@ def _win_name(frames: str, dim: int) -> str:
     return f"wins, {frames}, heads of {dim}"
 
 
-def stage_of(plan: Plan) -> Case:
+def stage_of(plan: LaunchPlan) -> Case:
     """Returns the case on which a plan is timed: sequences as long as it is made for, 197 tokens at most or 577."""
     tokens = {64: 60, 128: 124, 256: 197}.get(plan.max_keys, 197 if plan.kernel == "forward" else 577)
     segments = Segments(_WIN_CLIPS if tokens < 577 else 16, 8, tokens, 4, "shared")
     return Case(f"{tokens} tokens", segments, heads=768 // plan.head_dim, dim=plan.head_dim)
 
 
-def candidates(plan: Plan) -> Iterator[Plan]:
+def candidates(plan: LaunchPlan) -> Iterator[LaunchPlan]:
     """Yields other ways to cut the same work."""
     columns = (plan.block_n,) if plan.kernel == "backward_whole" else (32, 64, 128)
     for m, n, warps, stages in itertools.product((16, 32, 64, 128), columns, (4, 8), (1, 2, 3)):
@@ -114,7 +116,7 @@ def candidates(plan: Plan) -> Iterator[Plan]:
             yield replace(plan, block_m=m, block_n=n, num_warps=warps, num_stages=stages)
 
 
-def _fastest(plan: Plan, case: Case, chip: Chip, rounds: int) -> tuple[Plan, float]:
+def _fastest(plan: LaunchPlan, case: Case, chip: Chip, rounds: int) -> tuple[LaunchPlan, float]:
     """Returns the plan that is proven faster than the given one, or that one, and how many times faster."""
     fitting = [plan, *(one for one in _compiled(list(candidates(plan)), case, chip) if _tiles(one) != _tiles(plan))]
     turns: dict[str, Callable[[], int]] = {}
@@ -137,22 +139,22 @@ def _fastest(plan: Plan, case: Case, chip: Chip, rounds: int) -> tuple[Plan, flo
     return replace(found, shared_bytes=_most_shared(found, case, chip)), gain.median
 
 
-def _most_shared(plan: Plan, case: Case, chip: Chip) -> int:
+def _most_shared(plan: LaunchPlan, case: Case, chip: Chip) -> int:
     """Shared memory of a program, for the kind of frames that takes most of it."""
     kinds: tuple[Frames, ...] = ("shared", "mean", "joint")
     cases = [replace(case.segments, frames=kind, num_frames=1 if kind == "joint" else 8) for kind in kinds]
     return max(usage_of(plan, chip.architecture, one, torch.bfloat16, case.heads).shared for one in cases)
 
 
-def _compiled(wanted: Sequence[Plan], case: Case, chip: Chip) -> list[Plan]:
+def _compiled(wanted: Sequence[LaunchPlan], case: Case, chip: Chip) -> list[LaunchPlan]:
     """Returns the plans that compile without spilling and fit into shared memory, with what they take of it."""
     jobs = [(plan, chip.architecture, case.segments, case.heads) for plan in wanted]
     # A compiler that crashes, or hangs, takes its process along and no other candidate.
-    found = [done.result for done in each(jobs, _usage, num_cores(), patience_s=60.0)]
+    found = [done.result for done in run_jobs(jobs, _usage, num_cores(), patience_s=60.0)]
     return [plan for plan in found if plan is not None and plan.shared_bytes <= chip.shared_bytes]
 
 
-def _usage(job: tuple[Plan, str, Segments, int]) -> Plan | None:
+def _usage(job: tuple[LaunchPlan, str, Segments, int]) -> LaunchPlan | None:
     plan, architecture, segments, heads = job
     try:
         usage = usage_of(plan, architecture, segments, torch.bfloat16, heads)
@@ -163,10 +165,10 @@ def _usage(job: tuple[Plan, str, Segments, int]) -> Plan | None:
     return replace(plan, shared_bytes=usage.shared)
 
 
-def _runner(plan: Plan, case: Case) -> Callable[[], object]:
+def _runner(plan: LaunchPlan, case: Case) -> Callable[[], object]:
     """Returns a function that runs the passes that have the plan's kernel, with this plan."""
 
-    def chosen(kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> Plan | None:
+    def chosen(kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> LaunchPlan | None:
         if kernel == plan.kernel:
             return plan
         if kernel == "backward_whole" and plan.kernel.startswith("backward_"):
@@ -189,28 +191,29 @@ def _runner(plan: Plan, case: Case) -> Callable[[], object]:
 def _wins(console: Console, rounds: int, only: str) -> Iterator[Win]:
     """Yields the ranges of tokens, at the ends measured, for which both passes together beat SDPA."""
     kinds: tuple[Frames, ...] = ("shared", "mean")
-    for frames, dim, asks in itertools.product(kinds, (64, 32, 128), (True, False)):
+    for frames, dim, need_bottleneck in itertools.product(kinds, (64, 32, 128), (True, False)):
         if only not in _win_name(frames, dim):
             continue
         ratios = []
         for tokens in _TOKENS:
-            segments = Segments(_WIN_CLIPS, _WIN_FRAMES, tokens, _WIN_BOTTLENECK, frames, asks)
-            case = Case(f"{tokens} tokens, {frames}, asks {asks}", segments, heads=768 // dim, dim=dim)
+            segments = Segments(_WIN_CLIPS, _WIN_FRAMES, tokens, _WIN_BOTTLENECK, frames, need_bottleneck)
+            title = f"{tokens} tokens, {frames}, need_bottleneck {need_bottleneck}"
+            case = Case(title, segments, heads=768 // dim, dim=dim)
             made = interleave({name: timed(_step(case, name)) for name in ("triton", "sdpa")}, rounds)
             interval = paired_ratio(per_second(made["triton"]), per_second(made["sdpa"]))
             console.print(f"{case.name}, heads of {dim}: triton / sdpa: {interval}", highlight=False)
             ratios.append((tokens, interval.low, interval.median))
-        yield from _ranges(frames, dim, asks, ratios)
+        yield from _ranges(frames, dim, need_bottleneck, ratios)
 
 
-def _ranges(frames: str, dim: int, asks: bool, ratios: Sequence[tuple[int, float, float]]) -> Iterator[Win]:
+def _ranges(frames: str, dim: int, need_bottleneck: bool, ratios: Sequence[tuple[int, float, float]]) -> Iterator[Win]:
     """Neighbouring measured shapes that all win are one range."""
     for wins, group in itertools.groupby(ratios, key=lambda one: one[1] > 1):
         if wins:
             shapes = list(group)
             worst = math.floor(100 * min(middle for _, _, middle in shapes) + 1e-9) / 100
             ends = shapes[0][0], shapes[-1][0]
-            yield Win(frames, dim, "bfloat16", _WIN_FRAMES, _WIN_BOTTLENECK, asks, *ends, worst)
+            yield Win(frames, dim, "bfloat16", _WIN_FRAMES, _WIN_BOTTLENECK, need_bottleneck, *ends, worst)
 
 
 def _step(case: Case, impl: str) -> Callable[[], object]:
@@ -219,7 +222,7 @@ def _step(case: Case, impl: str) -> Callable[[], object]:
     return lambda: torch.autograd.grad(IMPLEMENTATIONS[impl](qkv, case.segments), qkv, dout)
 
 
-def write_plans(file: Path, measured: str, plans: Sequence[Plan], wins: Sequence[Win]) -> None:
+def write_plans(file: Path, measured: str, plans: Sequence[LaunchPlan], wins: Sequence[Win]) -> None:
     """Writes a file of plans, one plan a line."""
 
     def listed(rows: Sequence[Any]) -> str:
@@ -237,5 +240,5 @@ def _measured() -> str:
     return f"{facts['gpu']}, torch {torch.__version__}, triton {triton.__version__}, CUDA {facts['cuda']}"
 
 
-def _tiles(plan: Plan) -> str:
+def _tiles(plan: LaunchPlan) -> str:
     return f"{plan.block_m} x {plan.block_n}, {plan.num_warps} warps, {plan.num_stages} stages"

@@ -32,7 +32,7 @@ from benchmarks import result as results
 from benchmarks.console import open_console
 from benchmarks.plot import lines
 from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, fitted_between, strong, weak
-from benchmarks.timing import Interval, grouped_ratio, median, short
+from benchmarks.timing import MedianInterval, grouped_ratio, median, short
 from benchmarks.train import prepared, split_keys
 from fastav.core.cli import Parser
 from fastav.core.errors import FastavError, UserError
@@ -235,7 +235,7 @@ def report(
     return series, {kind: sorted(paper[kind].items()) for kind in KINDS if paper[kind]}
 
 
-def _row(found: dict[str, Any], measured: Sequence[dict[str, Any]], kind: str, count: int) -> dict[str, Interval]:
+def _row(found: dict[str, Any], measured: Sequence[dict[str, Any]], kind: str, count: int) -> dict[str, MedianInterval]:
     """What was measured of one number of ranks."""
     named = kind if count > 1 else "weak"
     share = 1 if kind == "weak" else count  # what perfect ranks would take of the step of one

@@ -79,7 +79,7 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepTime:
     """A step on some ranks.
 
     Attributes:
@@ -116,7 +116,7 @@ def all_reduce_s(mb: float, ranks: int, cluster: Cluster) -> float:
     return total
 
 
-def step(work: Work, ranks: int, cluster: Cluster) -> Step:
+def step(work: Work, ranks: int, cluster: Cluster) -> StepTime:
     """A step of so many ranks, each of which does `work`.
 
     A bucket is sent when the backward pass has filled it and the one before is through; the step waits for what is
@@ -125,7 +125,7 @@ def step(work: Work, ranks: int, cluster: Cluster) -> Step:
     """
     compute = work.compute_s * cluster.crowding(ranks)
     if ranks == 1:
-        return Step(1, compute, 0.0, 0.0, 0.0)
+        return StepTime(1, compute, 0.0, 0.0, 0.0)
     buckets = max(1, math.ceil(work.gradient_mb / work.bucket_mb))
     each = work.passes * all_reduce_s(work.gradient_mb / buckets, ranks, cluster)
     backward = work.backward * compute
@@ -135,17 +135,17 @@ def step(work: Work, ranks: int, cluster: Cluster) -> Step:
     behind, whole = through - backward, buckets * each
     exposed = work.hidden * behind + (1 - work.hidden) * whole
     straggling = work.jitter_s * math.sqrt(2 * math.log(ranks))
-    return Step(ranks, compute + exposed + straggling, whole, exposed, straggling)
+    return StepTime(ranks, compute + exposed + straggling, whole, exposed, straggling)
 
 
-def weak(work: Work, counts: Sequence[int], cluster: Cluster) -> list[tuple[Step, float]]:
+def weak(work: Work, counts: Sequence[int], cluster: Cluster) -> list[tuple[StepTime, float]]:
     """Steps with as many clips for each rank, and their efficiency: one rank's step over theirs."""
     alone = step(work, 1, cluster).seconds
     steps = [step(work, count, cluster) for count in counts]
     return [(one, alone / one.seconds) for one in steps]
 
 
-def strong(work: Work, counts: Sequence[int], cluster: Cluster) -> list[tuple[Step, float]]:
+def strong(work: Work, counts: Sequence[int], cluster: Cluster) -> list[tuple[StepTime, float]]:
     """Steps whose clips the ranks share, and their efficiency: one rank's step over so many times theirs."""
     alone = step(work, 1, cluster).seconds
     steps = [step(work.shared(count), count, cluster) for count in counts]

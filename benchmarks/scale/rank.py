@@ -31,7 +31,7 @@ from fastav.core.errors import FastavError, UserError
 from fastav.core.machine import num_cores
 from fastav.recipe.parse import load_recipe
 from fastav.recipe.schema import Recipe
-from fastav.training.ranks import leave
+from fastav.training.ranks import shutdown
 
 SIZES_MB = (0.004, 0.25, 1.0, 4.0)
 """Of the all-reduces that tell bandwidth from latency, beside one of the whole gradient."""
@@ -51,7 +51,7 @@ def main(words: Sequence[str]) -> int:
         found = measure(recipe, args.folder or Path(scratch), args.steps, args.turns)
     if os.environ.get("RANK", "0") == "0":
         write_text(args.out, json.dumps(found, indent=1) + "\n")
-    leave()
+    shutdown()
     return 0
 
 
@@ -88,7 +88,7 @@ def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, A
     first = benches["weak"]
     found: dict[str, Any] = {
         "world": world, "per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "device": first.device.type,
-        "strategy": first.session.strategy.name, "batch": batch, "cores": num_cores(),
+        "strategy": first.state.strategy.name, "batch": batch, "cores": num_cores(),
         "threads": torch.get_num_threads(), "gradient_mb": _gradient_mb(first, recipe),
         "bucket_mb": recipe.train.bucket_mb, "reduce_dtype": recipe.train.reduce_dtype,
         "step_s": {name: [turn.wall_s / steps for turn in turns] for name, turns in made.items()},
@@ -104,7 +104,7 @@ def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, A
 
 def _gradient_mb(bench: Bench, recipe: Recipe) -> float:
     """What is reduced in a step."""
-    trained = [p for p in bench.session.model.parameters() if p.requires_grad]
+    trained = [p for p in bench.state.model.parameters() if p.requires_grad]
     count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)  # ZeRO-3 leaves nothing of them in place
     return count * (2 if recipe.train.reduce_dtype == "bf16" else 4) / 1e6
 

@@ -39,7 +39,7 @@ from fastav.core.cli import Parser, split_overrides
 from fastav.core.errors import UserError
 from fastav.recipe.parse import load_recipe, to_table
 from fastav.recipe.schema import Recipe
-from fastav.training.ranks import leave
+from fastav.training.ranks import shutdown
 
 _ROOT = Path(__file__).parents[2]
 _ONE_FOR_ALL = ("train.threads", "train.deterministic")
@@ -96,7 +96,7 @@ def main(words: Sequence[str] | None = None) -> int:
             found["gpu"] = first.gpu.facts() if first.gpu else None
             if Path(next(iter(chosen.values())).data.manifest).parent == folder:
                 found["notes"].append(f"{_COPIES} rows of one packed clip: read from memory, not from a disk")
-            found["ranks"], found["device"] = first.session.ranks.world, first.session.ranks.describe()
+            found["ranks"], found["device"] = first.state.ranks.world, first.state.ranks.describe()
             # Variants of a mode are neighbours, as they are compared in pairs.
             turns = {_label(name, mode): run for mode in (*MODES, APART) for name, one in benches.items()
                      if (run := one.modes().get(mode))}  # fmt: skip
@@ -107,7 +107,7 @@ def main(words: Sequence[str] | None = None) -> int:
         finally:
             for one in benches.values():
                 one.close()
-            leave()
+            shutdown()
         if not console.quiet:
             path = results.write(found, args.out, _PLOTTED, {"end to end": "#d1495b"})
             console.print(f"{path}, with a picture beside it", highlight=False, soft_wrap=True)
@@ -225,7 +225,7 @@ def parts(bench: Bench, turns: dict[str, list[Turn]]) -> Parts:
     sent = 1 - float(np.median(step_s(turns[APART]))) / m if APART in turns else 0.0
     data_beside_ms = median_of(beside, "data_step_ms")
     whole = "prepare" in stages  # decoders of whole batches have clips prepared for them
-    worker = bench.session.recipe.loading.worker
+    worker = bench.state.recipe.loading.worker
     return Parts(
         d, m, e, b, cpu_pct=median_of(data, "cpu_pct"), nvdec_pct=median_of(data, "nvdec_pct"),
         copy_pct=median_of(data, "copy_pct"), sm_pct=median_of(model, "sm_pct"), stages=stages,

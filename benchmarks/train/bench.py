@@ -97,12 +97,12 @@ class Bench:
         endless = msgspec.structs.replace(recipe.train, epochs=float(_FOREVER))
         logged = msgspec.structs.replace(recipe.log, trackers=())
         self.trainer = Trainer(msgspec.structs.replace(recipe, train=endless, log=logged), StopSignals())
-        self.session, self.steps = self.trainer.session, steps
-        self.device = self.session.ranks.device
+        self.state, self.steps = self.trainer.state, steps
+        self.device = self.state.ranks.device
         self.gpu = Gpu.of(self.device)
-        self.session.model.train()
+        self.state.model.train()
         self.loader = make_loader(
-            self.session.recipe, self.session.source, self.session.skip, pin_memory=choose_pin_memory(self.device)
+            self.state.recipe, self.state.source, self.state.skip, pin_memory=choose_pin_memory(self.device)
         )
         self._lead = recipe.loading.prefetch + 1  # batches that lie ready, and one to settle
         self._at, self._waits = 0, Waits(self.device)
@@ -121,13 +121,13 @@ class Bench:
     def close(self) -> None:
         """Ends the loader's threads and the run."""
         self.loader.close()
-        self.session.ranks.end()
+        self.state.ranks.end()
 
     def wait(self) -> None:
         """Waits for the device, and for the other ranks, so that all begin a turn together."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.session.ranks.accelerator.wait_for_everyone()
+        self.state.ranks.accelerator.wait_for_everyone()
 
     def data(self) -> Turn:
         """Batches from the files to the device, and no model."""
@@ -165,7 +165,7 @@ class Bench:
     @property
     def sends(self) -> bool:
         """Whether `apart` differs from `model`."""
-        return self.session.strategy.name == "ddp"
+        return self.state.strategy.name == "ddp"
 
     def end_to_end(self) -> Turn:
         """Optimizer steps on the loader's batches: what a run does."""
@@ -183,7 +183,7 @@ class Bench:
                 torch.cuda.reset_peak_memory_stats(self.device)
             waits.restart()
             turn = self._timed(lambda: self._train(watched))
-        idle_s, meter = waits.device_s(), self.session.meter
+        idle_s, meter = waits.device_s(), self.state.meter
         flops_per_s = turn.clips / turn.wall_s * meter.flops_per_clip
         turn.facts.update(
             host_wait_pct=100 * waits.host_s / turn.wall_s,
@@ -222,12 +222,12 @@ class Bench:
 
     @property
     def _parts(self) -> int:
-        return self.session.shares.accumulation
+        return self.state.shares.accumulation
 
     @contextlib.contextmanager
     def _parted(self, around: Callable[[Any, bool], Any]) -> Iterator[None]:
         """Puts something around each micro-batch's forward and backward pass."""
-        strategy: Any = self.session.strategy
+        strategy: Any = self.state.strategy
         joined = strategy.part
         strategy.part = lambda *, last: around(joined, last)
         try:
@@ -239,7 +239,7 @@ class Bench:
     def _batches(self) -> Iterator[Iterator[Batch]]:
         """This rank's micro-batches of the plan, others in each turn, without end: at its own it would be idle."""
         first, self._at = self._at, self._at + self._lead + self.steps
-        requests = self.session.shares.requests(first, first + _FOREVER)
+        requests = self.state.shares.requests(first, first + _FOREVER)
         with contextlib.closing(self.loader.batches(requests)) as batches:
             yield batches
 
@@ -261,12 +261,12 @@ class Bench:
                 torch.cuda.synchronize(self.device)
             spent, took = time.process_time() - cpu, time.perf_counter() - wall
         seen = watch.found
-        every = self.session.ranks.gather((took, seen.joules, seen.throttled))
+        every = self.state.ranks.gather((took, seen.joules, seen.throttled))
         slowest = max(range(len(every)), key=lambda rank: every[rank][0])
         joules = [math.nan if spent_j is None else spent_j for _, spent_j, _ in every]
         reasons = [why for _, _, why in every]
-        took, clips = every[slowest][0], self.steps * self.session.recipe.train.batch
-        inside = self.session.recipe.loading.worker == "thread"  # CPU time of other processes is not known here
+        took, clips = every[slowest][0], self.steps * self.state.recipe.train.batch
+        inside = self.state.recipe.loading.worker == "thread"  # CPU time of other processes is not known here
         return Turn(clips, spent, took, {
             "step_ms": 1e3 * took / self.steps, "steps_ms": [round(1e3 * one, 3) for one in self._steps_s],
             "clips_per_s": clips / took, "slowest_rank": slowest,

@@ -20,7 +20,7 @@ from fastav.media.spectrogram import PRESETS, Frontend
 from fastav.model.av_model import AVModel, Inputs, Model, load_strictly
 from fastav.model.fusion import MBT
 from fastav.model.scenic_checkpoint import Tree, mbt_state, read_checkpoint
-from fastav.model.tower import Tower
+from fastav.model.tower import TowerConfig
 
 _UNKNOWN_STATISTICS = (0.0, 1.0)
 
@@ -101,7 +101,7 @@ def describe(
         "patch_size": patch, "embed_dim": width, "depth": depth, "num_heads": heads, "mlp_ratio": mlp / width,
         "act_layer": "gelu_tanh", "class_token": False, "global_pool": "avg",
     }  # fmt: skip
-    tower = Tower(name="vit_base_patch16_224", args=args)
+    tower = TowerConfig(name="vit_base_patch16_224", args=args)
     fusion = msgspec.convert(
         {
             "kind": "mbt", "start": start, "tokens": tokens, "head": "token" if prefix else "gap", "shared": shared,

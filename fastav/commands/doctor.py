@@ -28,13 +28,13 @@ from fastav.data.clip import Clip, PlanBatch
 from fastav.data.manifest import Manifest
 from fastav.diagnostics.machine import Disk, Fact, disk, gpus, host, packages
 from fastav.loader.loader import Loader, Worker
-from fastav.media.dali.decoder import Dali, missing, takes
-from fastav.media.decoder_choice import Census, choose, sampled
+from fastav.media.dali.decoder import Dali, can_decode, missing_requirement
+from fastav.media.decoder_choice import ClipStats, choose_decoder, sample_clips
 from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.model.av_model import AVModel
 from fastav.recipe.parse import load_recipe
 from fastav.recipe.schema import Recipe
-from fastav.training.inputs import Source, decoder_read, make_plan, modalities
+from fastav.training.inputs import SplitSource, decoder_read, make_plan, modalities
 
 _PLANNED = 64  # clips that a single stage is measured on
 _SECONDS = 4.0  # of each measurement
@@ -102,10 +102,10 @@ def _examine(
     console: Console, manifest: Manifest, recipe: Recipe, with_model: bool, seconds: float
 ) -> dict[str, object]:
     """Measures on the user's clips and gives advice."""
-    clips = sampled([manifest])
-    census = Census.of(clips)
+    clips = sample_clips([manifest])
+    clip_stats = ClipStats.of(clips)
     console.print(
-        f"{escape(str(manifest.path))}: {len(manifest)} clips; {census.told()}", highlight=False, soft_wrap=True
+        f"{escape(str(manifest.path))}: {len(manifest)} clips; {clip_stats.describe()}", highlight=False, soft_wrap=True
     )
     files = sorted({Path(name) for clip in clips if "://" not in (name := clip.source)})[:32]
     speed_of_disk = disk(files)
@@ -114,7 +114,7 @@ def _examine(
             f"disk: {speed_of_disk.mb_per_s:.0f} MB/s in a row, {speed_of_disk.splices_per_s:.0f} splices/s at random"
         )
         console.print(text, highlight=False)
-    source = Source(((manifest, 1.0),), manifest.classes, {})
+    source = SplitSource(((manifest, 1.0),), manifest.classes, {})
     speeds = list(_stages(recipe, source, seconds))
     model = _model_speed(recipe, source, seconds) if with_model else None
     table = Table(title="measured on your clips")
@@ -124,16 +124,16 @@ def _examine(
         per_cpu = "" if speed.clips_per_cpu_s is None else f"{speed.clips_per_cpu_s:.1f}"
         table.add_row(speed.stage, f"{speed.clips_per_s:.1f}", per_cpu)
     console.print(table)
-    advice = list(_advice(clips, census, speeds, model, speed_of_disk, recipe))
+    advice = list(_advice(clips, clip_stats, speeds, model, speed_of_disk, recipe))
     for line in advice:
         console.print(f"- {escape(line)}", highlight=False, soft_wrap=True)
     return {
-        "census": dict(census.codecs), "disk": asdict(speed_of_disk) if speed_of_disk else None,
+        "clip_stats": dict(clip_stats.codecs), "disk": asdict(speed_of_disk) if speed_of_disk else None,
         "speeds": [asdict(speed) for speed in speeds], "model": asdict(model) if model else None, "advice": advice,
     }  # fmt: skip
 
 
-def _stages(recipe: Recipe, source: Source, seconds: float) -> Iterator[Speed]:
+def _stages(recipe: Recipe, source: SplitSource, seconds: float) -> Iterator[Speed]:
     """Decoding by itself, each modality, and whole loaders."""
     plan, used = make_plan(recipe, source), modalities(recipe)
     picked = plan.train(0, _PLANNED)
@@ -146,13 +146,13 @@ def _stages(recipe: Recipe, source: Source, seconds: float) -> Iterator[Speed]:
     for worker in _WORKERS if recipe.loading.num_workers() > 1 else _WORKERS[:1]:
         yield _loading("PyAV", PyAV(), recipe, source, seconds, worker)
     device: Literal["gpu", "cpu"] = "gpu" if torch.cuda.is_available() else "cpu"
-    census = Census.of(rows)
-    if not missing(device) and any(takes(device, *size) for size in census.sizes):
+    clip_stats = ClipStats.of(rows)
+    if not missing_requirement(device) and any(can_decode(device, *size) for size in clip_stats.sizes):
         yield _loading(f"DALI on the {device.upper()}", Dali(device=device), recipe, source, seconds)
 
 
 def _loading(
-    name: str, kind: PyAV | Dali, recipe: Recipe, source: Source, seconds: float, worker: Worker = "thread"
+    name: str, kind: PyAV | Dali, recipe: Recipe, source: SplitSource, seconds: float, worker: Worker = "thread"
 ) -> Speed:
     """A whole loader with one decoder."""
     used, batch = modalities(recipe), 16
@@ -197,7 +197,7 @@ def _timed(stage: str, seconds: float, make: Callable[[], int]) -> Speed:
     return Speed(stage, made / took, made / max(used, 1e-9))
 
 
-def _model_speed(recipe: Recipe, source: Source, seconds: float) -> Speed:
+def _model_speed(recipe: Recipe, source: SplitSource, seconds: float) -> Speed:
     """Forward and backward of the recipe's model, with random weights, on a batch that stays on the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     towers = {
@@ -233,14 +233,14 @@ def _model_speed(recipe: Recipe, source: Source, seconds: float) -> Speed:
 
 def _advice(
     clips: Sequence[Clip],
-    census: Census,
+    clip_stats: ClipStats,
     speeds: Sequence[Speed],
     model: Speed | None,
     found: Disk | None,
     recipe: Recipe,
 ) -> Iterator[str]:
     """What to change, the most useful first."""
-    choice = choose(recipe.decode, census, "video" in modalities(recipe))
+    choice = choose_decoder(recipe.decode, clip_stats, "video" in modalities(recipe))
     if model is None:
         yield "which stage will bind: give --recipe FILE, and its model is measured beside the loader"
     yield f"decoder: {type(choice.config).__name__.lower()} ({choice.reason})"

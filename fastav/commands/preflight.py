@@ -17,18 +17,18 @@ from fastav.core.atomic_files import write_text
 from fastav.core.console import Console
 from fastav.core.errors import UserError
 from fastav.diagnostics.rank_check import SECONDS, Preflight, serious_faults
-from fastav.diagnostics.rank_verdicts import judge, summary, table
-from fastav.optim.loss_guard import Guarding
+from fastav.diagnostics.rank_verdicts import find_faults, summary, table
+from fastav.optim.loss_guard import GuardConfig
 from fastav.recipe.schema import Training
-from fastav.training.ranks import Ranks, leave
+from fastav.training.ranks import Ranks, shutdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options."""
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of each measurement ({SECONDS:g})")
-    parser.add_argument("--slow", type=float, default=Guarding().slow_device,
+    parser.add_argument("--slow", type=float, default=GuardConfig().slow_device,
                         help="a rank is slow with less than this share of the median (%(default)s)")  # fmt: skip
-    parser.add_argument("--patience", type=float, default=Guarding().preflight_patience_s,
+    parser.add_argument("--patience", type=float, default=GuardConfig().preflight_patience_s,
                         help="seconds within which a measurement must end (%(default)s)")  # fmt: skip
     parser.add_argument("--json", type=Path, help="write everything to this file")
 
@@ -44,10 +44,10 @@ def main(args: argparse.Namespace) -> int:
     bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     try:
         ranks = Ranks(Training(precision="bf16" if bf16 else "fp32"))
-        found = Preflight(ranks.crew, ranks.device, args.seconds, args.patience).run()
-        faults, console = judge(found, args.slow), Console(sys.stdout, quiet=not ranks.main)
+        found = Preflight(ranks.host_group, ranks.device, args.seconds, args.patience).run()
+        faults, console = find_faults(found, args.slow), Console(sys.stdout, quiet=not ranks.main)
         for one in found:
-            console.log(one.tell())
+            console.log(one.describe())
         for fault in faults:
             console.log(f"slow: {fault.text}" if fault.kind == "slow" else fault.text)
         console.log(summary(found, faults, args.slow))
@@ -55,5 +55,5 @@ def main(args: argparse.Namespace) -> int:
             write_text(args.json, json.dumps(table(found, faults), indent=1))
     finally:
         with contextlib.suppress(RuntimeError):  # of a broken device, which has been told
-            leave()
+            shutdown()
     return int(bool(serious_faults(faults, found)))

@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 
 from fastav.core.errors import UserError
-from fastav.synth.dataset import Synth, make
+from fastav.synth.dataset import Synth, make_dataset
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -57,5 +57,5 @@ def main(args: argparse.Namespace) -> int:
         field = place.rstrip("`")
         given = f"--{field} {wanted[field]}" if field in wanted else f"--size {args.size}"
         raise UserError(f"{given}: {reason.lower()}") from None
-    make(args.out, settings, workers=args.workers, force=args.force)
+    make_dataset(args.out, settings, workers=args.workers, force=args.force)
     return 0

@@ -19,12 +19,12 @@ from fastav.core.errors import FastavError
 PATIENCE_S = 900.0
 """Longer than any one clip takes to be decoded and encoded."""
 
-Job = TypeVar("Job")
+JobT = TypeVar("JobT")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
-class Done(Generic[Job, Result]):
+class JobResult(Generic[JobT, Result]):
     """A job and what became of it.
 
     Attributes:
@@ -35,19 +35,19 @@ class Done(Generic[Job, Result]):
     """
 
     number: int
-    job: Job
+    job: JobT
     result: Result | None
     died: bool = False
 
 
-def each(
-    jobs: Iterable[Job],
-    do: Callable[[Job], Result],
+def run_jobs(
+    jobs: Iterable[JobT],
+    do: Callable[[JobT], Result],
     workers: int,
     *,
     ahead: int | None = None,
     patience_s: float = PATIENCE_S,
-) -> Iterator[Done[Job, Result]]:
+) -> Iterator[JobResult[JobT, Result]]:
     """Yields each job with its result, in the order in which they are done.
 
     Args:
@@ -67,15 +67,15 @@ def each(
 
 
 def _together(
-    rest: Iterator[tuple[int, Job]],
-    do: Callable[[Job], Result],
+    rest: Iterator[tuple[int, JobT]],
+    do: Callable[[JobT], Result],
     workers: int,
     ahead: int | None,
     patience_s: float,
-) -> Generator[Done[Job, Result], None, list[tuple[int, Job]]]:
+) -> Generator[JobResult[JobT, Result], None, list[tuple[int, JobT]]]:
     """Works until there are no more jobs, or until a process dies or hangs: then returns the jobs in work."""
-    running: dict[Future[Result], tuple[int, Job]] = {}
-    waiting: list[tuple[int, Job]] = []
+    running: dict[Future[Result], tuple[int, JobT]] = {}
+    waiting: list[tuple[int, JobT]] = []
     with _pool(workers, do) as pool:
         try:
             while True:
@@ -99,7 +99,7 @@ def _together(
                 for future in done:
                     result = future.result()
                     number, what = running.pop(future)
-                    yield Done(number, what, result)
+                    yield JobResult(number, what, result)
         except BrokenProcessPool:
             return [*running.values(), *waiting]
         finally:
@@ -122,13 +122,13 @@ def _processes_start(do: Callable[..., Any]) -> bool:
             ) from None
 
 
-def _alone(number: int, job: Job, do: Callable[[Job], Result], patience_s: float) -> Done[Job, Result]:
+def _alone(number: int, job: JobT, do: Callable[[JobT], Result], patience_s: float) -> JobResult[JobT, Result]:
     with _pool(1, do) as pool:
         try:
-            return Done(number, job, pool.submit(do, job).result(timeout=patience_s))
+            return JobResult(number, job, pool.submit(do, job).result(timeout=patience_s))
         except (BrokenProcessPool, TimeoutError):
             _kill(pool)
-            return Done(number, job, None, died=True)
+            return JobResult(number, job, None, died=True)
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:

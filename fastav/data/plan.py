@@ -131,7 +131,7 @@ _SHARED_BY_REPLICAS = (Purpose.FRAMES, Purpose.WINDOW)  # what one decode delive
 
 
 @dataclass(frozen=True)
-class Source:
+class PlanSource:
     """One of the mixed manifests.
 
     Attributes:
@@ -167,7 +167,7 @@ class Plan:
         mel_frames: Number of mel frames of clips that last so many seconds (float64 array to int64 array).
 
     Attributes:
-        sources: The `Source`s in the given order; `source_B` counts into them.
+        sources: The `PlanSource`s in the given order; `source_B` counts into them.
         sampling: As given.
         seed: As given.
 
@@ -495,7 +495,7 @@ def fitting_windows(length_B: Ints, window: int, starts: Sequence[int]) -> NDArr
     return starts_BW.astype(np.int32)
 
 
-def _weigh(sources: Sequence[tuple[Manifest, float]], sampling: Sampling) -> tuple[Source, ...]:
+def _weigh(sources: Sequence[tuple[Manifest, float]], sampling: Sampling) -> tuple[PlanSource, ...]:
     """Returns the sources with their share of each block and their class weights."""
     if not sources:
         raise UserError("no manifest given, at least one expected")
@@ -513,7 +513,7 @@ def _weigh(sources: Sequence[tuple[Manifest, float]], sampling: Sampling) -> tup
                 f"sampling.mix_block = {sampling.mix_block} samples expected"
             )
         class_weight = _class_weights(manifest.class_counts()) if sampling.balance == "class" else None
-        out.append(Source(manifest, float(weight), len(manifest), int(count), class_weight))
+        out.append(PlanSource(manifest, float(weight), len(manifest), int(count), class_weight))
     return tuple(out)
 
 

@@ -22,7 +22,7 @@ from fastav.data.clip import Clip
 from fastav.datasets import youtube
 from fastav.datasets.listing import Listing
 from fastav.datasets.tables import class_order, find_file, number, read_table
-from fastav.datasets.youtube import Row
+from fastav.datasets.youtube import YoutubeRow
 
 CLIP_S = 10
 METRIC = "several labels: average precision, averaged over the classes (mAP), on the eval clips, which are split test"
@@ -140,7 +140,7 @@ class _Classes:
         return [f"{self._table}: has no name for {len(self._unknown)} classes, which go by their ids: {shown}"]
 
 
-def _weak(root: Path, classes: _Classes, train: str) -> tuple[list[Row], list[str]]:
+def _weak(root: Path, classes: _Classes, train: str) -> tuple[list[YoutubeRow], list[str]]:
     rows = []
     for name in _TRAIN[train]:
         path = find_file(root, (name,), f"table of AudioSet for --train {train}")
@@ -152,16 +152,16 @@ def _weak(root: Path, classes: _Classes, train: str) -> tuple[list[Row], list[st
     return rows, [f"{root}: no {_EVAL}, so no test split"]
 
 
-def _segments(path: Path, split: str, classes: _Classes) -> Iterator[Row]:
+def _segments(path: Path, split: str, classes: _Classes) -> Iterator[YoutubeRow]:
     columns = ("YTID", "start_seconds", "end_seconds", "positive_labels")
     for line, row in read_table(path, header=columns, comment="#", skip_initial_space=True):
         start_s, end_s = (number(row, column, path, line) for column in columns[1:3])
         video_id = row["YTID"].strip()
         name = f"{video_id}_{round(start_s * 1000)}"
-        yield Row(name, video_id, start_s, end_s, classes.of(row["positive_labels"]), split, path, line)
+        yield YoutubeRow(name, video_id, start_s, end_s, classes.of(row["positive_labels"]), split, path, line)
 
 
-def _strong(root: Path, classes: _Classes, events: dict[str, list[Event]]) -> tuple[list[Row], list[str]]:
+def _strong(root: Path, classes: _Classes, events: dict[str, list[Event]]) -> tuple[list[YoutubeRow], list[str]]:
     """Rows of the segments in the order of their first event; fills in their events."""
     tables = {split: youtube.table_in(root, (name, f"strong/{name}")) for split, name in _STRONG.items()}
     if not any(tables.values()):
@@ -175,7 +175,7 @@ def _strong(root: Path, classes: _Classes, events: dict[str, list[Event]]) -> tu
     return rows, notes
 
 
-def _strong_rows(path: Path, split: str, classes: _Classes, events: dict[str, list[Event]]) -> list[Row]:
+def _strong_rows(path: Path, split: str, classes: _Classes, events: dict[str, list[Event]]) -> list[YoutubeRow]:
     columns = ("segment_id", "start_time_seconds", "end_time_seconds", "label")
     aliases = {columns[1]: ("start_time", "start"), columns[2]: ("end_time", "end")}
     first: dict[str, int] = {}
@@ -189,14 +189,14 @@ def _strong_rows(path: Path, split: str, classes: _Classes, events: dict[str, li
     return [_strong_row(name, line, events[name], split, path) for name, line in first.items()]
 
 
-def _strong_row(name: str, line: int, events: list[Event], split: str, path: Path) -> Row:
+def _strong_row(name: str, line: int, events: list[Event], split: str, path: Path) -> YoutubeRow:
     video_id, _, start_ms = name.rpartition("_")
     start_s = int(start_ms) / 1000
     labels = tuple(dict.fromkeys(label for _, _, label in events))
-    return Row(name, video_id, start_s, start_s + CLIP_S, labels, split, path, line)
+    return YoutubeRow(name, video_id, start_s, start_s + CLIP_S, labels, split, path, line)
 
 
-def _name(row: Row) -> str:
+def _name(row: YoutubeRow) -> str:
     return f"{row.video_id}_{round(row.start_s * 1000)}"
 
 

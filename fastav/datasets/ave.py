@@ -21,7 +21,7 @@ from fastav.data.manifest import Problem
 from fastav.datasets import youtube
 from fastav.datasets.listing import Listing
 from fastav.datasets.tables import class_order, find_file, number, read_table
-from fastav.datasets.youtube import Row
+from fastav.datasets.youtube import YoutubeRow
 
 BACKGROUND = "Background"
 CLIP_S = 10
@@ -37,7 +37,7 @@ _ORDERS = {split: (f"{split}_order.h5", f"data/{split}_order.h5") for split in _
 _COLUMNS = ("Category", "VideoID", "Quality", "StartTime", "EndTime")
 
 
-class Annotation(NamedTuple):
+class AveAnnotation(NamedTuple):
     """What a row says: class, YouTube id, quality, and the seconds of the event within the clip."""
 
     label: str
@@ -93,30 +93,30 @@ def listing(args: argparse.Namespace) -> Listing:
     )
 
 
-def _read(path: Path) -> Iterator[tuple[int, Annotation]]:
+def _read(path: Path) -> Iterator[tuple[int, AveAnnotation]]:
     for line, row in read_table(path, delimiter="&", header=_COLUMNS, quoted=False):
         if row["VideoID"].strip().casefold() == "videoid":  # a header whose other names are spelt differently
             continue
         start_s, end_s = (number(row, column, path, line) for column in ("StartTime", "EndTime"))
         label, video_id, quality = (row[column].strip() for column in _COLUMNS[:3])
-        yield line, Annotation(label, video_id, quality, start_s, end_s)
+        yield line, AveAnnotation(label, video_id, quality, start_s, end_s)
 
 
-def _row(number: int, line: int, annotation: Annotation, split: str, path: Path) -> Row:
+def _row(number: int, line: int, annotation: AveAnnotation, split: str, path: Path) -> YoutubeRow:
     label, video_id, quality, start_s, end_s = annotation
     # Some copies of the videos have their whole line for a name.
     names = (video_id, f"{label}&{video_id}&{quality}&{start_s:g}&{end_s:g}")
-    return Row(f"{number:04d}-{video_id}", video_id, 0.0, CLIP_S, (label,), split, path, line, names)
+    return YoutubeRow(f"{number:04d}-{video_id}", video_id, 0.0, CLIP_S, (label,), split, path, line, names)
 
 
-def _seconds(clip: Clip, event: Annotation) -> Iterator[Clip]:
+def _seconds(clip: Clip, event: AveAnnotation) -> Iterator[Clip]:
     for at in range(CLIP_S):
         inside = event.start_s <= at < event.end_s
         yield youtube.second(clip, at, [event.label if inside else BACKGROUND])
 
 
 def _splits(
-    root: Path, path: Path, annotations: Sequence[tuple[int, Annotation]]
+    root: Path, path: Path, annotations: Sequence[tuple[int, AveAnnotation]]
 ) -> tuple[dict[str, list[int]], list[Problem], list[str]]:
     """The rows of each split, numbered from 0."""
     texts = {split: file for split, names in _TEXTS.items() if (file := youtube.table_in(root, names)) is not None}
@@ -135,9 +135,9 @@ def _splits(
 
 
 def _from_texts(
-    texts: dict[str, Path], annotations: Sequence[tuple[int, Annotation]], problems: list[Problem]
+    texts: dict[str, Path], annotations: Sequence[tuple[int, AveAnnotation]], problems: list[Problem]
 ) -> dict[str, list[int]]:
-    free: dict[Annotation, list[int]] = defaultdict(list)
+    free: dict[AveAnnotation, list[int]] = defaultdict(list)
     for at, (_, annotation) in enumerate(annotations):
         free[annotation].append(at)
     found: dict[str, list[int]] = {}

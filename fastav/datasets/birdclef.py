@@ -18,7 +18,16 @@ from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
 from fastav.datasets.listing import Listing
-from fastav.datasets.tables import MediaFolders, Rows, at_line, class_order, coordinates, find_file, number, read_table
+from fastav.datasets.tables import (
+    ClipRows,
+    MediaFolders,
+    at_line,
+    class_order,
+    coordinates,
+    find_file,
+    number,
+    read_table,
+)
 
 METRIC = (
     "any number of labels a window of five seconds: micro-averaged F1 over the rows, where a window without bird "
@@ -63,7 +72,7 @@ def listing(args: argparse.Namespace) -> Listing:
         UserError: No table, a malformed one, or none of its files.
     """
     root = Path(args.root)
-    rows, folders, notes = Rows(), MediaFolders(), []
+    rows, folders, notes = ClipRows(), MediaFolders(), []
     tables = []
     if args.part != "soundscapes":
         table = find_file(root, ("train_metadata.csv",), "table of BirdCLEF's short recordings")
@@ -91,7 +100,7 @@ def listing(args: argparse.Namespace) -> Listing:
     )
 
 
-def _short(rows: Rows, folders: MediaFolders, root: Path, table: Path, secondary: bool) -> list[str]:
+def _short(rows: ClipRows, folders: MediaFolders, root: Path, table: Path, secondary: bool) -> list[str]:
     """Adds the short recordings; returns notes."""
     required = ("primary_label", "filename", *(["secondary_labels"] if secondary else []))
     entries = list(read_table(table, required=required))
@@ -142,7 +151,7 @@ def label_list(text: str, table: Path, line: int) -> list[str]:
     return [label.strip() for label in labels if label.strip()]
 
 
-def _soundscapes(rows: Rows, folders: MediaFolders, root: Path, table: Path, nocall: str) -> None:
+def _soundscapes(rows: ClipRows, folders: MediaFolders, root: Path, table: Path, nocall: str) -> None:
     """Adds the windows of the soundscapes."""
     recordings = _recordings(root / _SOUNDSCAPES, folders.names(root / _SOUNDSCAPES).values())
     lost: dict[str, int] = defaultdict(int)

@@ -15,7 +15,7 @@ from rich.console import Console
 from fastav.core.atomic_files import write_text
 from fastav.core.errors import MediaError, UserError
 from fastav.core.machine import num_cores
-from fastav.core.process_pool import each
+from fastav.core.process_pool import run_jobs
 from fastav.core.progress import progress
 from fastav.data.clip import Clip
 from fastav.data.manifest import Extent, Manifest, Problem, check, write_manifest
@@ -109,7 +109,7 @@ class _Work:
             for path in _files_of(clip):
                 self._users[path].append(number)
         self._left = {path: len(users) for path, users in self._users.items()}
-        self.jobs: list[Job] = [(path, tuple(sorted(names))) for path, names in wanted.items()]
+        self.jobs: list[ProbeJob] = [(path, tuple(sorted(names))) for path, names in wanted.items()]
 
     def add(self, path: Path, found: MediaInfo | MediaError) -> None:
         """Takes what one file holds, and fills the clips that have waited for it."""
@@ -161,7 +161,7 @@ class _Work:
 
 
 def _files_of(clip: Clip) -> list[Path]:
-    """The files of a clip, each once."""
+    """The files of a clip, run_jobs once."""
     return list(dict.fromkeys(p for name in _PATHS if (p := getattr(clip, name)) is not None))
 
 
@@ -250,14 +250,14 @@ def _write_problems(out: Path, problems: Sequence[Problem]) -> None:
     write_text(problems_path(out), text.getvalue())
 
 
-Job = tuple[Path, tuple[str, ...]]
+ProbeJob = tuple[Path, tuple[str, ...]]
 """A file, and what is wanted of it: "video", "audio" or both, or "image", or "mel"."""
 
 
-Found = tuple[Path, "MediaInfo | MediaError"]
+ProbeResult = tuple[Path, "MediaInfo | MediaError"]
 
 
-def probe_all(jobs: Sequence[Job], workers: int = 0) -> Iterator[Found]:
+def probe_all(jobs: Sequence[ProbeJob], workers: int = 0) -> Iterator[ProbeResult]:
     """Yields what each file holds, or why it cannot be read, in the order in which they are done.
 
     A file that kills its process (a crash inside FFmpeg, out of memory) is found and named like any other fault.
@@ -266,7 +266,7 @@ def probe_all(jobs: Sequence[Job], workers: int = 0) -> Iterator[Found]:
         jobs: Each file once.
         workers: Processes; 0 for one a core.
     """
-    for done in each(jobs, _look, max(1, min(workers or num_cores(), len(jobs)))):
+    for done in run_jobs(jobs, _look, max(1, min(workers or num_cores(), len(jobs)))):
         path, found = done.job[0], done.result
         if done.died or found is None:
             yield path, MediaError(path, "the decoder crashed on it", "probe")
@@ -274,7 +274,7 @@ def probe_all(jobs: Sequence[Job], workers: int = 0) -> Iterator[Found]:
             yield path, MediaError(path, *found) if isinstance(found, tuple) else found
 
 
-def _look(job: Job) -> MediaInfo | tuple[str, str]:
+def _look(job: ProbeJob) -> MediaInfo | tuple[str, str]:
     """Probes one file; returns reason and stage where it cannot be read (an error with three arguments is not sent)."""
     path, wanted = job
     try:

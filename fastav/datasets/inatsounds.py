@@ -19,7 +19,7 @@ from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
 from fastav.datasets.listing import Listing
-from fastav.datasets.tables import MediaFolders, Rows, class_order, coordinates, find_file
+from fastav.datasets.tables import ClipRows, MediaFolders, class_order, coordinates, find_file
 
 METRIC = (
     "one label a recording, its score the mean over windows (3 s, every 1.5 s) of their softmax, classes that are "
@@ -54,7 +54,7 @@ def listing(args: argparse.Namespace) -> Listing:
     what = "table of iNatSounds (train.json, val.json or test.json)"
     wanted = args.splits or [split for split in SPLITS if (root / f"{split}.json").is_file()] or SPLITS[:1]
     tables = {split: find_file(root, (f"{split}.json",), what) for split in wanted}
-    rows, folders = Rows(), MediaFolders()
+    rows, folders = ClipRows(), MediaFolders()
     categories: dict[int, Mapping[str, Any]] = {}
     for split, table in tables.items():
         content = _read(table)
@@ -80,7 +80,7 @@ def listing(args: argparse.Namespace) -> Listing:
 
 
 def _split(
-    rows: Rows, folders: MediaFolders, root: Path, split: str, table: Path, content: Mapping[str, list[Any]]
+    rows: ClipRows, folders: MediaFolders, root: Path, split: str, table: Path, content: Mapping[str, list[Any]]
 ) -> None:
     """Adds the recordings of one split."""
     names = _class_names(content["categories"], table)

@@ -15,7 +15,7 @@ from fastav.core.errors import UserError, did_you_mean
 from fastav.datasets import youtube
 from fastav.datasets.listing import Listing
 from fastav.datasets.tables import find_file, number, read_table
-from fastav.datasets.youtube import Row
+from fastav.datasets.youtube import YoutubeRow
 
 METRIC = "one label a clip: top-1 and top-5 accuracy on the validation split"
 SOUNDS = (
@@ -106,7 +106,7 @@ def listing(args: argparse.Namespace) -> Listing:
     )
 
 
-def _read(root: Path) -> tuple[list[Row], list[str]]:
+def _read(root: Path) -> tuple[list[YoutubeRow], list[str]]:
     tables = {split: youtube.table_in(root, names) for split, names in _TABLES.items()}
     if not any(tables.values()):
         find_file(root, ("train.csv", "annotations/train.csv"), "table of Kinetics (train.csv, val.csv or test.csv)")
@@ -126,13 +126,13 @@ def _read(root: Path) -> tuple[list[Row], list[str]]:
     return rows, notes
 
 
-def _rows(path: Path, split: str) -> Iterator[Row]:
+def _rows(path: Path, split: str) -> Iterator[YoutubeRow]:
     needed = ("youtube_id", "time_start", "time_end") if split == "test" else tuple(_COLUMNS)
     for line, row in read_table(path, required=needed, aliases=_COLUMNS):
         start_s, end_s = (number(row, column, path, line) for column in ("time_start", "time_end"))
         video_id, label = row["youtube_id"].strip(), row.get("label", "").strip()
         name = f"{video_id}_{round(start_s):06d}_{round(end_s):06d}"
-        yield Row(name, video_id, start_s, end_s, (ALIASES.get(label, label),), split, path, line, names=(name,))
+        yield YoutubeRow(name, video_id, start_s, end_s, (ALIASES.get(label, label),), split, path, line, names=(name,))
 
 
 def _wanted(path: Path, classes: set[str]) -> set[str]:

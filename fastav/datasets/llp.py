@@ -18,7 +18,7 @@ from fastav.data.clip import Clip
 from fastav.datasets import youtube
 from fastav.datasets.listing import Listing
 from fastav.datasets.tables import class_order, find_file, number, read_table
-from fastav.datasets.youtube import Row
+from fastav.datasets.youtube import YoutubeRow
 
 CLASSES = (
     "Speech", "Car", "Cheering", "Dog", "Cat", "Frying_(food)", "Basketball_bounce", "Fire_alarm", "Chainsaw",
@@ -110,7 +110,7 @@ def _tables(root: Path) -> tuple[dict[str, Path], list[str]]:
     return {split: path for split, path in found.items() if path is not None}, notes
 
 
-def _rows(path: Path, split: str) -> Iterator[Row]:
+def _rows(path: Path, split: str) -> Iterator[YoutubeRow]:
     for line, row in read_table(path, delimiter="\t", required=("filename", "event_labels")):
         name = row["filename"].strip()
         parts = _NAME.fullmatch(name)
@@ -120,7 +120,7 @@ def _rows(path: Path, split: str) -> Iterator[Row]:
         names = (name, name[:_ID_LENGTH]) if len(parts["video"]) < _ID_LENGTH else (name,)
         labels = _labels(row["event_labels"], path, line)
         start_s, end_s = float(parts["start"]), float(parts["end"])
-        yield Row(name, parts["video"], start_s, end_s, labels, split, path, line, names)
+        yield YoutubeRow(name, parts["video"], start_s, end_s, labels, split, path, line, names)
 
 
 def _labels(text: str, path: Path, line: int) -> tuple[str, ...]:
@@ -143,13 +143,13 @@ def _spans(path: Path) -> Spans:
     return spans
 
 
-def _choose(audio: Spans, visual: Spans, row: Row, label: str) -> set[tuple[int, str]]:
+def _choose(audio: Spans, visual: Spans, row: YoutubeRow, label: str) -> set[tuple[int, str]]:
     name = row.names[0]
     heard, seen = audio.get(name, set()), visual.get(name, set())
     return {"audio": heard, "visual": seen, "both": heard & seen, "either": heard | seen}[label]
 
 
-def _seconds(row: Row, clip: Clip, events: Iterable[tuple[int, str]]) -> Iterator[Clip]:
+def _seconds(row: YoutubeRow, clip: Clip, events: Iterable[tuple[int, str]]) -> Iterator[Clip]:
     by_second: dict[int, list[str]] = defaultdict(list)
     for second, label in events:
         by_second[second].append(label)

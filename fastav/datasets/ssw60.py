@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.datasets.listing import Listing
-from fastav.datasets.tables import MediaFolders, Rows, class_order, find_file, read_table
+from fastav.datasets.tables import ClipRows, MediaFolders, class_order, find_file, read_table
 
 METRIC = "one label a clip: top-1 accuracy on the test split (of the videos: 1,938 clips)"
 SPLITS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -69,7 +69,7 @@ def listing(args: argparse.Namespace) -> Listing:
     root, part = Path(args.root), PARTS[args.part]
     taxa = _taxa(root, NAMES[args.names])
     table = find_file(root, (f"{part.folder}.csv",), f"table of SSW60's part {args.part}")
-    rows, folders = Rows(), MediaFolders()
+    rows, folders = ClipRows(), MediaFolders()
     for line, row in read_table(
         table,
         required=("asset_id", "label", "split"),

@@ -267,7 +267,7 @@ def class_order(names: Iterable[str]) -> str:
     return json.dumps(list(names), ensure_ascii=False)
 
 
-class Rows:
+class ClipRows:
     """Rows of tables that become clips: takes an id once, and refuses a listing without any clip.
 
     Attributes:

@@ -18,7 +18,7 @@ from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.datasets.folder import cut
 from fastav.datasets.listing import Listing
-from fastav.datasets.tables import MediaFolders, Rows, class_order, find_file, read_table
+from fastav.datasets.tables import ClipRows, MediaFolders, class_order, find_file, read_table
 
 METRIC = (
     "one label a piece of one second (--piece-s 1): multi-class log loss, which ranks, and accuracy, both averaged "
@@ -65,7 +65,7 @@ def listing(args: argparse.Namespace) -> Listing:
     if piece_s is not None and not (math.isfinite(piece_s) and piece_s > 0):
         raise UserError(f"--piece-s {piece_s}: expected seconds, more than 0")
     tables = {split: find_file(root, names, f"table of TAU's {split} split") for split, names in _TABLES.items()}
-    rows, folders = Rows(), MediaFolders()
+    rows, folders = ClipRows(), MediaFolders()
     wanted = ("audio", "video") if args.media == "both" else (args.media,)
     for split, table in tables.items():
         for line, row in _rows(table):

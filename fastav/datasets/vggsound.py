@@ -16,7 +16,7 @@ from fastav.core.errors import UserError, did_you_mean
 from fastav.datasets import youtube
 from fastav.datasets.listing import Listing
 from fastav.datasets.tables import class_order, find_file, number, read_table
-from fastav.datasets.youtube import Row
+from fastav.datasets.youtube import YoutubeRow
 
 CLIP_S = 10.0
 METRIC = "one label a clip: top-1 accuracy on the test split; the paper also gives class-averaged AP, AUC and d-prime"
@@ -57,7 +57,7 @@ def listing(args: argparse.Namespace) -> Listing:
     )
 
 
-def _read(root: Path) -> tuple[list[Row], list[str]]:
+def _read(root: Path) -> tuple[list[YoutubeRow], list[str]]:
     parts = {split: path for split, names in _PARTS.items() if (path := youtube.table_in(root, names)) is not None}
     if parts and youtube.table_in(root, _WHOLE) is None:
         rows = [row for split, path in parts.items() for row in _part(path, split)]
@@ -65,7 +65,7 @@ def _read(root: Path) -> tuple[list[Row], list[str]]:
     return list(_whole(find_file(root, _WHOLE, "table of VGGSound (vggsound.csv, or train.csv and test.csv)"))), []
 
 
-def _whole(path: Path) -> Iterator[Row]:
+def _whole(path: Path) -> Iterator[YoutubeRow]:
     columns = ("youtube_id", "start_seconds", "label", "split")
     for line, row in read_table(path, header=columns, skip_initial_space=True):
         split = row["split"].strip()
@@ -74,7 +74,7 @@ def _whole(path: Path) -> Iterator[Row]:
         yield _row(row["youtube_id"].strip(), number(row, "start_seconds", path, line), row["label"], split, path, line)
 
 
-def _part(path: Path, split: str) -> Iterator[Row]:
+def _part(path: Path, split: str) -> Iterator[YoutubeRow]:
     for line, row in read_table(path, header=("file", "label"), skip_initial_space=True):
         name = _NAME.fullmatch(row["file"].strip())
         if name is None:
@@ -82,8 +82,8 @@ def _part(path: Path, split: str) -> Iterator[Row]:
         yield _row(name["video"], float(name["start"]), row["label"], split, path, line)
 
 
-def _row(video_id: str, start_s: float, label: str, split: str, path: Path, line: int) -> Row:
+def _row(video_id: str, start_s: float, label: str, split: str, path: Path, line: int) -> YoutubeRow:
     if not (label := label.strip()):
         raise UserError(f"{path}, line {line}: no label, expected one")
     name = f"{video_id}_{round(start_s):06d}"
-    return Row(name, video_id, start_s, start_s + CLIP_S, (label,), split, path, line)
+    return YoutubeRow(name, video_id, start_s, start_s + CLIP_S, (label,), split, path, line)

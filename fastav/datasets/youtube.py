@@ -26,7 +26,7 @@ _VIDEO, _AUDIO = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class YoutubeRow:
     """A row of a table, before anyone has looked for its file.
 
     Attributes:
@@ -53,7 +53,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundRows:
     """Rows whose files are there.
 
     Attributes:
@@ -63,7 +63,7 @@ class Found:
         notes: Lines for the report.
     """
 
-    rows: list[Row]
+    rows: list[YoutubeRow]
     clips: list[Clip]
     problems: list[Problem]
     notes: list[str]
@@ -96,7 +96,7 @@ def table_in(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
-def file_names(row: Row, media: Media, *, alone: bool) -> list[str]:
+def file_names(row: YoutubeRow, media: Media, *, alone: bool) -> list[str]:
     """The names without suffix that the file of a row may have, the likeliest first.
 
     A trimmed clip of the seconds 30 to 40 of a video ID: ID_000030, ID_000030_000040, ID_30000_40000 (milliseconds),
@@ -121,7 +121,7 @@ def file_names(row: Row, media: Media, *, alone: bool) -> list[str]:
     return list(dict.fromkeys([*row.names, *plain, *(f"Y{name}" for name in plain)]))
 
 
-def find(rows: Sequence[Row], folder: Path, media: Media = "trimmed") -> Found:
+def find(rows: Sequence[YoutubeRow], folder: Path, media: Media = "trimmed") -> FoundRows:
     """Finds the files of rows anywhere below a folder, whatever the case of their suffix, and makes clips of them.
 
     A sound file of the same name as a video is its sound. The clip's group is the YouTube id, so that `check` tells
@@ -136,7 +136,7 @@ def find(rows: Sequence[Row], folder: Path, media: Media = "trimmed") -> Found:
     rows, problems = _distinct(rows)
     times = Counter(row.video_id for row in rows)
     files, doubles = _media_files(folder, problems)
-    found = Found([], [], problems, [])
+    found = FoundRows([], [], problems, [])
     lost = by_id = 0
     for row in rows:
         names = file_names(row, media, alone=times[row.video_id] == 1)
@@ -170,7 +170,7 @@ def find(rows: Sequence[Row], folder: Path, media: Media = "trimmed") -> Found:
     return found
 
 
-def _nothing_found(rows: Sequence[Row], folder: Path, media: Media, files: Collection[str]) -> str:
+def _nothing_found(rows: Sequence[YoutubeRow], folder: Path, media: Media, files: Collection[str]) -> str:
     if not rows:
         return f"{folder}: no rows to find media for, expected a table with some"
     names = ", ".join(file_names(rows[0], media, alone=True)[:4])
@@ -181,7 +181,7 @@ def _nothing_found(rows: Sequence[Row], folder: Path, media: Media, files: Colle
     return f"{folder}: {what}; {held}{other}"
 
 
-def _clip(row: Row, video: Path | None, audio: Path | None, media: Media) -> Clip:
+def _clip(row: YoutubeRow, video: Path | None, audio: Path | None, media: Media) -> Clip:
     span = (row.start_s, row.end_s - row.start_s) if media == "whole" else (0.0, 0.0)
     return Clip(
         id=row.id,
@@ -200,9 +200,9 @@ def second(clip: Clip, number: int, labels: Iterable[str]) -> Clip:
     return replace(clip, id=f"{clip.id}@{number}", start_s=clip.start_s + number, duration_s=1.0, labels=tuple(labels))
 
 
-def _distinct(rows: Iterable[Row]) -> tuple[list[Row], list[Problem]]:
+def _distinct(rows: Iterable[YoutubeRow]) -> tuple[list[YoutubeRow], list[Problem]]:
     """Takes rows that are the same once, and tells others of the same id apart."""
-    kept: list[Row] = []
+    kept: list[YoutubeRow] = []
     problems = []
     seen: dict[str, set[tuple[tuple[str, ...], str]]] = {}
     for row in rows:

@@ -30,7 +30,7 @@ _LARGEST = 8  # number in the matrices; 8192 products of two are below 2**24, fl
 _ROWS, _COLUMNS = 16, 256  # of a product that are computed again on the CPU
 
 
-def product(device: torch.device, seconds: float) -> float:
+def matmul_rate(device: torch.device, seconds: float) -> float:
     """A matrix product, bf16 on a GPU and fp32 elsewhere; returns TFLOP/s.
 
     Some rows are compared with float64 on the CPU; the whole with itself repeated, with the rows computed in another
@@ -69,7 +69,7 @@ def product(device: torch.device, seconds: float) -> float:
     return rate
 
 
-def copy(device: torch.device, seconds: float) -> float:
+def copy_rate(device: torch.device, seconds: float) -> float:
     """A copy within the device's memory; returns GB/s, read and written bytes together.
 
     Raises:
@@ -82,7 +82,7 @@ def copy(device: torch.device, seconds: float) -> float:
     return rate
 
 
-def from_host(device: torch.device, seconds: float) -> float:
+def host_to_device_rate(device: torch.device, seconds: float) -> float:
     """A copy from page-locked memory of the host to the device; returns GB/s. All ranks of a node copy at once.
 
     Raises:
@@ -169,10 +169,10 @@ class Exchange:
         _refuse(self._got != self._wanted, f"numbers from rank {self._partner} are not those it sent")
 
 
-Talk = AllReduce | Exchange
+Collective = AllReduce | Exchange
 
 
-def identity(device: torch.device) -> tuple[str, str]:
+def device_identity(device: torch.device) -> tuple[str, str]:
     """Name and serial of a device: its UUID, as `nvidia-smi -L` shows it, or where it sits; empty on a CPU."""
     if device.type != "cuda":
         return device.type.upper(), ""
@@ -196,7 +196,7 @@ def pairings(num_nodes: int) -> Iterator[list[tuple[int, int]]]:
         yield [(num_nodes - 1, 0)]
 
 
-def took_s(device: torch.device, do: Callable[[], object], calls: int = 1) -> float:
+def elapsed_s(device: torch.device, do: Callable[[], object], calls: int = 1) -> float:
     """Seconds that so many calls take, until the device has done them."""
     _synchronize(device)
     begun = time.perf_counter()
@@ -209,13 +209,13 @@ def took_s(device: torch.device, do: Callable[[], object], calls: int = 1) -> fl
 def median_s(device: torch.device, do: Callable[[], object], calls: int) -> float:
     """Seconds of a call: the median of `SAMPLES` samples that share the calls."""
     each = min(_MOST_CALLS, max(1, calls // SAMPLES))
-    return statistics.median(took_s(device, do, each) for _ in range(SAMPLES)) / each
+    return statistics.median(elapsed_s(device, do, each) for _ in range(SAMPLES)) / each
 
 
 def _pace(device: torch.device, do: Callable[[], object], seconds: float) -> float:
     """Seconds of a call, after a warm-up, measured for so long."""
     do()
-    return median_s(device, do, int(seconds / took_s(device, do)))
+    return median_s(device, do, int(seconds / elapsed_s(device, do)))
 
 
 def _synchronize(device: torch.device) -> None:

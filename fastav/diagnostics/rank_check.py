@@ -17,22 +17,22 @@ import torch
 import torch.distributed as dist
 
 from fastav.core.errors import FastavError, listed
-from fastav.diagnostics import device_tests as gauges
-from fastav.diagnostics.rank_verdicts import MEASURES, Fault, Measured, Place
-from fastav.distributed.host_group import Crew, reason_of
+from fastav.diagnostics import device_tests
+from fastav.diagnostics.rank_verdicts import MEASURES, Fault, RankMeasurement, RankPlace
+from fastav.distributed.host_group import HostGroup, reason_of
 
 SECONDS = 0.1
 """Duration of each measurement."""
 
-SHOWN = 8
+MAX_RANKS_NAMED = 8
 """Ranks or faults that one message names."""
 
 _GRACE_S = 10  # for a process to end by itself after one of its threads was left hanging
 
-Rates = dict[str, float]
+RatesByMeasure = dict[str, float]
 
 
-def serious_faults(faults: Sequence[Fault], found: Sequence[Measured]) -> list[Fault]:
+def serious_faults(faults: Sequence[Fault], found: Sequence[RankMeasurement]) -> list[Fault]:
     """Faults but those of CPUs that are only slow: what they do depends on who else runs there."""
     cpus = {one.place.rank for one in found if one.place.device == "cpu"}
     return [fault for fault in faults if fault.kind == "broken" or not cpus.issuperset(fault.ranks)]
@@ -45,7 +45,7 @@ class Preflight:
     from a broken device or network. The ranks then meet over gloo, where one that does not come is found out.
 
     Args:
-        crew: The processes.
+        host_group: The processes.
         device: Of this one.
         seconds: Of each measurement.
         patience_s: Within which each measurement must end, warm-up and connecting included.
@@ -55,13 +55,13 @@ class Preflight:
         nodes: The ranks of each node.
     """
 
-    def __init__(self, crew: Crew, device: torch.device, seconds: float, patience_s: float) -> None:
-        self._crew, self._device, self._seconds, self._patience_s = crew, device, seconds, patience_s
-        name, serial = gauges.identity(device)
+    def __init__(self, host_group: HostGroup, device: torch.device, seconds: float, patience_s: float) -> None:
+        self._host_group, self._device, self._seconds, self._patience_s = host_group, device, seconds, patience_s
+        name, serial = device_tests.device_identity(device)
         where = str(device) if device.type == "cuda" else device.type  # accelerate numbers CPUs
-        told = crew.gather((_node(os.environ), socket.gethostname(), where, name, serial))
+        told = host_group.gather((_node(os.environ), socket.gethostname(), where, name, serial))
         keys = list(dict.fromkeys(node for node, *_ in told))
-        self.places = [Place(rank, host, keys.index(node), *rest) for rank, (node, host, *rest) in enumerate(told)]
+        self.places = [RankPlace(rank, host, keys.index(node), *rest) for rank, (node, host, *rest) in enumerate(told)]
         self._check_kinds()
         self.nodes = [[one.rank for one in self.places if one.node == node] for node in range(len(keys))]
         self._rates: list[dict[str, float | None]] = [{} for _ in told]
@@ -75,10 +75,10 @@ class Preflight:
         """
         without = [one for one in self.places if one.device == "cpu"]
         if 0 < len(without) < len(self.places):
-            told = listed([one.tell() for one in without], SHOWN)
+            told = listed([one.describe() for one in without], MAX_RANKS_NAMED)
             raise FastavError(f"preflight: no GPU can be used by {told}; the other ranks have one")
 
-    def run(self) -> list[Measured]:
+    def run(self) -> list[RankMeasurement]:
         """Measures; stops after the first measure in which a rank is broken.
 
         Returns:
@@ -99,22 +99,28 @@ class Preflight:
             with contextlib.suppress(Exception):  # of a broken device, which is yet to be told
                 torch.cuda.empty_cache()
         facts = zip(self.places, self._rates, self._broken, strict=True)
-        return [Measured(place, rates, broken) for place, rates, broken in facts]
+        return [RankMeasurement(place, rates, broken) for place, rates, broken in facts]
 
-    def _local(self) -> Iterator[tuple[str, Callable[[], Rates]]]:
-        measures = {"product": gauges.product, "copy": gauges.copy, "host": gauges.from_host}
+    def _local(self) -> Iterator[tuple[str, Callable[[], RatesByMeasure]]]:
+        measures = {
+            "product": device_tests.matmul_rate,
+            "copy": device_tests.copy_rate,
+            "host": device_tests.host_to_device_rate,
+        }
         for key in measures if self._device.type == "cuda" else ("product", "copy"):
             yield key, lambda do=measures[key], key=key: {key: do(self._device, self._seconds)}  # type: ignore[misc]
 
     def _collective(self) -> Iterator[tuple[str, list[list[int]]]]:
         """Yields who is to measure what together: within the nodes, between them, and all."""
         yield "node", [ranks for ranks in self.nodes if len(ranks) > 1]
-        for pairs in gauges.pairings(len(self.nodes)):
+        for pairs in device_tests.pairings(len(self.nodes)):
             ends = [zip(self.nodes[a], self.nodes[b], strict=False) for a, b in pairs]  # ranks of the same local number
             yield "exchange", [sorted(pair) for one in ends for pair in one]
-        yield "all", [list(range(self._crew.world))] if len(self.nodes) > 1 else []
+        yield "all", [list(range(self._host_group.world))] if len(self.nodes) > 1 else []
 
-    def _everywhere(self, key: str, do: Callable[[], Rates], *, together: bool = False) -> list[Rates]:
+    def _everywhere(
+        self, key: str, do: Callable[[], RatesByMeasure], *, together: bool = False
+    ) -> list[RatesByMeasure]:
         """Does something on all ranks; returns what every one has found, and notes who is broken."""
         stuck_s = 3 * self._patience_s
         faulthandler.dump_traceback_later(stuck_s, exit=True, file=sys.__stderr__ or 2)  # if even this thread hangs
@@ -123,15 +129,15 @@ class Preflight:
         outcome = self._within(what, do)
         self._hung |= outcome is None
         self._meet(what)
-        every = self._crew.gather(outcome or ({}, waited))
+        every = self._host_group.gather(outcome or ({}, waited))
         self._broken = [why for _, why in every]
         if together and set(self._broken) - {"", waited}:  # who only waited for those that failed is not broken
             self._broken = [why if why != waited else "" for why in self._broken]
         return [rates for rates, _ in every]
 
-    def _within(self, what: str, do: Callable[[], Rates]) -> tuple[Rates, str] | None:
+    def _within(self, what: str, do: Callable[[], RatesByMeasure]) -> tuple[RatesByMeasure, str] | None:
         """Does something in a thread; returns what it found, and why it failed; None where it has not come back."""
-        done: list[tuple[Rates, str]] = []
+        done: list[tuple[RatesByMeasure, str]] = []
 
         def work() -> None:
             try:
@@ -152,26 +158,26 @@ class Preflight:
         Raises:
             FastavError: Some do not come.
         """
-        if self._crew.world == 1:
+        if self._host_group.world == 1:
             return
         wait_s = 1.5 * self._patience_s  # others may have waited for their own thread
         try:
-            dist.monitored_barrier(self._crew.group, timedelta(seconds=wait_s), wait_all_ranks=True)
+            dist.monitored_barrier(self._host_group.group, timedelta(seconds=wait_s), wait_all_ranks=True)
         except RuntimeError as error:
             missing = re.search(r"Ranks? ([\d, ]+?) (?:failed to pass|timed out in) monitoredBarrier", str(error))
-            if self._crew.rank == 0 and missing:
-                who = [self.places[int(rank)].tell() for rank in missing[1].split(",")]
-                told = f"{listed(who, SHOWN)} did not answer within {wait_s:g} s"
+            if self._host_group.rank == 0 and missing:
+                who = [self.places[int(rank)].describe() for rank in missing[1].split(",")]
+                told = f"{listed(who, MAX_RANKS_NAMED)} did not answer within {wait_s:g} s"
             else:
                 told = f"not all ranks answered within {wait_s:g} s, rank 0 names them: {reason_of(error)[:200]}"
             raise FastavError(f"preflight: {what}: {told}") from None
 
-    def _alone(self, key: str, do: Callable[[], Rates]) -> bool:
+    def _alone(self, key: str, do: Callable[[], RatesByMeasure]) -> bool:
         """Measures something on every rank by itself; returns whether nobody is broken."""
         self._note(key, self._everywhere(key, do), [[place.rank] for place in self.places])
         return not any(self._broken)
 
-    def _note(self, key: str, found: Sequence[Rates], teams: Sequence[Sequence[int]]) -> None:
+    def _note(self, key: str, found: Sequence[RatesByMeasure], teams: Sequence[Sequence[int]]) -> None:
         """Keeps what was measured: a team is as fast as its slowest rank says."""
         for team in teams:
             rates = [found[rank][key] for rank in team if key in found[rank]]
@@ -183,32 +189,32 @@ class Preflight:
         """Measures something among the ranks of each team; returns whether nobody is broken."""
         if not teams:
             return True
-        world, rank, calls = self._crew.world, self._crew.rank, gauges.SAMPLES
+        world, rank, calls = self._host_group.world, self._host_group.rank, device_tests.SAMPLES
         team = next((team for team in teams if rank in team), [])
-        kept: list[gauges.Talk] = []
+        kept: list[device_tests.Collective] = []
 
-        def begin() -> Rates:
+        def begin() -> RatesByMeasure:
             limit = timedelta(seconds=4 * self._patience_s)  # gloo's threads must not outlive the preflight for long
             # Every rank makes all groups, in the same order; the one of all ranks is there.
             groups = [None if len(one) == world else dist.new_group(one, timeout=limit) for one in teams]
             if not team:
                 return {}
-            make = gauges.Exchange if key == "exchange" else gauges.AllReduce
-            talk = make(team, groups[teams.index(team)], rank, self._device)
-            kept.append(talk)
-            talk.run()
-            once_s = gauges.took_s(self._device, talk.run)
-            talk.check()  # last: whoever finds fault leaves nobody waiting
+            make = device_tests.Exchange if key == "exchange" else device_tests.AllReduce
+            collective = make(team, groups[teams.index(team)], rank, self._device)
+            kept.append(collective)
+            collective.run()
+            once_s = device_tests.elapsed_s(self._device, collective.run)
+            collective.check()  # last: whoever finds fault leaves nobody waiting
             return {"once_s": once_s}
 
-        def measure() -> Rates:
+        def measure() -> RatesByMeasure:
             if not team:
                 return {}
-            (talk,) = kept
-            rate = talk.num_bytes / gauges.median_s(self._device, talk.run, calls) / 1e9
-            talk.check()
-            if talk.group is not None:
-                dist.destroy_process_group(talk.group)
+            (collective,) = kept
+            rate = collective.num_bytes / device_tests.median_s(self._device, collective.run, calls) / 1e9
+            collective.check()
+            if collective.group is not None:
+                dist.destroy_process_group(collective.group)
             return {key: rate}
 
         first = self._everywhere(key, begin, together=True)

@@ -23,7 +23,7 @@ _OF_THE_JOB = ("all",)  # one figure for all: nobody is slow by it
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class RankPlace:
     """Where a rank is.
 
     Attributes:
@@ -42,14 +42,14 @@ class Place:
     name: str
     serial: str = ""
 
-    def tell(self) -> str:
+    def describe(self) -> str:
         """The rank, and everything one needs to find its device."""
         what = [f"host {self.host}", self.device, self.name, self.serial]
         return f"rank {self.rank} ({', '.join(word for word in what if word)})"
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class RankMeasurement:
     """What was found on one rank.
 
     Attributes:
@@ -58,14 +58,14 @@ class Measured:
         broken: Why it cannot be used; empty for one that passed all checks.
     """
 
-    place: Place
+    place: RankPlace
     rates: Mapping[str, float | None] = field(default_factory=dict)
     broken: str = ""
 
-    def tell(self) -> str:
+    def describe(self) -> str:
         """The rank and its rates, on one line."""
-        rates = [tell(key, rate) for key, rate in self.rates.items() if rate is not None]
-        return f"{self.place.tell()}: {', '.join([*rates, *filter(None, [self.broken])]) or 'nothing measured'}"
+        rates = [describe_rate(key, rate) for key, rate in self.rates.items() if rate is not None]
+        return f"{self.place.describe()}: {', '.join([*rates, *filter(None, [self.broken])]) or 'nothing measured'}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +91,13 @@ class Fault:
     share: float | None = None
 
 
-def tell(key: str, rate: float) -> str:
+def describe_rate(key: str, rate: float) -> str:
     """A measure and its rate, such as `matrix product 689 TFLOP/s`."""
     what, unit = MEASURES[key]
     return f"{what} {rate:.0f} {unit}" if rate >= 100 else f"{what} {rate:.3g} {unit}"
 
 
-def judge(found: Sequence[Measured], slow: float) -> list[Fault]:
+def find_faults(found: Sequence[RankMeasurement], slow: float) -> list[Fault]:
     """Says who is broken or slow; a pure function of what was measured.
 
     A rank is compared with those whose device has the same name, and in the all-reduce of its node with those whose
@@ -116,22 +116,22 @@ def judge(found: Sequence[Measured], slow: float) -> list[Fault]:
     return faults
 
 
-def _missing(one: Measured) -> str:
+def _missing(one: RankMeasurement) -> str:
     lost = [MEASURES[key][0] for key, rate in one.rates.items() if rate is None or not math.isfinite(rate) or rate <= 0]
     return f"no figure for {' and '.join(lost)}" if lost else ""
 
 
-def _broken(places: Sequence[Place], reason: str) -> Fault:
+def _broken(places: Sequence[RankPlace], reason: str) -> Fault:
     hosts = tuple(dict.fromkeys(place.host for place in places))
     return Fault("broken", tuple(p.rank for p in places), hosts, f"{_who(places)}: broken: {reason}")
 
 
-def _slow(key: str, found: Sequence[Measured], slow: float) -> Iterator[Fault]:
+def _slow(key: str, found: Sequence[RankMeasurement], slow: float) -> Iterator[Fault]:
     """Yields who is slow in one measure: one fault for each node."""
     nodes = [one.place.node for one in found]
     # Two nodes have but one way between them: both ends are slow, and nothing tells which one is at fault.
     both = key == "exchange" and len(set(nodes)) == 2
-    groups: dict[int, list[tuple[float, float, Place]]] = {}
+    groups: dict[int, list[tuple[float, float, RankPlace]]] = {}
     for rate, usual, place in _compared(key, found):
         if rate < slow * usual:
             groups.setdefault(-1 if both else place.node, []).append((rate, usual, place))
@@ -140,17 +140,17 @@ def _slow(key: str, found: Sequence[Measured], slow: float) -> Iterator[Fault]:
         places, share = [place for *_, place in group], min(rate / usual for rate, usual, _ in group)
         span = f" to {most:.3g}" if f"{most:.3g}" != f"{rate:.3g}" else ""
         shares = f"{share:.2f} to {most / best:.2f}" if span else f"{share:.2f}"
-        text = f"{_who(places)}: {tell(key, rate)}{span}, {shares} of the median"
+        text = f"{_who(places)}: {describe_rate(key, rate)}{span}, {shares} of the median"
         if both:
             text += "; of two nodes it may be either, or the way between them"
         hosts = tuple(dict.fromkeys(place.host for place in places))
         yield Fault("slow", tuple(p.rank for p in places), hosts, text, key, rate, share)
 
 
-def _compared(key: str, found: Sequence[Measured]) -> Iterator[tuple[float, float, Place]]:
+def _compared(key: str, found: Sequence[RankMeasurement]) -> Iterator[tuple[float, float, RankPlace]]:
     """Yields the rate of every rank that can be compared, the median that it is compared with, and its place."""
     nodes = [one.place.node for one in found]
-    alike: dict[tuple[str, int], list[tuple[float, Place]]] = {}
+    alike: dict[tuple[str, int], list[tuple[float, RankPlace]]] = {}
     for one in found:
         rate = one.rates.get(key)
         if rate is not None and rate > 0 and math.isfinite(rate):
@@ -161,10 +161,10 @@ def _compared(key: str, found: Sequence[Measured]) -> Iterator[tuple[float, floa
         yield from ((rate, usual, place) for rate, place in group if len(group) > 1)
 
 
-def _who(places: Sequence[Place]) -> str:
+def _who(places: Sequence[RankPlace]) -> str:
     """Names ranks: one with its device, those of one node as the node, others with their hosts."""
     if len(places) == 1:
-        return places[0].tell()
+        return places[0].describe()
     ranks = listed([str(place.rank) for place in places], 16)
     hosts = list(dict.fromkeys(place.host for place in places))
     if len({place.node for place in places}) == 1:
@@ -172,7 +172,7 @@ def _who(places: Sequence[Place]) -> str:
     return f"ranks {ranks} (host{'s' * (len(hosts) > 1)} {listed(hosts, 8)})"
 
 
-def medians(found: Sequence[Measured]) -> dict[str, dict[str, float]]:
+def medians(found: Sequence[RankMeasurement]) -> dict[str, dict[str, float]]:
     """Name of a device -> measure -> median rate of its ranks."""
     usual: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(one.place.name for one in found):
@@ -182,11 +182,11 @@ def medians(found: Sequence[Measured]) -> dict[str, dict[str, float]]:
     return usual
 
 
-def summary(found: Sequence[Measured], faults: Sequence[Fault], slow: float) -> str:
+def summary(found: Sequence[RankMeasurement], faults: Sequence[Fault], slow: float) -> str:
     """One line: how many ranks, the medians of what they do, and whether all are within bounds."""
     usual = medians(found)
     rates = [
-        (f"{name}: " if len(usual) > 1 else "") + ", ".join(tell(key, rate) for key, rate in of.items())
+        (f"{name}: " if len(usual) > 1 else "") + ", ".join(describe_rate(key, rate) for key, rate in of.items())
         for name, of in usual.items()
     ]
     nodes = len({one.place.node for one in found})
@@ -195,7 +195,7 @@ def summary(found: Sequence[Measured], faults: Sequence[Fault], slow: float) -> 
     return f"preflight: {counted}: {'; '.join(rates) or 'nothing measured'}{compared}"
 
 
-def table(found: Sequence[Measured], faults: Sequence[Fault]) -> dict[str, Any]:
+def table(found: Sequence[RankMeasurement], faults: Sequence[Fault]) -> dict[str, Any]:
     """All of it, JSON-able; rates in the units of `MEASURES`."""
     ranks = [{**asdict(one.place), "rates": dict(one.rates), "broken": one.broken} for one in found]
     return {

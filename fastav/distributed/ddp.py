@@ -13,7 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from fastav.core.errors import UserError
-from fastav.distributed.strategy import MakeOptimizer, Name
+from fastav.distributed.strategy import MakeOptimizer, StrategyName
 from fastav.optim.optimizer_state import optimizer_tensors, restore_optimizer
 
 
@@ -27,7 +27,7 @@ class Single:
             would make both slower by symbolic sizes.
     """
 
-    name: Name = "single"
+    name: StrategyName = "single"
     network: nn.Module
 
     def __init__(self, model: nn.Module, make_optimizer: MakeOptimizer, *, compiled: bool = False) -> None:
@@ -104,7 +104,7 @@ class DDP(Single):
         reduce_dtype: `bf16` halves what is sent.
     """
 
-    name: Name = "ddp"
+    name: StrategyName = "ddp"
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fastav.core.errors import UserError
 from fastav.distributed.ddp import Single
-from fastav.distributed.strategy import MakeOptimizer, Name
+from fastav.distributed.strategy import MakeOptimizer, StrategyName
 
 
 class FSDP(Single):
@@ -29,7 +29,7 @@ class FSDP(Single):
         reduce_dtype: `bf16` halves what is sent of the gradients.
     """
 
-    name: Name = "fsdp"
+    name: StrategyName = "fsdp"
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class Crew:
+class HostGroup:
     """A process among others.
 
     Attributes:

@@ -24,8 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from fastav.core.errors import UserError
 from fastav.distributed.ddp import DDP, Single
 from fastav.distributed.strategy import MakeOptimizer as MakeOptimizer
-from fastav.distributed.strategy import Name as Name
 from fastav.distributed.strategy import Strategy as Strategy
+from fastav.distributed.strategy import StrategyName as StrategyName
 
 _DEEPSPEED_KEYS = {
     "deepspeed_config_file": "CONFIG_FILE",
@@ -38,8 +38,8 @@ _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What the launcher asks for.
+class Requested:
+    """The strategy that the launcher requests.
 
     Attributes:
         name: The strategy.
@@ -47,13 +47,13 @@ class Asked:
         where: The file or variables that it is from.
     """
 
-    name: Name
+    name: StrategyName
     settings: Mapping[str, Any] = field(default_factory=dict)
     where: str = "the launcher"
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class SpreadOptions:
     """What the recipe says of it.
 
     Attributes:
@@ -75,8 +75,8 @@ class Options:
     reduce_dtype: str = "fp32"
 
 
-def asked(world: int, environment: Mapping[str, str] = os.environ) -> Asked:
-    """Reads what the launcher asks for.
+def requested(world: int, environment: Mapping[str, str] = os.environ) -> Requested:
+    """Reads which strategy the launcher requests.
 
     Args:
         world: Processes.
@@ -93,10 +93,10 @@ def asked(world: int, environment: Mapping[str, str] = os.environ) -> Asked:
         from fastav.distributed.zero import check_settings
 
         stage = check_settings(settings, where)
-        return Asked(f"zero{stage}", settings, where)  # type: ignore[arg-type]
+        return Requested(f"zero{stage}", settings, where)  # type: ignore[arg-type]
     if environment.get("ACCELERATE_USE_FSDP") == "true":
-        return Asked("fsdp", _fsdp(environment), "the accelerate config's fsdp_config")
-    return Asked("ddp" if world > 1 else "single")
+        return Requested("fsdp", _fsdp(environment), "the accelerate config's fsdp_config")
+    return Requested("ddp" if world > 1 else "single")
 
 
 def _as_variables(file: str) -> dict[str, str]:
@@ -170,11 +170,13 @@ def without_wrappers() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def build(wanted: Asked, model: nn.Module, make_optimizer: MakeOptimizer, options: Options) -> Strategy:
+def spread_model(
+    wanted: Requested, model: nn.Module, make_optimizer: MakeOptimizer, options: SpreadOptions
+) -> Strategy:
     """Spreads a model over the ranks.
 
     Args:
-        wanted: See `asked`.
+        wanted: See `requested`.
         model: On its device, whole and the same on every rank.
         make_optimizer: Makes the optimizer of what has become of the model's parameters.
         options: See there.

@@ -35,16 +35,16 @@ class RankLog:
         self._file = (folder / f"rank_{rank:05d}.log").open("a", encoding="utf-8", buffering=1)
         with contextlib.suppress(AttributeError, ValueError):  # no such signal, or not the main thread
             faulthandler.register(signal.SIGUSR2, self._file, all_threads=True)
-        self.note(f"started: rank {rank} of {world}, process {os.getpid()} on {socket.gethostname()}")
+        self.record(f"started: rank {rank} of {world}, process {os.getpid()} on {socket.gethostname()}")
 
-    def note(self, text: str) -> None:
+    def record(self, text: str) -> None:
         """Adds a line."""
         with contextlib.suppress(OSError, ValueError):  # a full disk must not be what ends a run
             self._file.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {text}\n")
 
     def fail(self, error: BaseException) -> None:
         """Leaves this rank's last words: the error in `rank_N.failure.json`, its traceback in the log."""
-        self.note("failed:\n" + "".join(traceback.format_exception(error)))
+        self.record("failed:\n" + "".join(traceback.format_exception(error)))
         words = {"rank": self._rank, "host": socket.gethostname(), "time": time.time(), "error": _told(error)}
         with contextlib.suppress(OSError):
             write_text(self._failure(self._rank), json.dumps(words))

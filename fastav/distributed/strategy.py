@@ -1,4 +1,4 @@
-"""What the trainer asks of a way to spread one model over ranks.
+"""What the trainer needs of a way to spread one model over ranks.
 
 Three words keep checkpoints independent of it:
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-Name = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+StrategyName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 MakeOptimizer = Callable[[], Optimizer]
 
 
@@ -31,7 +31,7 @@ class Strategy(Protocol):
         optimizer: Whose groups hold the learning rates.
     """
 
-    name: Name
+    name: StrategyName
     network: nn.Module
     optimizer: Optimizer
 

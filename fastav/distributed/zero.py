@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastav.core.errors import FastavError, UserError
-from fastav.distributed.strategy import MakeOptimizer, Name
+from fastav.distributed.strategy import MakeOptimizer, StrategyName
 
 # What the recipe and the ranks decide; a file that says otherwise is refused.
 _OURS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -71,7 +71,7 @@ class Zero:
         }
         if bf16:  # as everywhere: parameters stay float32, and so do the gradients that are sent
             ours["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-        self.name: Name = f"zero{stage}"  # type: ignore[assignment]
+        self.name: StrategyName = f"zero{stage}"  # type: ignore[assignment]
         self.model, self.optimizer, self._clip_norm = model, make_optimizer(), clip_norm
         start = _start_deepspeed(next(model.parameters()).device)
         self.engine, *_ = start(model=model, optimizer=self.optimizer, config={**settings, **ours})

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastav.core.errors import MediaError, TooManyBroken
 from fastav.data.clip import Clip, ClipPlan, PlanBatch
 from fastav.loader.batch import Batch
-from fastav.media.decoder import BatchDecoder, Reader, Sample
+from fastav.media.decoder import BatchDecoder, ClipDecoder, Sample
 
 if TYPE_CHECKING:
     from fastav.data.plan import Plan
@@ -26,10 +26,10 @@ _NAMED = 3  # reasons that an error lists
 
 
 @dataclass(eq=False, slots=True)
-class Task:
+class DecodeTask:
     """One clip to decode for one or more rows of a batch."""
 
-    job: Job
+    job: BatchJob
     clip: Clip
     rows: list[int]
     plans: list[ClipPlan]
@@ -38,7 +38,7 @@ class Task:
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class BatchJob:
     """A batch on its way. Workers write into rows of their own, so that only `pending` needs a lock.
 
     `pending` counts the clips to come; with a decoder of whole batches, the batch itself is one more.
@@ -52,7 +52,7 @@ class Job:
     good_B: NDArray[np.bool_]
     has_video_B: NDArray[np.bool_]
     has_audio_B: NDArray[np.bool_]
-    tasks: list[Task] = field(default_factory=list)
+    tasks: list[DecodeTask] = field(default_factory=list)
     pending: int = 0
     adopt: Callable[[], None] | None = None  # for the consumer's thread to call
 
@@ -70,7 +70,7 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
-class Donor:
+class Placeholder:
     """A good row that stands in for others."""
 
     frames_TCHW: Tensor | None
@@ -79,7 +79,7 @@ class Donor:
     has_audio: bool
 
     @classmethod
-    def of(cls, job: Job, row: int, *, copy: bool) -> Donor:
+    def of(cls, job: BatchJob, row: int, *, copy: bool) -> Placeholder:
         """Returns a row of a job, as a copy that outlives it or as a view."""
         frames = None if job.frames_BTCHW is None else job.frames_BTCHW[row]
         mel = None if job.mel_BWCML is None else job.mel_BWCML[row]
@@ -88,13 +88,13 @@ class Donor:
         return cls(frames, mel, bool(job.has_video_B[row]), bool(job.has_audio_B[row]))
 
     @classmethod
-    def blank(cls, job: Job, floor: float) -> Donor:
+    def blank(cls, job: BatchJob, floor: float) -> Placeholder:
         """Returns black and silence, marked as present: attention to nothing at all would be NaN."""
         frames = None if job.frames_BTCHW is None else torch.zeros_like(job.frames_BTCHW[0])
         mel = None if job.mel_BWCML is None else torch.full_like(job.mel_BWCML[0], floor)
         return cls(frames, mel, frames is not None, mel is not None)
 
-    def fill(self, job: Job, row: int) -> None:
+    def fill(self, job: BatchJob, row: int) -> None:
         """Copies itself over a row; where the row has more windows (training, evaluation), they repeat."""
         if job.frames_BTCHW is not None and self.frames_TCHW is not None:
             job.frames_BTCHW[row].copy_(self.frames_TCHW)
@@ -104,7 +104,7 @@ class Donor:
         job.has_video_B[row], job.has_audio_B[row] = self.has_video, self.has_audio
 
 
-class Assembler:
+class Collator:
     """Turns requests into jobs and decoded jobs into batches; `Loader` documents the arguments.
 
     Attributes:
@@ -116,7 +116,7 @@ class Assembler:
     def __init__(
         self,
         plan: Plan,
-        decoder: Reader | BatchDecoder,
+        decoder: ClipDecoder | BatchDecoder,
         *,
         modalities: Sequence[str],
         classes: Sequence[str],
@@ -133,9 +133,9 @@ class Assembler:
         self._floor = self._frontend.floor_db
         self._told: set[tuple[int, str]] = set()
         self._reasons: list[str] = []
-        self._donor: Donor | None = None
+        self._donor: Placeholder | None = None
 
-    def job(self, request: Request) -> Job:
+    def job(self, request: Request) -> BatchJob:
         """Plans a batch: which clips to decode into which rows, and everything that needs no decoding."""
         kind, start, count = request
         plan = {"train": self._plan.train, "evaluate": self._plan.evaluate}[kind](start, count)
@@ -147,26 +147,26 @@ class Assembler:
                 rows = plan.row_B[where]
                 clips |= zip(where.tolist(), source.manifest.clips(rows), strict=True)
                 job.targets_BK[where] = source.manifest.label_matrix(rows, self._classes, self._aliases)
-        tasks: dict[tuple[int, int, bytes, bytes], Task] = {}
+        tasks: dict[tuple[int, int, bytes, bytes], DecodeTask] = {}
         for row, clip in sorted(clips.items()):
             job.ids[row] = clip.id
             one = plan[row]
             # Replicas of one decode share frames and windows; anything else is decoded on its own.
             key = (one.source, one.row, one.frames_T.tobytes(), one.windows_W.tobytes())
-            task = tasks.setdefault(key, Task(job, clip, [], []))
+            task = tasks.setdefault(key, DecodeTask(job, clip, [], []))
             task.rows.append(row)
             task.plans.append(one)
         job.tasks = list(tasks.values())
         job.pending = len(job.tasks) + (self.batch_decoder is not None)
         return job
 
-    def _empty(self, plan: PlanBatch) -> Job:
+    def _empty(self, plan: PlanBatch) -> BatchJob:
         num, sampling = len(plan), self._plan.sampling
         own = self.batch_decoder is None  # others make their own
         size = sampling.image_size
         frames = (num, plan.frames_BT.shape[1], 3, size, size)
         mel = (num, plan.windows_BW.shape[1], 1, self._frontend.num_mels, sampling.window)
-        return Job(
+        return BatchJob(
             plan=plan,
             targets_BK=np.zeros((num, len(self._classes)), np.float32),
             ids=[""] * num,
@@ -180,7 +180,7 @@ class Assembler:
     def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory)
 
-    def decode(self, task: Task) -> None:
+    def decode(self, task: DecodeTask) -> None:
         """Decodes one clip into its rows, or prepares it; may be called from several threads at once."""
         try:
             if self.batch_decoder is not None:
@@ -195,7 +195,7 @@ class Assembler:
             task.error = error.with_traceback(None)
             task.job.good_B[task.rows] = False
 
-    def decode_batch(self, job: Job) -> None:
+    def decode_batch(self, job: BatchJob) -> None:
         """Decodes a whole batch whose clips are prepared; may be called from several threads at once."""
         assert self.batch_decoder is not None, "the stream asked"
         decoded = self.batch_decoder.decode(
@@ -212,7 +212,7 @@ class Assembler:
             job.good_B[task.rows] = task.error is None
             task.prepared = None
 
-    def batch(self, job: Job, later: Iterator[Job]) -> Batch:
+    def batch(self, job: BatchJob, later: Iterator[BatchJob]) -> Batch:
         """Finishes a decoded job: counts, placeholders, small tensors. Called in the order of the requests.
 
         Args:
@@ -265,7 +265,7 @@ class Assembler:
         """Returns the first few reasons why clips could not be read, as the end of a message."""
         return f": {'; '.join(self._reasons)}" if self._reasons else ""
 
-    def _count(self, job: Job, num_broken: int) -> None:
+    def _count(self, job: BatchJob, num_broken: int) -> None:
         """Counts, and tells of clips that were not told of before, in the order of the plan."""
         self.broken += num_broken
         self.seen += int((job.plan.sample_B >= 0).sum())
@@ -277,7 +277,7 @@ class Assembler:
                     self._reasons.append(str(task.error))
                 self._on_broken(task.clip, task.error)
 
-    def _stand_in(self, job: Job, later: Iterator[Job]) -> None:
+    def _stand_in(self, job: BatchJob, later: Iterator[BatchJob]) -> None:
         """Copies good rows over those of broken clips and of padding: statistics of a batch stay natural.
 
         A batch without a good row borrows one of the batch before, or, where there is none yet, of one that is
@@ -285,18 +285,18 @@ class Assembler:
         """
         bad, good = np.flatnonzero(~job.good_B).tolist(), np.flatnonzero(job.good_B).tolist()
         if good:
-            self._donor = Donor.of(job, good[-1], copy=True)
+            self._donor = Placeholder.of(job, good[-1], copy=True)
             for i, row in enumerate(bad):
-                Donor.of(job, good[i % len(good)], copy=False).fill(job, row)
+                Placeholder.of(job, good[i % len(good)], copy=False).fill(job, row)
             return
         donor = self._donor
         if donor is None and job.tasks:
             ready = (other for other in later if other.good_B.any())
-            donor = next((Donor.of(other, int(other.good_B.argmax()), copy=False) for other in ready), None)
+            donor = next((Placeholder.of(other, int(other.good_B.argmax()), copy=False) for other in ready), None)
             if donor is None:
                 raise TooManyBroken(f"none of the first clips could be read{self.named()}")
         for row in bad:
-            (donor or Donor.blank(job, self._floor)).fill(job, row)
+            (donor or Placeholder.blank(job, self._floor)).fill(job, row)
 
 
 def _put(room: Tensor | None, row: int, part: Tensor | None, fill: float, clip: Clip, stage: str) -> bool:

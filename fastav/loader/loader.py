@@ -47,16 +47,16 @@ from fastav.core.errors import MediaError, TooManyBroken
 from fastav.core.machine import cores_each
 from fastav.data.clip import Clip
 from fastav.loader.batch import Batch
-from fastav.loader.collate import Assembler, Request
-from fastav.loader.processes import Processes
-from fastav.loader.threads import StageStats, Stream
-from fastav.media.decoder import BatchDecoder, Reader
-from fastav.media.shards import Reading
+from fastav.loader.collate import Collator, Request
+from fastav.loader.processes import DecoderProcesses
+from fastav.loader.threads import BatchStream, StageStats
+from fastav.media.decoder import BatchDecoder, ClipDecoder
+from fastav.media.shards import ShardReading
 
 if TYPE_CHECKING:
     from fastav.data.plan import Plan
 
-__all__ = ["JUDGED_AFTER", "Batches", "Loader", "Loading", "Reader", "Request", "StageStats", "Worker"]
+__all__ = ["JUDGED_AFTER", "Batches", "ClipDecoder", "Loader", "Loading", "Request", "StageStats", "Worker"]
 
 Worker = Literal["thread", "process"]
 
@@ -82,7 +82,7 @@ class Loading(Config, frozen=True):
     prefetch: PositiveInt = 2
     watchdog_s: PositiveFloat = 60.0
     max_broken: Fraction = 0.05
-    shards: Reading = Reading()
+    shards: ShardReading = ShardReading()
 
     def num_workers(self) -> int:
         """Returns the number of decoding threads in force."""
@@ -111,7 +111,7 @@ class Loader:
     def __init__(
         self,
         plan: Plan,
-        decoder: Reader | BatchDecoder,
+        decoder: ClipDecoder | BatchDecoder,
         config: Loading,
         *,
         modalities: Sequence[str],
@@ -121,10 +121,10 @@ class Loader:
         pin_memory: bool = False,
     ) -> None:
         self.config = config
-        self._processes: Processes | None = None
+        self._processes: DecoderProcesses | None = None
         if config.worker == "process" and not isinstance(decoder, BatchDecoder):
-            decoder = self._processes = Processes(decoder, config.num_workers())
-        self._assembler = Assembler(
+            decoder = self._processes = DecoderProcesses(decoder, config.num_workers())
+        self._assembler = Collator(
             plan,
             decoder,
             modalities=modalities,
@@ -137,7 +137,7 @@ class Loader:
         names = ("plan", "prepare", "decode", "collate", "wait")
         batches = isinstance(decoder, BatchDecoder)
         self._stats = {name: StageStats() for name in names if batches or name != "prepare"}
-        self._streams: weakref.WeakSet[Stream] = weakref.WeakSet()
+        self._streams: weakref.WeakSet[BatchStream] = weakref.WeakSet()
 
     @property
     def broken(self) -> int:
@@ -161,7 +161,7 @@ class Loader:
             is raised in it, with the worker's traceback. It raises `TooManyBroken` where none of the first clips
             could be read.
         """
-        stream = Stream(
+        stream = BatchStream(
             self._assembler,
             iter(requests),
             self._stats,
@@ -218,7 +218,7 @@ class Loader:
 class Batches(Iterator[Batch]):
     """The batches of one call of `Loader.batches`; `close()` ends its threads, and so does forgetting it."""
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: BatchStream) -> None:
         self._stream = stream
         # The threads hold the stream, not this: when the consumer lets go of it, the threads end.
         self._close = weakref.finalize(self, stream.close)

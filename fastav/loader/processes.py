@@ -30,12 +30,12 @@ from torch import Tensor
 from fastav.core.errors import FastavError, MediaError, UserError
 from fastav.core.process_pool import server, start_worker
 from fastav.data.clip import Clip, ClipPlan
-from fastav.media.decoder import Reader, Sample
+from fastav.media.decoder import ClipDecoder, Sample
 
 _LEFT_TO_THE_PARENT = (signal.SIGTERM, signal.SIGUSR1)  # sent to all processes of a job, whose steps want to end well
 
 
-class Processes:
+class DecoderProcesses:
     """A decoder whose work is done elsewhere; for any number of threads, of which `count` decode at a time.
 
     What it returns lies in the memory of the process that made it, which decodes no other clip until the last of the
@@ -49,7 +49,7 @@ class Processes:
         UserError: Not on Linux.
     """
 
-    def __init__(self, decoder: Reader, count: int) -> None:
+    def __init__(self, decoder: ClipDecoder, count: int) -> None:
         if not hasattr(os, "memfd_create"):
             raise UserError('loading.worker: "process" given, which needs Linux; "thread" works here')
         self.name, self.read = decoder.name, decoder.read
@@ -58,7 +58,7 @@ class Processes:
         self._idle: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
         for _ in range(count):
             self._idle.put(None)
-        self._there = _There()
+        self._there = _ProcessSet()
         # At the end of the program this runs before multiprocessing waits for its children.
         self._end = Finalize(self, self._there.end, exitpriority=10)
 
@@ -92,7 +92,7 @@ class Processes:
         self._end()
 
 
-class _There:
+class _ProcessSet:
     """The processes that there are; once they have been ended, none is added."""
 
     def __init__(self) -> None:
@@ -132,7 +132,7 @@ class _There:
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _TensorPlace:
     """Where a tensor lies in the room."""
 
     at: int
@@ -141,7 +141,7 @@ class _Part:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _DecodedClip:
     """A clip's samples, as places in the room.
 
     Attributes:
@@ -150,7 +150,7 @@ class _Made:
     """
 
     grown: int
-    samples: list[tuple[_Part | None, _Part | None]]
+    samples: list[tuple[_TensorPlace | None, _TensorPlace | None]]
 
 
 class _Died(Exception):
@@ -160,7 +160,7 @@ class _Died(Exception):
 class _Process:
     """The parent's side of one process; for one thread at a time."""
 
-    def __init__(self, decoder: Reader) -> None:
+    def __init__(self, decoder: ClipDecoder) -> None:
         context: Any = server(__name__)
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, decoder), name="fastav-decode", daemon=True)
@@ -168,7 +168,7 @@ class _Process:
         theirs.close()
         self.room: mmap.mmap | bytes = b""
 
-    def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> _Made | Exception:
+    def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> _DecodedClip | Exception:
         """Returns where in `room` the samples are, or what the decoder raised.
 
         Raises:
@@ -176,8 +176,8 @@ class _Process:
         """
         try:
             self._pipe.send((clip, list(plans)))
-            made: _Made | Exception = self._pipe.recv()
-            if isinstance(made, _Made) and made.grown:
+            made: _DecodedClip | Exception = self._pipe.recv()
+            if isinstance(made, _DecodedClip) and made.grown:
                 descriptor = recv_handle(self._pipe)
                 self.room = mmap.mmap(descriptor, made.grown)
                 os.close(descriptor)
@@ -194,7 +194,7 @@ class _Process:
         self._process.join()
 
 
-def _look(room_N: NDArray[np.uint8], part: _Part | None) -> Tensor | None:
+def _look(room_N: NDArray[np.uint8], part: _TensorPlace | None) -> Tensor | None:
     """Returns a tensor of the room."""
     if part is None:
         return None
@@ -203,13 +203,13 @@ def _look(room_N: NDArray[np.uint8], part: _Part | None) -> Tensor | None:
     return torch.from_numpy(room_N[part.at : part.at + size].view(dtype).reshape(part.shape))
 
 
-def _serve(pipe: Connection, decoder: Reader) -> None:
+def _serve(pipe: Connection, decoder: ClipDecoder) -> None:
     """What a process does: decodes clip after clip until the parent is gone."""
     start_worker()
     for number in _LEFT_TO_THE_PARENT:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    room = _Room()
+    room = _SharedMemory()
     while True:
         try:
             clip, plans = pipe.recv()
@@ -231,34 +231,34 @@ def _serve(pipe: Connection, decoder: Reader) -> None:
             os.close(descriptor)
 
 
-class _Room:
+class _SharedMemory:
     """The process's side of the memory that it shares with the parent; it has no name, so nothing outlives them."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
-    def put(self, samples: Sequence[Sample]) -> tuple[_Made, int | None]:
+    def put(self, samples: Sequence[Sample]) -> tuple[_DecodedClip, int | None]:
         """Copies samples into the room, and returns where, and the descriptor of a new room where the old is too small.
 
         Tensors that several samples share are copied once.
         """
-        parts: dict[int, tuple[_Part, NDArray[Any]]] = {}
+        parts: dict[int, tuple[_TensorPlace, NDArray[Any]]] = {}
         size = 0
         for tensor in (t for sample in samples for t in (sample.frames_TCHW, sample.mel_WCML) if t is not None):
             if id(tensor) not in parts:
                 array = tensor.numpy()
-                parts[id(tensor)] = (_Part(size, array.shape, array.dtype.str), array)
+                parts[id(tensor)] = (_TensorPlace(size, array.shape, array.dtype.str), array)
                 size += -(-array.nbytes // 64) * 64
         descriptor = self._grow(size) if size > len(self._bytes) else None
         for part, array in parts.values():
             room = self._bytes[part.at : part.at + array.nbytes]
             room.view(array.dtype).reshape(array.shape)[...] = array
 
-        def place(tensor: Tensor | None) -> _Part | None:
+        def place(tensor: Tensor | None) -> _TensorPlace | None:
             return None if tensor is None else parts[id(tensor)][0]
 
         places = [(place(sample.frames_TCHW), place(sample.mel_WCML)) for sample in samples]
-        return _Made(0 if descriptor is None else size, places), descriptor
+        return _DecodedClip(0 if descriptor is None else size, places), descriptor
 
     def _grow(self, size: int) -> int:
         """Makes a new room and returns its descriptor."""

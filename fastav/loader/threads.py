@@ -13,7 +13,7 @@ import torch
 
 from fastav.data.clip import Clip
 from fastav.loader.batch import Batch
-from fastav.loader.collate import Assembler, Job, Request, Task
+from fastav.loader.collate import BatchJob, Collator, DecodeTask, Request
 
 _JOIN_S = 5.0
 
@@ -37,7 +37,7 @@ class StageStats:
     items: int = 0
 
 
-class Stream:
+class BatchStream:
     """One planning thread, some decoding threads, and the consumer's side of them.
 
     One lock guards everything; three conditions on it say who may go on: `_room` the planner, `_work` the
@@ -54,7 +54,7 @@ class Stream:
 
     def __init__(
         self,
-        assembler: Assembler,
+        assembler: Collator,
         requests: Iterator[Request],
         stats: dict[str, StageStats],
         *,
@@ -67,9 +67,9 @@ class Stream:
         # Re-entrant, as the garbage collector may close a stream in one of its own threads.
         self._lock = threading.RLock()
         self._room, self._work, self._ready, self._gathered = (threading.Condition(self._lock) for _ in range(4))
-        self._jobs: deque[Job] = deque()  # planned, not yet handed over
-        self._tasks: deque[Task] = deque()  # to be decoded, or prepared
-        self._whole: deque[Job] = deque()  # prepared, for a decoder of whole batches
+        self._jobs: deque[BatchJob] = deque()  # planned, not yet handed over
+        self._tasks: deque[DecodeTask] = deque()  # to be decoded, or prepared
+        self._whole: deque[BatchJob] = deque()  # prepared, for a decoder of whole batches
         self._decoding: dict[int, tuple[Clip, float]] = {}  # by thread: what, since when
         self._planned_all = self._closed = False
         self._failure: BaseException | None = None
@@ -143,7 +143,7 @@ class Stream:
         wait.items += 1
         return batch
 
-    def _later(self) -> Iterator[Job]:
+    def _later(self) -> Iterator[BatchJob]:
         """Yields the jobs behind the first one as they are done: as many as there is room for, so always the same."""
         for place in range(1, self._prefetch):
             job = self._wait_for(place)
@@ -151,7 +151,7 @@ class Stream:
                 return
             yield job
 
-    def _wait_for(self, place: int) -> Job | None:
+    def _wait_for(self, place: int) -> BatchJob | None:
         """Returns the job at this place once it is decoded; None when there will be none."""
         since = time.perf_counter()
         with self._lock:
@@ -262,7 +262,7 @@ class Stream:
                 elif task.job.pending == 1 and self._assembler.batch_decoder is not None:
                     self._gather(task.job)
 
-    def _gather(self, job: Job) -> None:
+    def _gather(self, job: BatchJob) -> None:
         """Hands a batch whose clips are prepared to the threads of the batch decoder (with the lock held)."""
         self._whole.append(job)
         self._gathered.notify()

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
-from fastav.media.decoder import Unproven
+from fastav.media.decoder import UncertainSeek
 from fastav.media.probe import SampleClock
 
 # Lossy codecs need some packets before their output is right: MP3's bit reservoir, Opus' 80 ms, SBR.
@@ -126,7 +126,7 @@ class Sound:
         """
         self._empty()
         if self._seek_pts is not None and (self._first is None or self._first > max(self._begin, 0)):
-            raise Unproven("the seek landed too late")
+            raise UncertainSeek("the seek landed too late")
         missing = self._end - self._reached
         if missing > _SHORT_BY:
             found = max(self._reached - self._begin, 0)

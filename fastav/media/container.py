@@ -16,11 +16,11 @@ import av.error
 import av.stream
 
 from fastav.core.errors import MediaError
-from fastav.data.clip import Clip
+from fastav.data.clip import Clip, Modality
 from fastav.media.audio import EXACT_SEEK, PREROLL_S, Sound
-from fastav.media.decoder import Modality, Unproven
-from fastav.media.open import blame, explain, first_stream, open_media
-from fastav.media.packets import Reel, count_frames, seek_reel
+from fastav.media.decoder import UncertainSeek
+from fastav.media.open import explain_error, first_stream, media_errors, open_media
+from fastav.media.packets import PacketReader, count_frames, seek_packets
 
 _SEEK_FROM_S = 2.0
 """Spans that start later than this are sought: about where decoding up to them costs more than the seek."""
@@ -29,7 +29,7 @@ _UNFLAGGED = frozenset({"mjpeg"})
 """Decoders that show a damaged picture over what their memory held before, and do not say so: these must refuse it."""
 
 
-class Watcher(Protocol):
+class FrameSink(Protocol):
     """Takes the decoded frames of a clip.
 
     Attributes:
@@ -38,14 +38,14 @@ class Watcher(Protocol):
 
     numbers: list[int]
 
-    def see(self, number: int, frame: av.VideoFrame) -> None:
+    def take(self, number: int, frame: av.VideoFrame) -> None:
         """Takes one of them, in ascending order; after a doubtful start they come once more from the first on."""
         ...
 
 
 def read_media(
     clip: Clip,
-    watcher: Watcher | None,
+    sink: FrameSink | None,
     heard: bool,
     *,
     mixed: bool = True,
@@ -55,7 +55,7 @@ def read_media(
 
     Args:
         clip: A probed row with `video` or `audio` files.
-        watcher: Is handed the frames; None for no video.
+        sink: Is handed the frames; None for no video.
         heard: Whether to collect the sound.
         mixed: Whether its channels are mixed to one.
         threads: Of the video decoder.
@@ -67,10 +67,10 @@ def read_media(
         MediaError: A file is not what the row promises; names file and stage.
     """
     reader = _MediaReader(clip, mixed, threads)
-    if watcher is not None and heard and clip.video == clip.audio and not _is_late(clip):
-        return reader.read(watcher, ("video", "audio"))
-    if watcher is not None:
-        reader.read(watcher, ("video",))
+    if sink is not None and heard and clip.video == clip.audio and not _is_late(clip):
+        return reader.read(sink, ("video", "audio"))
+    if sink is not None:
+        reader.read(sink, ("video",))
     return reader.read(None, ("audio",)) if heard else None
 
 
@@ -80,35 +80,35 @@ class _MediaReader:
     def __init__(self, clip: Clip, mixed: bool, threads: int) -> None:
         self.clip, self.mixed, self.threads = clip, mixed, threads
 
-    def read(self, watcher: Watcher | None, modalities: tuple[Modality, ...]) -> Sound | None:
+    def read(self, sink: FrameSink | None, modalities: tuple[Modality, ...]) -> Sound | None:
         """Reads one container once; returns the sound where that is among the modalities."""
         clip = self.clip
-        path = clip.video if watcher is not None else clip.audio
+        path = clip.video if sink is not None else clip.audio
         if path is None:
             raise MediaError("", f'the row of clip "{clip.id}" promises {modalities[0]} and names no file', "open")
         with open_media(path) as container:
             streams = {kind: self._stream(container, kind, path) for kind in modalities}
             _leave_out(container, streams.values())
-            reel = sound = None
+            reader = sound = None
             if "video" in streams:
-                with blame(path, "video"):
+                with media_errors(path, "video"):
                     late = _is_late(clip) and clip.start_frame > 0
-                    reel = (seek_reel if late else Reel)(container, streams["video"], clip)
+                    reader = (seek_packets if late else PacketReader)(container, streams["video"], clip)
             if "audio" in streams:
-                with blame(path, "audio"):
+                with media_errors(path, "audio"):
                     sound = _prick_ears(container, streams["audio"], clip, self.mixed)
-            _pour(container, reel, sound, path)
-            if watcher is not None:
-                self._look(reel, watcher, path)
+            _pour(container, reader, sound, path)
+            if sink is not None:
+                self._look(reader, sink, path)
             return None if sound is None else self._listen(sound, path)
 
     def _listen(self, sound: Sound, path: Path) -> Sound:
         """The clip's samples, from where it was sought or, in doubt, by reading from the start."""
-        with blame(path, "audio"):
+        with media_errors(path, "audio"):
             try:
                 sound.finish()
                 return sound
-            except Unproven:
+            except UncertainSeek:
                 pass
             with open_media(path) as container:
                 stream = self._stream(container, "audio", path)
@@ -128,24 +128,24 @@ class _MediaReader:
             stream.codec_context.options = {"err_detect": "explode"}
         return stream
 
-    def _look(self, reel: Reel | None, watcher: Watcher, path: Path) -> None:
+    def _look(self, reader: PacketReader | None, sink: FrameSink, path: Path) -> None:
         """Hands out the planned frames, by their packets or, in doubt, by counting."""
-        with blame(path, "video"):
-            if reel is not None:
+        with media_errors(path, "video"):
+            if reader is not None:
                 try:
-                    for number, frame in reel.pick(watcher.numbers):
-                        watcher.see(number, frame)
+                    for number, frame in reader.pick(sink.numbers):
+                        sink.take(number, frame)
                     return
-                except (Unproven, av.error.FFmpegError):
+                except (UncertainSeek, av.error.FFmpegError):
                     pass  # a packet wrongly marked as a keyframe cannot be decoded either
             first = self.clip.start_frame
             with open_media(path) as container:
                 stream = self._stream(container, "video", path)
                 _leave_out(container, (stream,))
-                for number, frame in count_frames(container, stream, [first + n for n in watcher.numbers]):
+                for number, frame in count_frames(container, stream, [first + n for n in sink.numbers]):
                     if frame.is_corrupt:
                         raise MediaError(path, f"frame {number} is damaged", "video")
-                    watcher.see(number - first, frame)
+                    sink.take(number - first, frame)
 
 
 def _leave_out(container: Any, wanted: Iterable[Any]) -> None:
@@ -161,16 +161,16 @@ def _is_late(clip: Clip) -> bool:
     return clip.start_s > _SEEK_FROM_S
 
 
-def _pour(container: Any, reel: Reel | None, sound: Sound | None, path: Path) -> None:
-    """Feeds packets from the container's place on until reel and sound have enough."""
-    takers = [taker for taker in (reel, sound) if taker is not None and not taker.full]
+def _pour(container: Any, reader: PacketReader | None, sound: Sound | None, path: Path) -> None:
+    """Feeds packets from the container's place on until reader and sound have enough."""
+    takers = [taker for taker in (reader, sound) if taker is not None and not taker.full]
     if not takers:
         return
-    stage = "video" if takers[0] is reel else "audio"
+    stage = "video" if takers[0] is reader else "audio"
     try:
         for packet in container.demux([taker.stream for taker in takers]):
             is_sound = sound is not None and packet.stream is sound.stream
-            stage, taker = ("audio", sound) if is_sound else ("video", reel)
+            stage, taker = ("audio", sound) if is_sound else ("video", reader)
             assert taker is not None, "only their packets are asked for"
             if not taker.full:
                 taker.feed(packet)
@@ -179,7 +179,7 @@ def _pour(container: Any, reel: Reel | None, sound: Sound | None, path: Path) ->
     except MediaError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, explain(error, path), stage) from error
+        raise MediaError(path, explain_error(error, path), stage) from error
 
 
 def _prick_ears(container: Any, stream: Any, clip: Clip, mixed: bool) -> Sound:

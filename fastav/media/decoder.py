@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
-from fastav.data.clip import Clip, ClipPlan
-from fastav.media.shards import Reading
+from fastav.data.clip import Clip, ClipPlan, Modality
+from fastav.media.shards import ShardReading
 from fastav.media.spectrogram import Frontend
 
 if TYPE_CHECKING:
-    from fastav.media.dali.batch import Decoded
-
-Modality = Literal["video", "audio"]
+    from fastav.media.dali.batch import DecodedBatch
 
 
 @dataclass(frozen=True)
-class Read:
+class DecodeSpec:
     """What a run reads of every clip.
 
     Attributes:
@@ -35,10 +33,10 @@ class Read:
     image_size: int = 224
     frontend: Frontend = field(default_factory=Frontend)
     window: int = 400
-    reading: Reading = field(default_factory=Reading)
+    reading: ShardReading = field(default_factory=ShardReading)
 
 
-def needed_samples(clip: Clip, plans: Sequence[ClipPlan], read: Read) -> tuple[int, int]:
+def needed_samples(clip: Clip, plans: Sequence[ClipPlan], read: DecodeSpec) -> tuple[int, int]:
     """Returns first sample and the one after the last that some plans of a packed clip look at, at its packed rate.
 
     Where it is resampled first, every sample counts: the filter's length is not this function's to know.
@@ -49,7 +47,7 @@ def needed_samples(clip: Clip, plans: Sequence[ClipPlan], read: Read) -> tuple[i
     return read.frontend.needed_samples(starts_W, read.window, clip.num_samples)
 
 
-class Unproven(Exception):
+class UncertainSeek(Exception):
     """A short cut that might not lead to the planned frames or samples; the file is then read from its start."""
 
 
@@ -71,10 +69,10 @@ class Decoder(Protocol):
         ...
 
 
-class Reader(Decoder, Protocol):
+class ClipDecoder(Decoder, Protocol):
     """A decoder that says what it reads: the shape and the floor of a spectrogram that is missing."""
 
-    read: Read
+    read: DecodeSpec
 
 
 @runtime_checkable
@@ -86,7 +84,7 @@ class BatchDecoder(Protocol):
     """
 
     name: str
-    read: Read
+    read: DecodeSpec
 
     @property
     def batches_at_once(self) -> int:
@@ -99,7 +97,7 @@ class BatchDecoder(Protocol):
 
     def decode(
         self, prepared: Sequence[Any], rows: Sequence[Sequence[int]], *, size: int, frames: int, windows: int
-    ) -> Decoded:
+    ) -> DecodedBatch:
         """Makes the tensors of a batch; see `fastav.media.dali.decoder.DaliDecoder.decode`."""
         ...
 

@@ -12,7 +12,7 @@ from fastav.core.config import Kind
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
-from fastav.media.dali.decoder import Dali, ailing, device_kind, missing, takes
+from fastav.media.dali.decoder import Dali, can_decode, device_kind, missing_requirement, self_test_failure
 from fastav.media.pyav import PyAV
 
 SAMPLED = 256
@@ -26,7 +26,7 @@ class Auto(Kind, frozen=True, tag="auto"):
 
 
 @dataclass(frozen=True)
-class Census:
+class ClipStats:
     """What kinds of clips there are, from evenly spaced rows.
 
     Attributes:
@@ -40,7 +40,7 @@ class Census:
     num_rows: int
 
     @classmethod
-    def of(cls, clips: Iterable[Clip]) -> Census:
+    def of(cls, clips: Iterable[Clip]) -> ClipStats:
         """Counts clips."""
         codecs: Counter[str] = Counter()
         sizes, rows = [], 0
@@ -51,7 +51,7 @@ class Census:
                 sizes.append((clip.video_codec, clip.width, clip.height))
         return cls(codecs, tuple(sizes), rows)
 
-    def told(self) -> str:
+    def describe(self) -> str:
         """The codecs with their shares, the commonest first."""
         parts = [
             f"{name or 'no video'} {100 * count / self.num_rows:.0f} %" for name, count in self.codecs.most_common()
@@ -60,7 +60,7 @@ class Census:
 
 
 @dataclass(frozen=True)
-class Choice:
+class DecoderChoice:
     """A decoder and why.
 
     Attributes:
@@ -72,7 +72,7 @@ class Choice:
     reason: str
 
 
-def sampled(manifests: Sequence[Manifest]) -> list[Clip]:
+def sample_clips(manifests: Sequence[Manifest]) -> list[Clip]:
     """Returns evenly spaced rows of each manifest."""
     clips = []
     for manifest in manifests:
@@ -81,49 +81,51 @@ def sampled(manifests: Sequence[Manifest]) -> list[Clip]:
     return clips
 
 
-def choose(config: Auto | PyAV | Dali, census: Census, looks: bool) -> Choice:
+def choose_decoder(config: Auto | PyAV | Dali, clip_stats: ClipStats, looks: bool) -> DecoderChoice:
     """Decides what `auto` means here; what is asked for by name is taken, if it can do anything.
 
     Args:
         config: Of the recipe.
-        census: Of the clips.
+        clip_stats: Of the clips.
         looks: Whether the run looks at video at all.
 
     Raises:
         UserError: DALI is asked for and can decode none of the clips.
     """
     if isinstance(config, Dali):
-        return Choice(config, _asked(config, census, looks))
+        return DecoderChoice(config, _asked(config, clip_stats, looks))
     if isinstance(config, PyAV):
-        return Choice(config, "asked for")
-    lack = missing("gpu")
+        return DecoderChoice(config, "asked for")
+    lack = missing_requirement("gpu")
     if lack:
-        return Choice(PyAV(), f"DALI cannot be used: {lack}")
-    if not looks or not census.sizes:
-        return Choice(PyAV(), "there is no video to decode")
-    able = sum(takes("gpu", codec, width, height) for codec, width, height in census.sizes)
-    share = able / len(census.sizes)
+        return DecoderChoice(PyAV(), f"DALI cannot be used: {lack}")
+    if not looks or not clip_stats.sizes:
+        return DecoderChoice(PyAV(), "there is no video to decode")
+    able = sum(can_decode("gpu", codec, width, height) for codec, width, height in clip_stats.sizes)
+    share = able / len(clip_stats.sizes)
     if share < _ENOUGH:
-        return Choice(PyAV(), f"the GPU can decode {100 * share:.0f} % of the clips ({census.told()})")
-    ill = ailing("gpu")
+        return DecoderChoice(PyAV(), f"the GPU can decode {100 * share:.0f} % of the clips ({clip_stats.describe()})")
+    ill = self_test_failure("gpu")
     if ill:
-        return Choice(PyAV(), f"DALI does not work here: {ill}")
-    return Choice(Dali(device="gpu"), f"the GPU can decode {100 * share:.0f} % of the clips ({census.told()})")
+        return DecoderChoice(PyAV(), f"DALI does not work here: {ill}")
+    return DecoderChoice(
+        Dali(device="gpu"), f"the GPU can decode {100 * share:.0f} % of the clips ({clip_stats.describe()})"
+    )
 
 
-def _asked(config: Dali, census: Census, looks: bool) -> str:
+def _asked(config: Dali, clip_stats: ClipStats, looks: bool) -> str:
     """Why DALI, where it was asked for, and what is left to PyAV."""
-    if not looks or not census.sizes:
+    if not looks or not clip_stats.sizes:
         return "asked for"
     kind = device_kind(config.device)
-    able = sum(takes(kind, codec, width, height) for codec, width, height in census.sizes)
+    able = sum(can_decode(kind, codec, width, height) for codec, width, height in clip_stats.sizes)
     if not able:
         packing = "an MJPEG pack (fastav pack --codec mjpeg)" if kind == "cpu" else "an H.264 pack"
         raise UserError(
             f"decode.kind: dali on the {kind} was asked for and can decode none of the clips "
-            f'({census.told()}); expected {packing}, or decode.kind "auto"'
+            f'({clip_stats.describe()}); expected {packing}, or decode.kind "auto"'
         )
-    left = 100 * (1 - able / len(census.sizes))
+    left = 100 * (1 - able / len(clip_stats.sizes))
     return f"asked for; {left:.0f} % of the clips are left to PyAV" if left else "asked for"
 
 

@@ -1,7 +1,7 @@
 """The smallest MP4 that a demuxer takes: access units of one video stream, a tick each, behind one header.
 
 DALI opens encoded video as a file. Of the containers it knows, MP4 tells picture size, number of frames and timestamps
-in its header; of a bare stream DALI asks them by parsing it from end to end, several times. Measured for eight MJPEG
+in its header; of a bare stream DALI finds them by parsing it from end to end, several times. Measured for eight MJPEG
 frames of 448 x 256 (DALI 2.4 on one CPU thread, milliseconds a clip, three rounds):
 
     | bare stream      | Matroska (PyAV)  | this             |

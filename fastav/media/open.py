@@ -17,14 +17,14 @@ from fastav.core.errors import MediaError
 
 
 @contextmanager
-def blame(path: Path | str, stage: str) -> Iterator[None]:
+def media_errors(path: Path | str, stage: str) -> Iterator[None]:
     """Turns what FFmpeg and the system raise into an error that names file and stage."""
     try:
         yield
     except MediaError:
         raise
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, explain(error, Path(path)), stage) from error
+        raise MediaError(path, explain_error(error, Path(path)), stage) from error
 
 
 TIME_TOLERANCE_S = 1e-6
@@ -49,7 +49,7 @@ def load_mel(file: Any, path: Path | str, mmap_mode: Literal["r"] | None = None)
     try:
         mel_CML: Any = np.load(file, mmap_mode=mmap_mode, allow_pickle=False)
     except OSError as error:
-        raise MediaError(path, explain(error, Path(path)), "mel") from error
+        raise MediaError(path, explain_error(error, Path(path)), "mel") from error
     except Exception as error:  # the header is Python source: tokenizer, parser and allocator have errors of their own
         raise MediaError(path, f"not a whole .npy array ({error})", "mel") from error
     fits = isinstance(mel_CML, np.ndarray) and mel_CML.ndim == 3 and mel_CML.shape[0] == 1 and mel_CML.size
@@ -70,7 +70,7 @@ def open_media(path: Path) -> Any:
         name = str(path.absolute())
         return av.open(name, metadata_errors="ignore", options={"protocol_whitelist": "file"})
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, explain(error, path), "open") from error
+        raise MediaError(path, explain_error(error, path), "open") from error
 
 
 def first_stream(container: Any, kind: str, path: Path) -> Any:
@@ -88,7 +88,7 @@ def first_stream(container: Any, kind: str, path: Path) -> Any:
     return None
 
 
-def explain(error: BaseException, path: Path) -> str:
+def explain_error(error: BaseException, path: Path) -> str:
     """Says in a person's words what an error of FFmpeg or the operating system means for a file."""
     if isinstance(error, FileNotFoundError):
         return "no such file"

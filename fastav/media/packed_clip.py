@@ -19,9 +19,9 @@ from torch import Tensor
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.audio import mix_down, resample
-from fastav.media.container import Watcher
+from fastav.media.container import FrameSink
 from fastav.media.open import load_mel
-from fastav.media.shards import FLAC_BLOCK, SplicedFrames, SplicedSound
+from fastav.media.shards import FLAC_BLOCK, SplicedAudio, SplicedFrames
 
 _STREAMINFO = slice(8, 42)  # after `fLaC` and the header of the first metadata block
 
@@ -35,7 +35,7 @@ class KeptDecoders(threading.local):
     def __reduce__(self) -> tuple[type[KeptDecoders], tuple[()]]:
         return KeptDecoders, ()  # another process opens its own
 
-    def watch(self, spliced: SplicedFrames, watcher: Watcher, clip: Clip) -> None:
+    def watch(self, spliced: SplicedFrames, sink: FrameSink, clip: Clip) -> None:
         """Decodes a splice and hands the wanted frames over, ascending.
 
         Raises:
@@ -47,7 +47,7 @@ class KeptDecoders(threading.local):
             context = av.CodecContext.create(spliced.codec, "r")
             context.thread_count, context.thread_type = 1, "NONE"
             self._contexts[spliced.codec] = context
-        wanted = dict(zip(spliced.shown, watcher.numbers, strict=True))
+        wanted = dict(zip(spliced.shown, sink.numbers, strict=True))
         count = 0
         try:
             for unit in (*spliced.units, None):
@@ -57,7 +57,7 @@ class KeptDecoders(threading.local):
                             raise MediaError(
                                 clip.source, f'frame {wanted[count]} of clip "{clip.id}" is damaged', "video"
                             )
-                        watcher.see(wanted[count], frame)
+                        sink.take(wanted[count], frame)
                     count += 1
             if count != len(spliced.units):
                 reason = f'{len(spliced.units)} frames of clip "{clip.id}" decoded to {count}'
@@ -68,7 +68,7 @@ class KeptDecoders(threading.local):
             raise
 
 
-def decode_sound(sound: SplicedSound, clip: Clip) -> NDArray[np.float32]:
+def decode_sound(sound: SplicedAudio, clip: Clip) -> NDArray[np.float32]:
     """Decodes a splice of sound into its place in the clip, mixed to one channel.
 
     Returns:
@@ -95,7 +95,7 @@ def decode_sound(sound: SplicedSound, clip: Clip) -> NDArray[np.float32]:
     return wave_S
 
 
-def wave_of(sound: SplicedSound, clip: Clip, rate: int) -> Tensor:
+def wave_of(sound: SplicedAudio, clip: Clip, rate: int) -> Tensor:
     """Returns `decode_sound` at another rate, float32 [1, S]; errors as there."""
     return torch.from_numpy(resample(decode_sound(sound, clip), clip.sample_rate, rate))[None]
 

@@ -13,7 +13,7 @@ decoded.
 
 Frame numbers are presentation order, and a packet knows its presentation time, so a frame's number is the
 rank of its time among its clip's packets. That holds where every packet is one frame and tells its time.
-`Reel` therefore proves it on each clip (the count of packets, the times at both ends, a real keyframe, each
+`PacketReader` therefore proves it on each clip (the count of packets, the times at both ends, a real keyframe, each
 planned time coming out of the decoder undamaged), and says so where it cannot; then the file is decoded
 from its first packet and frames are counted, which is always right and is what `probe` did.
 """
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastav.data.clip import Clip
-from fastav.media.decoder import Unproven
+from fastav.media.decoder import UncertainSeek
 from fastav.media.open import TIME_TOLERANCE_S, frame_times_s
 
 # Containers whose packets carry the presentation times of their frames.
@@ -61,7 +61,7 @@ class _Mark(NamedTuple):
         return cls(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
 
 
-class Reel:
+class PacketReader:
     """The packets of a clip's span of video, in decoding order.
 
     Args:
@@ -125,43 +125,43 @@ class Reel:
             checked = self._packets[first].is_discard
             for frame in self._decode(first, last, run if skips else None):
                 if not checked and not frame.key_frame:
-                    raise Unproven("decoding did not start at a keyframe")
+                    raise UncertainSeek("decoding did not start at a keyframe")
                 checked = True
                 if frame.pts in run:
                     if frame.is_corrupt:
-                        raise Unproven("a planned frame came out damaged")
+                        raise UncertainSeek("a planned frame came out damaged")
                     run.discard(frame.pts)
                     frame.time_base = self.stream.time_base  # a bare decoder does not know it
                     yield wanted[frame.pts], frame
                     if not run:
                         break
             if run:
-                raise Unproven("a planned frame did not come out")
+                raise UncertainSeek("a planned frame did not come out")
 
     def _span(self) -> NDArray[np.int64]:
         """Timestamps of the clip's frames in presentation order, when there is no doubt which they are."""
         packets, clip = self._packets, self.clip
         if self.blind or not packets:
-            raise Unproven("packets without times")
+            raise UncertainSeek("packets without times")
         shown = np.sort(np.array([p.pts for p in packets if not p.is_discard], dtype=np.int64))
         opens = next((p.pts for p in packets if p.is_keyframe), None)
         if opens is None or len(shown) == 0 or np.any(np.diff(shown) <= 0):
-            raise Unproven("no keyframe, or two frames of one time")
+            raise UncertainSeek("no keyframe, or two frames of one time")
         if self.from_start:
             # Pictures that lead the first keyframe, or come before one, might not decode and not count.
             if not packets[0].is_keyframe or shown[0] < opens:
-                raise Unproven("the file does not start at a keyframe")
+                raise UncertainSeek("the file does not start at a keyframe")
             self.start_pts = int(shown[0])
         times = frame_times_s(shown, self.start_pts or 0, self.stream.time_base)
         opens_s = frame_times_s(np.array([opens]), self.start_pts or 0, self.stream.time_base)[0]
         if not self.from_start and opens_s > clip.start_s + TIME_TOLERANCE_S:
-            raise Unproven("the seek landed too late")
+            raise UncertainSeek("the seek landed too late")
         first = int(np.searchsorted(times, clip.start_s - TIME_TOLERANCE_S)) if clip.start_frame else 0
         last = first + clip.num_frames
         whole = self._ended and first == 0 == clip.start_frame and last == len(times)
         end_s = self._end_s - TIME_TOLERANCE_S
         if not whole and (last > len(times) or times[last - 1] >= end_s or (last < len(times) and times[last] < end_s)):
-            raise Unproven("the span holds another number of packets than of frames")
+            raise UncertainSeek("the span holds another number of packets than of frames")
         return shown[first:last]
 
     def _runs(self, wanted: list[int], place: dict[int, int], keys: list[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -170,7 +170,7 @@ class Reel:
         for pts in wanted:
             first = next((i for i, key_pts in reversed(keys) if i <= place[pts] and key_pts <= pts), None)
             if first is None:
-                raise Unproven("no keyframe before a planned frame")
+                raise UncertainSeek("no keyframe before a planned frame")
             while runs and runs[-1][1] >= first:  # a leading picture starts before its own keyframe
                 first = min(first, runs.pop()[0])
             runs.append((first, place[pts]))
@@ -201,10 +201,10 @@ class Reel:
                     if mark is None:
                         return
                 elif mark is not key:
-                    raise Unproven("other packets than before")
+                    raise UncertainSeek("other packets than before")
                 elif not packet.size or (packet.dts is not None and packet.dts > at):
                     break
-        raise Unproven("a keyframe was not found again")
+        raise UncertainSeek("a keyframe was not found again")
 
 
 def count_frames(container: Any, stream: Any, numbers: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -225,7 +225,7 @@ def count_frames(container: Any, stream: Any, numbers: Sequence[int]) -> Iterato
                 return
 
 
-def seek_reel(container: Any, stream: Any, clip: Clip) -> Reel | None:
+def seek_packets(container: Any, stream: Any, clip: Clip) -> PacketReader | None:
     """Goes to the last keyframe that is presented no later than the span; None where only counting is certain."""
     start_pts = first_pts(container, stream)
     if start_pts is None:
@@ -237,9 +237,9 @@ def seek_reel(container: Any, stream: Any, clip: Clip) -> Reel | None:
             if packet.size and packet.is_keyframe:
                 if packet.pts is None or packet.pts > target:
                     break
-                reel = Reel(container, stream, clip, start_pts)
-                reel.feed(packet)
-                return reel
+                reader = PacketReader(container, stream, clip, start_pts)
+                reader.feed(packet)
+                return reader
     return None
 
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastav.core.errors import MediaError
-from fastav.media.open import TIME_TOLERANCE_S, explain, first_stream, frame_times_s, open_media, open_mel
+from fastav.media.open import TIME_TOLERANCE_S, explain_error, first_stream, frame_times_s, open_media, open_mel
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MEL_SUFFIXES = frozenset({".npy"})
@@ -180,7 +180,7 @@ def probe_image(path: Path) -> MediaInfo:
     except UnidentifiedImageError as error:
         raise MediaError(path, "not a picture that can be read", "image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(path, explain(error, path), "image") from error
+        raise MediaError(path, explain_error(error, path), "image") from error
     rotation = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}.get(orientation, 0)
     times = np.zeros(1)
     return MediaInfo(True, False, 1, 0.0, width, height, rotation, codec, mode, 0.0, times)
@@ -256,7 +256,7 @@ class _VideoTally:
         self.first: av.VideoFrame | None = None
         self.last_duration = 0
 
-    def see(self, frame: av.VideoFrame) -> None:
+    def take(self, frame: av.VideoFrame) -> None:
         self.pts.append(frame.pts)
         self.last_duration = frame.duration or 0
         if self.first is None:
@@ -318,7 +318,7 @@ class _AudioTally:
         self.start_pts: int | None = None
         self.channels = 0
 
-    def see(self, frame: av.AudioFrame) -> None:
+    def take(self, frame: av.AudioFrame) -> None:
         if self.clock is None:
             self.start_pts, self.channels = frame.pts, frame.layout.nb_channels
             self.clock = SampleClock(frame.sample_rate, self.stream.time_base, frame.pts)
@@ -373,10 +373,10 @@ def _decode_all(path: Path, container: Any, tallies: dict[int, _VideoTally | _Au
             for frame in packet.decode():
                 if frame.is_corrupt:
                     raise MediaError(path, f"damaged data {tally.seen}", stage)
-                tally.see(frame)
+                tally.take(frame)
     except (av.error.FFmpegError, OSError, ValueError) as error:
         seen = "" if tally is None else tally.seen
-        raise MediaError(path, f"{explain(error, path)} {seen}", stage) from error
+        raise MediaError(path, f"{explain_error(error, path)} {seen}", stage) from error
     return end_s
 
 
@@ -397,7 +397,7 @@ def _refuse_playlist(path: Path) -> None:
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
-        raise MediaError(path, explain(error, path), "open") from error
+        raise MediaError(path, explain_error(error, path), "open") from error
     if head.startswith((b"#EXTM3U", b"ffconcat")):
         raise MediaError(path, "a playlist, expected the media themselves", "open")
 

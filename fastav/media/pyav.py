@@ -6,7 +6,7 @@ range both fill 0 to 255; more than 8 bits are rounded to 8. Transfer functions 
 flat). Chroma is upsampled bilinearly. Interlaced frames are taken as they are, and so are pixels that are
 not square.
 
-Of a packed clip, only the groups of pictures and the stretch of sound that the plan asks for are read, and
+Of a packed clip, only the groups of pictures and the stretch of sound that the plan needs are read, and
 decoded without a container by decoders that are kept (`fastav.media.packed_clip`).
 
 A container is opened once per clip and read once for both modalities, except for pieces of long files,
@@ -34,10 +34,10 @@ from fastav.core.errors import MediaError
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media.container import read_media
 from fastav.media.crop import Cropper, cuttable
-from fastav.media.decoder import Read, Sample, needed_samples
-from fastav.media.open import blame, explain, open_mel
+from fastav.media.decoder import DecodeSpec, Sample, needed_samples
+from fastav.media.open import explain_error, media_errors, open_mel
 from fastav.media.packed_clip import KeptDecoders, decode_mel, wave_of
-from fastav.media.shards import Shards, Traffic
+from fastav.media.shards import ReadStats, ShardReader
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -52,7 +52,7 @@ class PyAV(Kind, frozen=True, tag="pyav"):
 
     threads_per_clip: PositiveInt = 1
 
-    def build(self, read: Read) -> PyAVDecoder:
+    def build(self, read: DecodeSpec) -> PyAVDecoder:
         """Returns the decoder for a run.
 
         Raises:
@@ -71,14 +71,14 @@ class PyAVDecoder:
 
     name = "pyav"
 
-    def __init__(self, config: PyAV, read: Read) -> None:
+    def __init__(self, config: PyAV, read: DecodeSpec) -> None:
         self.config, self.read = config, read
         self._log_mel = read.frontend.build()
-        self._shards = Shards(read.reading)
+        self._shards = ShardReader(read.reading)
         self._decoders = KeptDecoders()
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ReadStats:
         """What was read of shards so far; not of media files, which FFmpeg reads."""
         return self._shards.store.traffic
 
@@ -97,7 +97,7 @@ class PyAVDecoder:
             sound = read_media(clip, crops if looks else None, heard, threads=self.config.threads_per_clip)
         wave_CS = stored = None
         if sound is not None:
-            with blame(clip.source, "audio"):
+            with media_errors(clip.source, "audio"):
                 wave_CS = sound.wave(self.read.frontend.sample_rate)
         elif "audio" in self.read.modalities and clip.mel is not None:
             stored = self._banded(open_mel(clip.mel), clip)
@@ -109,13 +109,13 @@ class PyAVDecoder:
         crops = _Crops(clip, plans, self.read.image_size) if seen else None
         samples = needed_samples(clip, plans, self.read) if heard and clip.has_audio else None
         packed = self._shards.fetch(clip, None if crops is None else crops.numbers, samples)
-        with blame(clip.source, "video"):
+        with media_errors(clip.source, "video"):
             if crops is not None and packed.picture is not None:
                 crops.add(0, decode_jpeg(packed.picture))
             elif crops is not None and packed.frames is not None:
                 self._decoders.watch(packed.frames, crops, clip)
         wave_CS = stored = None
-        with blame(clip.source, "audio"):
+        with media_errors(clip.source, "audio"):
             if packed.sound is not None:
                 wave_CS = wave_of(packed.sound, clip, self.read.frontend.sample_rate)
             elif packed.mel is not None:
@@ -179,7 +179,7 @@ class _Crops:
         self._sides = (clip.height, clip.width) if clip.rotation % 180 else (clip.width, clip.height)
         self._converter = VideoReformatter()
 
-    def see(self, number: int, frame: av.VideoFrame) -> None:
+    def take(self, number: int, frame: av.VideoFrame) -> None:
         """Takes a decoded frame of the row's size."""
         if (frame.width, frame.height) != self._sides:
             width, height = self._sides
@@ -234,7 +234,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         with Image.open(path) as picture:
             return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     except (OSError, ValueError, RuntimeError, SyntaxError) as error:
-        reason = explain(error, path) if isinstance(error, OSError) else "damaged or not a picture"
+        reason = explain_error(error, path) if isinstance(error, OSError) else "damaged or not a picture"
         raise MediaError(path, reason, "image") from error
 
 

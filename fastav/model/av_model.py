@@ -29,8 +29,8 @@ from fastav.core.config import Config, PositiveInt
 from fastav.core.errors import UserError
 from fastav.data.plan import Sampling
 from fastav.media.spectrogram import Frontend
-from fastav.model.fusion import MBT, Bottleneck, Fusion, Score, Streams
-from fastav.model.tower import TimmTower, Tower
+from fastav.model.fusion import MBT, Bottleneck, Fusion, FusionInputs, Score
+from fastav.model.tower import Tower, TowerConfig
 from fastav.model.transforms import mask_bands, mix, normalise_frames, normalise_mel
 from fastav.model.weights import DESCRIPTION, WEIGHTS, model_folder, read_description, read_safetensors
 from fastav_kernels.bottleneck_attention import Frames, Segments, best
@@ -49,8 +49,8 @@ class Model(Config, frozen=True):
             where its classes are the same.
     """
 
-    video: Tower = Tower()
-    audio: Tower = Tower()
+    video: TowerConfig = TowerConfig()
+    audio: TowerConfig = TowerConfig()
     fusion: Fusion = Bottleneck()
     init_from: str = ""
 
@@ -106,7 +106,7 @@ class AVModel(nn.Module):
         }
         towers: dict[str, Any] = {"video": None, "audio": None}
         for modality in self.modalities:
-            tower: Tower = getattr(config, modality)
+            tower: TowerConfig = getattr(config, modality)
             towers[modality] = tower.build(
                 modality=modality,
                 input_size=sizes[modality],
@@ -114,8 +114,8 @@ class AVModel(nn.Module):
                 classes=self.classes,
             )
         self.fusion = config.fusion.build(towers["video"], towers["audio"], K, inputs.frames)
-        self.video: TimmTower | None = towers["video"]
-        self.audio: TimmTower | None = towers["audio"]
+        self.video: Tower | None = towers["video"]
+        self.audio: Tower | None = towers["audio"]
         if self.audio is not None and (frontend.mean is None or frontend.std is None):
             raise UserError("frontend.mean, frontend.std: absent; both expected (a run measures them when it starts)")
         video = self.video
@@ -136,7 +136,7 @@ class AVModel(nn.Module):
         if not config.init_from:
             return cls(config, classes, _inputs(sampling, frontend), frontend)
         for key in ("model.video", "model.audio"):
-            tower: Tower = getattr(config, key.rpartition(".")[2])
+            tower: TowerConfig = getattr(config, key.rpartition(".")[2])
             if tower.weights or tower.init_from:
                 raise UserError(f"model.init_from and a start of {key} are both given, one of them expected")
         model = cls.empty(config, classes, sampling, frontend)
@@ -226,7 +226,7 @@ class AVModel(nn.Module):
             )
         if mel_BWCML is not None:
             mel_BWCML = mel_BWCML.expand(-1, -1, 3, -1, -1)  # three equal channels (SSW60, section 4.1)
-        streams = Streams(frames_BTCHW, mel_BWCML, window_BW, has_video_B, has_audio_B)
+        streams = FusionInputs(frames_BTCHW, mel_BWCML, window_BW, has_video_B, has_audio_B)
         return self.fusion(self.video, self.audio, streams).float()
 
     def _mel(self, mel_BWCML: Tensor, band_B2: Tensor | None) -> Tensor:
@@ -368,7 +368,7 @@ def _check_mbt(config: Model) -> None:
     """Raises a UserError where a tower of kind `mbt`, of which only the blocks are left, is asked for more."""
     assert isinstance(config.fusion, MBT)
     for name in ("video", "audio"):
-        tower: Tower = getattr(config, name)
+        tower: TowerConfig = getattr(config, name)
         if config.fusion.image_vit and (tower.weights or tower.init_from):
             raise UserError(f"model.fusion.image_vit and a start of model.{name} are both given, one of them expected")
         if tower.freeze:
@@ -380,7 +380,7 @@ def _check_mbt(config: Model) -> None:
 def _check_score(config: Model, classes: tuple[str, ...]) -> None:
     """Raises a UserError where a tower of a score fusion starts from nothing, or from a run of other classes."""
     for modality in config.fusion.modalities:
-        tower: Tower = getattr(config, modality)
+        tower: TowerConfig = getattr(config, modality)
         if not tower.init_from and tower.weights in ("", "timm"):
             raise UserError(
                 f'model.{modality}.init_from: absent; a finished run expected by fusion kind "score", which trains '

@@ -15,7 +15,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 
 from fastav.core.errors import UserError
-from fastav.model.tower import ClipDropPath, TimmTower, block_flops
+from fastav.model.tower import ClipDropPath, Tower, block_flops
 from fastav_kernels.bottleneck_attention import Frames, bottleneck_attention
 
 
@@ -30,7 +30,7 @@ class BottleneckBlock(nn.Module):
         frames: How frames meet the bottleneck, see `fastav_kernels.bottleneck_attention`. With `mean` each
             frame's copy of the bottleneck passes the whole layer before the copies are averaged.
         attention: Implementation of the attention, `auto` for the best one.
-        asks: Whether somebody reads the bottleneck that this layer makes; in a last layer its rows end behind the
+        need_bottleneck: Whether a later layer reads the bottleneck of this one; in the last layer its rows end at the
             attention's keys and values.
     """
 
@@ -43,12 +43,12 @@ class BottleneckBlock(nn.Module):
     ls2: Any
     drop_path2: Any
 
-    def __init__(self, block: nn.Module, frames: Frames, attention: str, asks: bool = True) -> None:
+    def __init__(self, block: nn.Module, frames: Frames, attention: str, need_bottleneck: bool = True) -> None:
         super().__init__()
         for name, child in block.named_children():
             self.add_module(name, child)
         self.frames: Frames = frames
-        self.attention, self.asks = attention, asks
+        self.attention, self.need_bottleneck = attention, need_bottleneck
 
     def forward(self, x_CTND: Tensor, z_CZD: Tensor, clips: int) -> tuple[Tensor, Tensor]:
         """Runs the layer.
@@ -59,7 +59,7 @@ class BottleneckBlock(nn.Module):
             clips: Clips B; stochastic depth draws once for each, for its tokens and its bottleneck together.
 
         Returns:
-            New tokens and bottleneck, in the shapes given; the bottleneck as it was where nobody asks for it.
+            New tokens and bottleneck, in the shapes given; the old bottleneck where `need_bottleneck` is false.
         """
         C, T, N, _ = x_CTND.shape
         Z = z_CZD.shape[1]
@@ -72,11 +72,11 @@ class BottleneckBlock(nn.Module):
             num_tokens=N,
             num_bottleneck=Z,
             frames=self.frames,
-            asks=self.asks,
+            need_bottleneck=self.need_bottleneck,
             impl=self.attention,
         )
         branch = self.ls1(attn.proj_drop(attn.proj(heads.flatten(1))))
-        if not self.asks:
+        if not self.need_bottleneck:
             x = self._add_one(x_CTND, branch, self.drop_path1, clips)
             branch = self.ls2(self.mlp(self.norm2(x).flatten(0, -2)))
             return self._add_one(x, branch, self.drop_path2, clips), z_CZD
@@ -114,11 +114,11 @@ class BottleneckBlock(nn.Module):
         # A query of a frame's token sees N + Z keys; one of the bottleneck N + Z for each copy, or all T*N +
         # Z.
         keys = N + Z if self.frames == "mean" else T * N + Z
-        asked = copies * Z if self.asks else 0
+        asked = copies * Z if self.need_bottleneck else 0
         return block_flops(self, T * N + Z, T * N + asked, T * N * (N + Z) + asked * keys)
 
 
-def enter_blocks(tower: TimmTower, start: int, frames: Frames, attention: str, last_asks: bool) -> None:
+def enter_blocks(tower: Tower, start: int, frames: Frames, attention: str, last_needs_bottleneck: bool) -> None:
     """Replaces a ViT's blocks from number `start` on by `BottleneckBlock`s.
 
     Args:
@@ -126,7 +126,7 @@ def enter_blocks(tower: TimmTower, start: int, frames: Frames, attention: str, l
         start: Number of the first block.
         frames: See `BottleneckBlock`.
         attention: Likewise.
-        last_asks: Whether the last block's bottleneck is read.
+        last_needs_bottleneck: Whether the last block's bottleneck is read.
 
     Raises:
         UserError: where an attention is not plain (normalised queries, a gate, dropout), naming the tower.
@@ -146,8 +146,8 @@ def enter_blocks(tower: TimmTower, start: int, frames: Frames, attention: str, l
                 f'{tower.where}: block {number} of "{tower.name}" has normalised queries, a gate or dropout in '
                 'its attention; plain attention expected by fusion kind "bottleneck"'
             )
-        asks = last_asks or number + 1 < len(tower.blocks)
-        tower.replace_block(number, BottleneckBlock(block, frames, attention, asks))
+        need_bottleneck = last_needs_bottleneck or number + 1 < len(tower.blocks)
+        tower.replace_block(number, BottleneckBlock(block, frames, attention, need_bottleneck))
 
 
 def _rows(x: Tensor, z: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import timm
 import torch
@@ -29,9 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastav.core.config import Config, Fraction, NonNegativeFloat
 from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Modality
 from fastav.model.weights import fill, read_run, read_safetensors
-
-Modality = Literal["video", "audio"]
 
 _RESERVED = {
     "img_size": "the size follows from sampling.image_size, sampling.window and frontend.num_mels",
@@ -45,7 +44,7 @@ _RESERVED = {
 }
 
 
-class Tower(Config, frozen=True):
+class TowerConfig(Config, frozen=True):
     """Settings of one tower.
 
     `name = "module:factory"` names a function outside this project. It is called as
@@ -88,7 +87,7 @@ class Tower(Config, frozen=True):
         input_size: tuple[int, int],
         num_classes: int,
         classes: Iterable[str] = (),
-    ) -> TimmTower:
+    ) -> Tower:
         """Builds the tower and fills it from `weights` or `init_from`.
 
         Args:
@@ -114,7 +113,7 @@ class Tower(Config, frozen=True):
             start = read_run(Path(self.init_from), modality, f"{where}.init_from")
             same = start.classes == tuple(classes)
             fill(net, start.state, where=f"{where}.init_from", grid=start.grid, head=same)
-        tower = TimmTower(net, name=self.name, input_size=input_size, where=where)
+        tower = Tower(net, name=self.name, input_size=input_size, where=where)
         tower.freeze(self.freeze)
         return tower
 
@@ -156,11 +155,11 @@ class ClipDropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-class TimmTower(nn.Module):
+class Tower(nn.Module):
     """One modality's network with the seams that a fusion needs.
 
     Args:
-        net: The network, see `Tower`.
+        net: The network, see `TowerConfig`.
         name: Its name, for messages.
         input_size: H, W of its images.
         where: The recipe's key of the tower, for messages.
@@ -268,7 +267,7 @@ class TimmTower(nn.Module):
             drop.rescale = kept
 
     def freeze(self, blocks: int) -> None:
-        """Keeps the embedding and the first blocks (-1: all but the head; see `Tower.freeze`) as they are.
+        """Keeps the embedding and the first blocks (-1: all but the head; see `TowerConfig.freeze`) as they are.
 
         Raises:
             UserError: where there are fewer blocks.
@@ -312,7 +311,7 @@ class TimmTower(nn.Module):
             raise UserError(f'{self.where}.freeze: {blocks} given, at most the {most} blocks of "{self.name}"')
         return {name for name in names if layer[name] <= blocks}
 
-    def train(self, mode: bool = True) -> TimmTower:
+    def train(self, mode: bool = True) -> Tower:
         """As `nn.Module.train`, except that frozen parts stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen:
@@ -388,7 +387,7 @@ def _per_clip(net: nn.Module) -> list[ClipDropPath]:
     return drops
 
 
-def _from_timm(config: Tower, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
+def _from_timm(config: TowerConfig, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
     """Makes timm's model of that name for images of that size."""
     if not timm.is_model(config.name):
         near = did_you_mean(config.name, timm.list_models())
@@ -410,7 +409,7 @@ def _from_timm(config: Tower, where: str, input_size: tuple[int, int], num_class
         raise UserError(f"{where}.args: {_reason(error)}") from error
 
 
-def _pretrained(config: Tower, where: str, kwargs: dict[str, Any]) -> nn.Module:
+def _pretrained(config: TowerConfig, where: str, kwargs: dict[str, Any]) -> nn.Module:
     """Makes timm's model with its weights, which timm fetches and fits to the image size."""
     try:
         return timm.create_model(config.name, pretrained=True, **kwargs)
@@ -422,8 +421,8 @@ def _pretrained(config: Tower, where: str, kwargs: dict[str, Any]) -> nn.Module:
         ) from error
 
 
-def _from_factory(config: Tower, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
-    """Calls a function outside this project, see `Tower`."""
+def _from_factory(config: TowerConfig, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
+    """Calls a function outside this project, see `TowerConfig`."""
     module_name, _, function = config.name.partition(":")
     try:
         factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), function)

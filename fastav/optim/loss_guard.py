@@ -11,11 +11,11 @@ from typing import Any, Literal
 from fastav.core.config import Config, Fraction, NonNegativeFloat, PositiveFloat, PositiveInt
 from fastav.core.errors import FastavError, listed
 
-Kind = Literal["", "non-finite", "spike"]
-SHOWN = 8
+LossFault = Literal["", "non-finite", "spike"]
+MAX_CLIPS_NAMED = 8
 
 
-class Guarding(Config, frozen=True):
+class GuardConfig(Config, frozen=True):
     """What is out of bounds, and what happens then; each case is told, and listed with its clips in `incidents.jsonl`.
 
     Attributes:
@@ -46,7 +46,7 @@ class Guarding(Config, frozen=True):
     preflight_patience_s: PositiveFloat = 60.0
 
 
-class Guard:
+class LossGuard:
     """Judges steps; every rank must pass the same (reduced) numbers, so that all do the same.
 
     Args:
@@ -56,22 +56,22 @@ class Guard:
         skipped: Steps left out so far.
     """
 
-    def __init__(self, config: Guarding) -> None:
+    def __init__(self, config: GuardConfig) -> None:
         self.config, self.skipped, self._in_a_row = config, 0, 0
         self._losses: deque[float] = deque(maxlen=config.window)
 
-    def judge(self, loss: float) -> Kind:
+    def judge(self, loss: float) -> LossFault:
         """Says what a step's loss is, before the optimizer steps."""
         if not math.isfinite(loss):
             return "non-finite"
         full = self.config.spike and len(self._losses) == self.config.window
         return "spike" if full and loss > self.config.spike * statistics.median(self._losses) else ""
 
-    def takes(self, kind: Kind) -> bool:
+    def takes(self, kind: LossFault) -> bool:
         """Whether the optimizer may step."""
         return not kind or (kind == "spike" and self.config.on_spike == "log")
 
-    def note(self, kind: Kind, loss: float, grad_norm: float) -> tuple[Kind, bool]:
+    def record(self, kind: LossFault, loss: float, grad_norm: float) -> tuple[LossFault, bool]:
         """Counts a step.
 
         Args:
@@ -91,13 +91,13 @@ class Guard:
             self._losses.append(loss)
         return kind, taken
 
-    def check(self, kind: Kind, step: int, loss: float, grad_norm: float, clips: Sequence[str]) -> None:
+    def check(self, kind: LossFault, step: int, loss: float, grad_norm: float, clips: Sequence[str]) -> None:
         """Ends the run where the bounds say so.
 
         Raises:
             FastavError: Naming the step and its clips.
         """
-        clips_told = f"its clips: {listed(clips, SHOWN) or 'none'}"
+        clips_told = f"its clips: {listed(clips, MAX_CLIPS_NAMED) or 'none'}"
         if kind == "non-finite" and (self.config.on_non_finite == "stop" or self._in_a_row >= self.config.limit):
             raise FastavError(
                 f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: not finite for {self._in_a_row} steps "

@@ -11,12 +11,12 @@ from rich.markup import escape
 
 from fastav.core.errors import UserError
 from fastav.core.machine import num_cores
-from fastav.core.process_pool import PATIENCE_S, each
+from fastav.core.process_pool import PATIENCE_S, run_jobs
 from fastav.core.progress import progress
 from fastav.data.manifest import Manifest
 from fastav.pack.folder import PackFolder, Shard, ShardBuild, plan_shards
 from fastav.pack.settings import PackSettings
-from fastav.pack.transcode import MISSING, Order, PackedClip, pack_clip
+from fastav.pack.transcode import MISSING, PackedClip, PackJob, pack_clip
 
 _SAMPLED_CLIPS = 64
 _SLOWEST_FRAME_S = 0.5  # to decode, resize and encode
@@ -84,7 +84,7 @@ def _pack_shards(
     stride = max(1, len(manifest) // _SAMPLED_CLIPS)
     places = ((shard, int(row)) for shard in shards for row in shard.rows)
     orders = (
-        Order(clip, settings, manifest.root, clip.row % stride == 0)
+        PackJob(clip, settings, manifest.root, clip.row % stride == 0)
         for shard in shards
         for clip in _clips(manifest, shard)
     )
@@ -95,7 +95,7 @@ def _pack_shards(
     patience_s = max(PATIENCE_S, longest * _SLOWEST_FRAME_S)
     workers = max(1, min(workers, len(manifest)))
     try:
-        for done in each(orders, pack_clip, workers, ahead=_AHEAD * workers, patience_s=patience_s):
+        for done in run_jobs(orders, pack_clip, workers, ahead=_AHEAD * workers, patience_s=patience_s):
             waiting[done.number] = done
             advance()
             while turn in waiting:

@@ -198,7 +198,7 @@ class PackFolder:
         told = _described(manifest, settings) | {"finished": True}
         told["totals"] = {
             "clips": whole.num_rows, "skipped": len(skipped), "shards": len(shards),
-            "bytes": sum(note["bytes"] for note in notes), **totals.told(),
+            "bytes": sum(note["bytes"] for note in notes), **totals.describe(),
         }  # fmt: skip
         told["quality"] = _quality(notes)
         told["shards"] = {
@@ -339,7 +339,7 @@ class _Totals:
         for sources in index.column("sources").to_pylist():
             self._sources.update((source["path"], source["bytes"]) for source in sources)
 
-    def told(self) -> dict[str, int]:
+    def describe(self) -> dict[str, int]:
         """The sums."""
         sizes = {f"{kind}_bytes": size for kind, size in self._sizes.items()}
         return {"source_bytes": sum(self._sources.values()), **sizes}

@@ -36,7 +36,7 @@ _LATER = frozenset({errno.ENOENT, errno.EIO, errno.ESTALE, errno.EACCES, errno.E
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceFile:
     """A file that went into a clip.
 
     Attributes:
@@ -65,12 +65,12 @@ class PackedClip:
     clip: Clip
     members: list[Member]
     units: list[tuple[int, UnitKind]]
-    sources: list[Source]
+    sources: list[SourceFile]
     quality: Quality | None
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class PackJob:
     """What is to be packed.
 
     Attributes:
@@ -86,7 +86,7 @@ class Order:
     sampled: bool
 
 
-def pack_clip(order: Order) -> PackedClip | tuple[str, str, str]:
+def pack_clip(order: PackJob) -> PackedClip | tuple[str, str, str]:
     """Packs one clip; returns path, reason and stage where it cannot be read, as errors are not sent to processes."""
     try:
         return _pack(order)
@@ -111,11 +111,11 @@ def _readable(path: str) -> bool:
     return True
 
 
-def _pack(order: Order) -> PackedClip:
+def _pack(order: PackJob) -> PackedClip:
     clip, settings = order.clip, order.settings
     if clip.shard:
         raise MediaError(clip.source, f'clip "{clip.id}" is packed already; pack the media it was made of', "pack")
-    film = _Film(clip, settings, order.sampled) if clip.video is not None and clip.num_frames else None
+    film = _VideoTranscoder(clip, settings, order.sampled) if clip.video is not None and clip.num_frames else None
     heard = clip.audio is not None and clip.num_samples > 0
     sound = None
     if film is not None or heard:
@@ -136,7 +136,7 @@ def _pack(order: Order) -> PackedClip:
     elif clip.mel is not None:
         out, units = _mel(clip.mel, out)
     sources = [
-        Source(_named(path, order.root), *_digest(path))
+        SourceFile(_named(path, order.root), *_digest(path))
         for path in dict.fromkeys((clip.video, clip.audio, clip.image, clip.mel))
         if path is not None
     ]
@@ -149,7 +149,7 @@ def _pack(order: Order) -> PackedClip:
     return PackedClip(out, members, [(len(data), kind) for data, kind in (*seen, *units)], sources, quality)
 
 
-class _Film:
+class _VideoTranscoder:
     """Takes a clip's frames as they are decoded, brings them to a constant rate and a fixed size, and encodes them."""
 
     def __init__(self, clip: Clip, settings: PackSettings, sampled: bool) -> None:
@@ -172,7 +172,7 @@ class _Film:
         places = (np.arange(_SAMPLED_FRAMES) + 0.5) / _SAMPLED_FRAMES * self.total
         self._samples = set(places.astype(int).tolist()) if self.sampled else set()
 
-    def see(self, number: int, frame: av.VideoFrame) -> None:
+    def take(self, number: int, frame: av.VideoFrame) -> None:
         """Takes the next frame of the clip; frame 0 begins anew."""
         if number <= self._last:
             self._restart()
@@ -282,7 +282,7 @@ def _digest(path: Path) -> tuple[str, int]:
     return sha256(path), path.stat().st_size
 
 
-def _described(clip: Clip, out: Clip, sources: list[Source]) -> bytes:
+def _described(clip: Clip, out: Clip, sources: list[SourceFile]) -> bytes:
     """The clip's JSON member."""
 
     def known(value: float) -> float | None:

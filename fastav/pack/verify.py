@@ -12,13 +12,13 @@ from rich.console import Console
 
 from fastav.core.atomic_files import sha256
 from fastav.core.errors import FastavError
-from fastav.core.process_pool import each
+from fastav.core.process_pool import run_jobs
 from fastav.core.progress import progress
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
 from fastav.media.packed_clip import KeptDecoders, decode_mel, decode_sound
 from fastav.media.pyav import decode_jpeg
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 from fastav.pack.folder import INDEX_FILE, MANIFEST_FILE, PackFolder, no_pack
 
 _CHUNK = 64
@@ -48,7 +48,7 @@ def verify(out: Path, workers: int, console: Console) -> tuple[list[str], int]:
     manifest = Manifest.open(folder.path / MANIFEST_FILE)
     faults = list(_tars(folder.path, told["shards"]))
     with progress(console, "verifying", len(manifest), "clips") as advance:
-        for done in each(_checks(manifest, folder.path / INDEX_FILE), _look, max(1, workers)):
+        for done in run_jobs(_checks(manifest, folder.path / INDEX_FILE), _look, max(1, workers)):
             clips = done.job.clips
             faults += [f"{clips[0].shard}: the decoder crashed on one of its clips"] if done.died else done.result or []
             for _ in clips:
@@ -79,7 +79,7 @@ def _tars(out: Path, told: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def _checks(manifest: Manifest, index: Path) -> Iterator[_Check]:
-    """The clips in pieces, each with what the index says of it."""
+    """The clips in pieces, run_jobs with what the index says of it."""
     rows = 0
     by_id: dict[str, dict[str, Any]] = {}
     for batch in pq.ParquetFile(index).iter_batches(batch_size=1024):
@@ -97,7 +97,7 @@ def _checks(manifest: Manifest, index: Path) -> Iterator[_Check]:
 
 def _look(check: _Check) -> list[str]:
     """Decodes clips whole and holds them against their index entries."""
-    shards, decoders = Shards(Reading()), KeptDecoders()
+    shards, decoders = ShardReader(ShardReading()), KeptDecoders()
     faults = []
     for clip, entry in zip(check.clips, check.entries, strict=True):
         try:
@@ -115,12 +115,12 @@ class _Counter:
     numbers: list[int]
     seen: int = 0
 
-    def see(self, number: int, frame: Any) -> None:
+    def take(self, number: int, frame: Any) -> None:
         if (frame.width, frame.height) == (self.clip.width, self.clip.height):
             self.seen += 1
 
 
-def _faults(clip: Clip, entry: dict[str, Any], shards: Shards, decoders: KeptDecoders) -> Iterator[str]:
+def _faults(clip: Clip, entry: dict[str, Any], shards: ShardReader, decoders: KeptDecoders) -> Iterator[str]:
     numbers = list(range(clip.num_frames))
     packed = shards.fetch(clip, numbers, (0, clip.num_samples))
     if packed.frames is not None:

@@ -6,12 +6,12 @@ from typing import Literal
 
 from fastav.core.config import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from fastav.data.plan import Sampling
-from fastav.distributed.strategy import Name
+from fastav.distributed.strategy import StrategyName
 from fastav.loader.loader import Loading
 from fastav.media.decoder_choice import Auto, DecoderConfig
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import Model
-from fastav.optim.loss_guard import Guarding
+from fastav.optim.loss_guard import GuardConfig
 from fastav.optim.optimizer import Optim
 from fastav.task.classification import SingleLabel, Task
 
@@ -84,7 +84,7 @@ class Training(Config, frozen=True):
     threads: NonNegativeInt = 0
     eval_every: NonNegativeFloat = 1.0
     num_processes: NonNegativeInt = 0
-    strategy: Literal["any", Name] = "any"
+    strategy: Literal["any", StrategyName] = "any"
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
     bucket_mb: PositiveFloat = 25.0
     activation_checkpointing: bool = False
@@ -148,6 +148,6 @@ class Recipe(Config, frozen=True):
     train: Training = Training()
     decode: DecoderConfig = Auto()
     loading: Loading = Loading()
-    guard: Guarding = Guarding()
+    guard: GuardConfig = GuardConfig()
     saving: Saving = Saving()
     log: Logging = Logging()

@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastav.core.errors import FastavError, MediaError
-from fastav.data.clip import Clip, ClipPlan
+from fastav.data.clip import Clip, ClipPlan, Modality
 from fastav.data.manifest import Manifest
-from fastav.media.decoder import Modality, Read
+from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
 from fastav.recipe.schema import Recipe
 from fastav.report.plots import frame_uri, spectrogram_uri
@@ -46,7 +46,7 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class ClipPictures:
     """What a clip looks and sounds like, as data URIs; `note` says what is missing and why."""
 
     frames: list[str] = field(default_factory=list)
@@ -95,7 +95,7 @@ def _example(predictions: Predictions, row: int) -> Example:
     )
 
 
-def pictures(recipe: Recipe, folder: Path, split: str, ids: Sequence[str]) -> tuple[dict[str, Pictures], str]:
+def pictures(recipe: Recipe, folder: Path, split: str, ids: Sequence[str]) -> tuple[dict[str, ClipPictures], str]:
     """Decodes clips for showing.
 
     Args:
@@ -117,7 +117,7 @@ def pictures(recipe: Recipe, folder: Path, split: str, ids: Sequence[str]) -> tu
         return {}, f"no pictures: {error}"
     shown = {clip_id: _pictures(recipe, clips[clip_id]) for clip_id in ids if clip_id in clips}
     missing = [clip_id for clip_id in ids if clip_id not in clips]
-    shown |= {clip_id: Pictures(note="not in the manifest any more") for clip_id in missing}
+    shown |= {clip_id: ClipPictures(note="not in the manifest any more") for clip_id in missing}
     return shown, ""
 
 
@@ -136,13 +136,13 @@ def _find(manifest: Manifest, wanted: set[str]) -> dict[str, Clip]:
     return found
 
 
-def _pictures(recipe: Recipe, clip: Clip) -> Pictures:
+def _pictures(recipe: Recipe, clip: Clip) -> ClipPictures:
     """Frames at the middles of equal parts, the central square of each, and the spectrogram from the start."""
     frontend = recipe.frontend
     length = clip.num_mel_frames or int(frontend.num_frames_s(clip.duration_s))
     window = max(1, min(length, MAX_MEL_FRAMES))
     there: tuple[tuple[Modality, bool], ...] = (("video", clip.has_video), ("audio", clip.has_audio))
-    read = Read(
+    read = DecodeSpec(
         modalities=tuple(modality for modality, has in there if has),
         image_size=IMAGE_SIZE,
         frontend=frontend,
@@ -166,8 +166,8 @@ def _pictures(recipe: Recipe, clip: Clip) -> Pictures:
     try:
         sample = PyAV().build(read).decode(clip, [plan])[0]
     except (MediaError, OSError) as error:
-        return Pictures(note=f"cannot be read: {error}")
+        return ClipPictures(note=f"cannot be read: {error}")
     frames = [] if sample.frames_TCHW is None else [frame_uri(frame) for frame in sample.frames_TCHW.numpy()]
     spectrogram = "" if sample.mel_WCML is None else spectrogram_uri(sample.mel_WCML[0].mean(dim=0).numpy())
     absent = [{"video": "pictures", "audio": "sound"}[modality] for modality, has in there if not has]
-    return Pictures(frames, spectrogram, f"the clip has no {' and no '.join(absent)}" if absent else "")
+    return ClipPictures(frames, spectrogram, f"the clip has no {' and no '.join(absent)}" if absent else "")

@@ -15,14 +15,14 @@ from markupsafe import Markup
 
 from fastav.core.errors import FastavError
 from fastav.recipe.parse import load_recipe
-from fastav.report import plots as figures
-from fastav.report.clips import Example, Pictures, best_and_worst, pictures
+from fastav.report import plots
+from fastav.report.clips import ClipPictures, Example, best_and_worst, pictures
 from fastav.report.plots import Bar, Estimate, Line
 from fastav.report.runs import (
     LABELS,
     SINGLE,
     Compared,
-    Run,
+    RunResults,
     comparison_row,
     metric_text,
     number,
@@ -40,7 +40,7 @@ BOUND_BY_LOADER_PCT = 10.0
 BARS_A_FIGURE = 32
 
 
-def run_page(run: Run, num_clips: int) -> str:
+def run_page(run: RunResults, num_clips: int) -> str:
     """The report of one run as HTML."""
     one = run.evaluation
     best, worst, shown, note = _examples(run, num_clips)
@@ -65,7 +65,7 @@ def run_page(run: Run, num_clips: int) -> str:
     return _render("run", context)
 
 
-def comparison_page(home: Path, runs: Sequence[Run], compared: Compared) -> str:
+def comparison_page(home: Path, runs: Sequence[RunResults], compared: Compared) -> str:
     """The comparison of several runs as HTML."""
     best, gains, notes = compared
     scored = [run for run in runs if value_of(run) is not None]
@@ -87,7 +87,7 @@ def comparison_page(home: Path, runs: Sequence[Run], compared: Compared) -> str:
         "best": best,
         "gains": gains,
         "notes": notes,
-        "intervals": Markup(figures.intervals(estimates, unit=unit, alt=f"{unit} with 95 % intervals: {told}"))
+        "intervals": Markup(plots.intervals(estimates, unit=unit, alt=f"{unit} with 95 % intervals: {told}"))
         if estimates
         else "",
         "figure_3": _figure_3(scored),
@@ -96,13 +96,13 @@ def comparison_page(home: Path, runs: Sequence[Run], compared: Compared) -> str:
     return _render("comparison", context)
 
 
-def _figure_3(scored: Sequence[Run]) -> dict[str, Any]:
+def _figure_3(scored: Sequence[RunResults]) -> dict[str, Any]:
     """SSW60's figure 3 from the best video, audio and fusion run; empty where these cannot be compared.
 
     Returns:
         `runs` (colour -> run), `told` (a sentence), `scatter`, and `bars` in columns.
     """
-    trio: dict[str, Run] = {}
+    trio: dict[str, RunResults] = {}
     for colour in ("video", "audio", "fusion"):
         those = [run for run in scored if run.colour == colour]
         if those:
@@ -122,7 +122,7 @@ def _figure_3(scored: Sequence[Run]) -> dict[str, Any]:
     return {
         "runs": trio,
         "told": told,
-        "scatter": Markup(figures.class_scatter(changes, unit=unit, alt=f"Classes by video and audio score: {told}.")),
+        "scatter": Markup(plots.class_scatter(changes, unit=unit, alt=f"Classes by video and audio score: {told}.")),
         "bars": _bar_columns(bars, unit, f"Each class's better single score and fusion's change: {told}"),
     }
 
@@ -136,7 +136,7 @@ def _bar_columns(bars: Sequence[Bar], unit: str, alt: str) -> list[Markup]:
     parts = -(-len(bars) // BARS_A_FIGURE)
     size = -(-len(bars) // max(parts, 1))
     return [
-        Markup(figures.class_bars(bars[start : start + size], unit=unit, alt=f"{alt} ({n} of {parts})."))
+        Markup(plots.class_bars(bars[start : start + size], unit=unit, alt=f"{alt} ({n} of {parts})."))
         for n, start in enumerate(range(0, len(bars), max(size, 1)), 1)
     ]
 
@@ -166,10 +166,10 @@ def _confusion(one: Evaluation | None) -> Markup | str:
         if off.any()
         else "no clip is confused"
     )
-    return Markup(figures.confusion_matrix(one.confusion, one.classes, alt=f"Confusion matrix: {worst}."))
+    return Markup(plots.confusion_matrix(one.confusion, one.classes, alt=f"Confusion matrix: {worst}."))
 
 
-def _curves(run: Run) -> list[tuple[str, Markup]]:
+def _curves(run: RunResults) -> list[tuple[str, Markup]]:
     """(caption, figure) of what `metrics.jsonl` tells over the steps."""
     rows, made = run.training, []
     for key, caption, floor in (
@@ -182,7 +182,7 @@ def _curves(run: Run) -> list[tuple[str, Markup]]:
         x, y = zip(*found, strict=True)
         alt = f"{caption}: from {number(y[0])} at step {x[0]} to {number(y[-1])} at step {x[-1]}."
         line = Line(x, y, "fusion" if run.kind not in SINGLE else run.kind, smooth=key != "lr")
-        made.append((caption, Markup(figures.line_chart({key: line}, unit=caption, alt=alt, floor=floor))))
+        made.append((caption, Markup(plots.line_chart({key: line}, unit=caption, alt=alt, floor=floor))))
     main = run.evaluation.main if run.evaluation else "top1_micro_pct"
     evaluated = [(row["step"], row["eval"][main]) for row in run.evaluations if row["eval"].get(main) is not None]
     if len(evaluated) > 1:
@@ -190,12 +190,12 @@ def _curves(run: Run) -> list[tuple[str, Markup]]:
         caption = f"{LABELS.get(main, main)} in evaluation"
         alt = f"{caption}: from {number(y[0])} at step {x[0]} to {number(y[-1])} at step {x[-1]}."
         made.insert(
-            1, (caption, Markup(figures.line_chart({main: Line(x, y, run.colour, marked=True)}, unit=caption, alt=alt)))
+            1, (caption, Markup(plots.line_chart({main: Line(x, y, run.colour, marked=True)}, unit=caption, alt=alt)))
         )
     return made
 
 
-def _losses(runs: Sequence[Run]) -> Markup | str:
+def _losses(runs: Sequence[RunResults]) -> Markup | str:
     """All runs' training losses over the epochs."""
     lines = {}
     dashes = {colour: itertools.cycle(("-", "--", ":", "-.")) for colour in ("video", "audio", "fusion")}
@@ -207,10 +207,10 @@ def _losses(runs: Sequence[Run]) -> Markup | str:
     if not lines:
         return ""
     alt = "Training loss over the epochs of " + ", ".join(lines)
-    return Markup(figures.line_chart(lines, unit="Training loss", alt=alt, x_unit="epoch"))
+    return Markup(plots.line_chart(lines, unit="Training loss", alt=alt, x_unit="epoch"))
 
 
-def _examples(run: Run, count: int) -> tuple[list[Example], list[Example], dict[str, Pictures], str]:
+def _examples(run: RunResults, count: int) -> tuple[list[Example], list[Example], dict[str, ClipPictures], str]:
     """Best and worst clips with their pictures; the note says why there are none."""
     if run.predictions is None or run.evaluation is None or not count:
         return [], [], {}, ""

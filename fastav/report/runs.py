@@ -41,7 +41,7 @@ LABELS = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResults:
     """What a run folder holds, read for a report; what is missing is empty.
 
     Attributes:
@@ -67,7 +67,7 @@ class Run:
     skipped: list[dict[str, str]]
 
     @classmethod
-    def read(cls, path: Path, name: str) -> Run:
+    def read(cls, path: Path, name: str) -> RunResults:
         """Reads a run folder.
 
         Raises:
@@ -140,7 +140,7 @@ class Gain:
         return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
 
 
-def find_runs(paths: Sequence[Path], out: Path | None = None) -> tuple[list[Run], Path]:
+def find_runs(paths: Sequence[Path], out: Path | None = None) -> tuple[list[RunResults], Path]:
     """Reads the runs that paths name, and finds the folder where their comparison goes.
 
     Raises:
@@ -158,7 +158,7 @@ def find_runs(paths: Sequence[Path], out: Path | None = None) -> tuple[list[Run]
     home = out or (paths[0] if len(paths) == 1 else Path(os.path.commonpath([p.absolute() for p in folders])))
     names = [os.path.relpath(folder.absolute(), home.absolute()) for folder in folders]
     runs = [
-        Run.read(folder, name if ".." not in name and name != "." else folder.absolute().name)
+        RunResults.read(folder, name if ".." not in name and name != "." else folder.absolute().name)
         for folder, name in zip(folders, names, strict=True)
     ]
     return sorted(runs, key=lambda run: run.rank), home
@@ -168,7 +168,7 @@ def _is_run(path: Path) -> bool:
     return path.is_dir() and any((path / mark).is_file() for mark in MARKS)
 
 
-def compare(runs: Sequence[Run]) -> tuple[Run | None, dict[str, Gain], list[str]]:
+def compare(runs: Sequence[RunResults]) -> tuple[RunResults | None, dict[str, Gain], list[str]]:
     """Sets runs against the best single modality.
 
     Returns:
@@ -197,7 +197,7 @@ def compare(runs: Sequence[Run]) -> tuple[Run | None, dict[str, Gain], list[str]
     return best, gains, notes
 
 
-def _gain(run: Run, best: Run, notes: list[str]) -> Gain:
+def _gain(run: RunResults, best: RunResults, notes: list[str]) -> Gain:
     """The difference, with a paired interval where both have top-1 predictions of the same clips."""
     one, two = value_of(run), value_of(best)
     assert one is not None
@@ -224,15 +224,15 @@ def _hits(part: Predictions) -> NDArray[np.bool_]:
     return np.take_along_axis(part.targets_NK, part.probabilities_NK.argmax(axis=1)[:, None], axis=1)[:, 0] > 0
 
 
-def value_of(run: Run) -> float | None:
+def value_of(run: RunResults) -> float | None:
     """The run's main metric; None before its first evaluation."""
     return run.evaluation.value if run.evaluation else None
 
 
-Compared = tuple[Run | None, dict[str, Gain], list[str]]
+Compared = tuple[RunResults | None, dict[str, Gain], list[str]]
 
 
-def results(home: Path, runs: Sequence[Run], compared: Compared) -> dict[str, Any]:
+def results(home: Path, runs: Sequence[RunResults], compared: Compared) -> dict[str, Any]:
     """The comparison as JSON: per run its metrics, its interval, and its gain over the best single modality."""
     best, gains, notes = compared
     rows = []
@@ -253,7 +253,7 @@ def results(home: Path, runs: Sequence[Run], compared: Compared) -> dict[str, An
     return {"best_single": best.name if best else None, "runs": rows, "notes": notes}
 
 
-def terminal_table(home: Path, runs: Sequence[Run], compared: Compared) -> Table:
+def terminal_table(home: Path, runs: Sequence[RunResults], compared: Compared) -> Table:
     """The comparison as a table that fits a terminal of 80 columns."""
     evaluations = [run.evaluation for run in runs if run.evaluation]
     metric = evaluations[0].main if evaluations else "top1_micro_pct"
@@ -268,7 +268,7 @@ def terminal_table(home: Path, runs: Sequence[Run], compared: Compared) -> Table
     return table
 
 
-def comparison_row(run: Run, gain: Gain | None) -> dict[str, str]:
+def comparison_row(run: RunResults, gain: Gain | None) -> dict[str, str]:
     """One run's cells, as text."""
     one = run.evaluation
     ends = one.interval if one else None

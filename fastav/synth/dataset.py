@@ -38,9 +38,9 @@ from fastav.synth.render import (
     CALLS,
     PATTERNS,
     Damage,
-    Job,
-    Output,
-    Stream,
+    OutputFile,
+    RenderJob,
+    StreamSpec,
     damage,
     leave_interrupts_to_the_parent,
     run_job,
@@ -75,7 +75,7 @@ class Synth(Config, frozen=True):
 
 
 class Combination(NamedTuple):
-    """A pattern and a call that occur together, and the class that they make."""
+    """A pattern and a call that occur together, and the class that they make_dataset."""
 
     pattern: int
     call: int
@@ -96,15 +96,15 @@ def classes(task: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(c.label for c in combinations(task)))
 
 
-class Planned(NamedTuple):
+class Layout(NamedTuple):
     """What is going to be written: the jobs, the unprobed clips of their files, and what breaks afterwards."""
 
-    jobs: list[Job]
+    jobs: list[RenderJob]
     clips: list[Clip]
     breaks: dict[Path, Damage]
 
 
-def lay_out(settings: Synth, out: Path) -> Planned:
+def lay_out(settings: Synth, out: Path) -> Layout:
     """Decides which stream goes into which file; draws nothing yet.
 
     Args:
@@ -116,7 +116,7 @@ def lay_out(settings: Synth, out: Path) -> Planned:
         to be broken once they are in the manifest, and how.
     """
     train, test = _train(settings, out), _test(settings, out)
-    return Planned(train.jobs + test.jobs, train.clips + test.clips, train.breaks)
+    return Layout(train.jobs + test.jobs, train.clips + test.clips, train.breaks)
 
 
 def _clip(path: Path, label: str, split: str, recorder: int) -> Clip:
@@ -131,11 +131,11 @@ def _path(out: Path, split: str, number: int, label: str) -> Path:
     return out / split / f"{split}-{number:05}-{label.replace(' ', '-')}.mp4"
 
 
-def _stream(settings: Synth, split: str, kind: str, content: int, recorder: int, number: int) -> Stream:
+def _stream(settings: Synth, split: str, kind: str, content: int, recorder: int, number: int) -> StreamSpec:
     """Returns one stream: recorders and streams of both splits and kinds have keys of their own."""
     part = ("train", "test").index(split)
     purpose = ("recorder", "video", "audio").index(kind)
-    return Stream(content, (settings.seed, 0, part, recorder), (settings.seed, purpose, part, number))
+    return StreamSpec(content, (settings.seed, 0, part, recorder), (settings.seed, purpose, part, number))
 
 
 def _harm(settings: Synth) -> tuple[set[int], dict[int, Damage]]:
@@ -148,7 +148,7 @@ def _harm(settings: Synth) -> tuple[set[int], dict[int, Damage]]:
     return set(order[:num_silent]), broken
 
 
-def _train(settings: Synth, out: Path) -> Planned:
+def _train(settings: Synth, out: Path) -> Layout:
     """Every clip has streams of its own."""
     table = combinations(settings.task)
     silent, broken = _harm(settings)
@@ -160,15 +160,15 @@ def _train(settings: Synth, out: Path) -> Planned:
         video = _stream(settings, "train", "video", pattern, recorder, i)
         audio = () if i in silent else (_stream(settings, "train", "audio", call, recorder, i),)
         harm = UNREADABLE[i - settings.train] if i >= settings.train else ""
-        output = Output(str(path), 0, 0 if audio else None, harm)
-        jobs.append(Job((video,), audio, (output,), (settings.width, settings.height)))
+        output = OutputFile(str(path), 0, 0 if audio else None, harm)
+        jobs.append(RenderJob((video,), audio, (output,), (settings.width, settings.height)))
         clips.append(_clip(path, label, "train", recorder))
         if i in broken:
             breaks[path] = broken[i]
-    return Planned(jobs, clips, breaks)
+    return Layout(jobs, clips, breaks)
 
 
-def _test(settings: Synth, out: Path) -> Planned:
+def _test(settings: Synth, out: Path) -> Layout:
     """Clips come in sets: a video stream of each pattern and an audio stream of each call, muxed in every way.
 
     So each video stream stands in equally many clips of each class that shares its pattern, with the same
@@ -186,13 +186,13 @@ def _test(settings: Synth, out: Path) -> Planned:
         outputs = []
         for k, (pattern, call, label) in enumerate(table):
             path = _path(out, "test", part * len(table) + k + 1, label)
-            outputs.append(Output(str(path), pattern, call))
+            outputs.append(OutputFile(str(path), pattern, call))
             clips.append(_clip(path, label, "test", recorder))
-        jobs.append(Job(videos, audios, tuple(outputs), (settings.width, settings.height)))
-    return Planned(jobs, clips, {})
+        jobs.append(RenderJob(videos, audios, tuple(outputs), (settings.width, settings.height)))
+    return Layout(jobs, clips, {})
 
 
-def _run(jobs: list[Job], workers: int, console: Console) -> None:
+def _run(jobs: list[RenderJob], workers: int, console: Console) -> None:
     """Runs the jobs, in this process when there is one worker only."""
     with progress(console, "making", sum(len(job.outputs) for job in jobs), "files") as advance:
         if workers == 1:
@@ -254,7 +254,7 @@ def _found(out: Path, settings: Synth, *, force: bool) -> bool:
     return complete
 
 
-def make(
+def make_dataset(
     out: Path, settings: Synth, *, workers: int = 0, force: bool = False, console: Console | None = None
 ) -> Manifest:
     """Writes the data set: mp4 files, `manifest.parquet` and `synth.json`.
@@ -301,7 +301,7 @@ def make(
 
 
 def _write(
-    planned: Planned, out: Path, manifest: Path, settings: Synth, workers: int, console: Console
+    planned: Layout, out: Path, manifest: Path, settings: Synth, workers: int, console: Console
 ) -> tuple[Manifest, list[Problem]]:
     """Writes everything; `synth.json` says in the end that it is complete."""
     for split in ("train", "test"):

@@ -39,7 +39,7 @@ Rng = np.random.Generator
 Damage = Literal["", "blank", "torn", "cut", "empty"]
 
 
-class Stream(NamedTuple):
+class StreamSpec(NamedTuple):
     """One stream to draw.
 
     Attributes:
@@ -53,7 +53,7 @@ class Stream(NamedTuple):
     key: tuple[int, ...]
 
 
-class Output(NamedTuple):
+class OutputFile(NamedTuple):
     """One mp4 file: which of its job's streams it holds (`audio` None: no sound), and how it is broken."""
 
     path: str
@@ -62,12 +62,12 @@ class Output(NamedTuple):
     damage: Damage = ""
 
 
-class Job(NamedTuple):
+class RenderJob(NamedTuple):
     """Streams that are drawn and encoded once, and the files they are put into; a worker's unit of work."""
 
-    videos: tuple[Stream, ...]
-    audios: tuple[Stream, ...]
-    outputs: tuple[Output, ...]
+    videos: tuple[StreamSpec, ...]
+    audios: tuple[StreamSpec, ...]
+    outputs: tuple[OutputFile, ...]
     size: tuple[int, int]
 
 
@@ -421,7 +421,7 @@ def damage(data: bytes, kind: Damage) -> bytes:
     return bytes(broken)
 
 
-def run_job(job: Job) -> int:
+def run_job(job: RenderJob) -> int:
     """Draws, encodes and writes the files of a job, beside and then renamed; returns how many."""
     videos, audios = [], []
     for stream in job.videos:

@@ -39,7 +39,7 @@ _BOOTSTRAP_CELLS = 2_000_000
 
 
 @dataclass(slots=True)
-class Rows:
+class MetricRows:
     """The rows one process has seen, duplicates and padding included; plain arrays, to be sent to others."""
 
     ids: list[str] = field(default_factory=list)
@@ -89,14 +89,14 @@ class Metrics:
         # A copy, as the batch's memory may be used again for the next one.
         self._parts.append({name: tensor.detach().cpu().numpy().copy() for name, tensor in named.items()})
 
-    def rows(self) -> Rows:
+    def rows(self) -> MetricRows:
         """This process's rows, for gathering."""
         if not self._parts:
-            return Rows()
+            return MetricRows()
         names = self._parts[0].keys()
-        return Rows(list(self._ids), {n: np.concatenate([part[n] for part in self._parts]) for n in names})
+        return MetricRows(list(self._ids), {n: np.concatenate([part[n] for part in self._parts]) for n in names})
 
-    def merge(self, others: Iterable[Rows]) -> None:
+    def merge(self, others: Iterable[MetricRows]) -> None:
         """Adds the rows of other processes."""
         for rows in others:
             if rows.ids:

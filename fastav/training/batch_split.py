@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class BatchSplit:
     """How a global batch falls apart: `batch = world * accumulation * micro_batch`.
 
     Attributes:

@@ -2,13 +2,12 @@
 
     checkpoints/step_00000120/{shard-00001-...,shard-00002-...}.safetensors, state.json, checksums.json
 
-Each rank has written its part of the tensors (`saver.py`): `model/NAME`, `optimizer/NAME:KEY` and `ema/NAME`, whole or
-in pieces that know their place (torch.distributed.checkpoint in safetensors), so that any number of ranks reads them
-under any strategy. A checkpoint is written into a temporary folder beside, flushed, checksummed and renamed, so a name
-that exists is whole. Should the newest be damaged all the same (a bad disk, a copy cut short), the one before it is
-taken, with a warning. All randomness of a step is drawn from (seed, step, rank), so no generator state is saved.
-
-Format 1, of one rank, is read as well: {model,optimizer,ema}.safetensors, one file for each kind.
+Each rank has written its part of the tensors (`checkpoint_writer.py`): `model/NAME`, `optimizer/NAME:KEY` and
+`ema/NAME`, whole or in pieces that know their place (torch.distributed.checkpoint in safetensors), so that any number
+of ranks reads them under any strategy. A checkpoint is written into a temporary folder beside, flushed, checksummed and
+renamed, so a name that exists is whole. Should the newest be damaged all the same (a bad disk, a copy cut short), the
+one before it is taken, with a warning. All randomness of a step is drawn from (seed, step, rank), so no generator state
+is saved. Format 1, of one rank, is read as well: {model,optimizer,ema}.safetensors, one file for each kind.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastav.core.atomic_files import sha256, write_text
 from fastav.core.errors import FastavError, UserError
-from fastav.distributed.host_group import Crew
+from fastav.distributed.host_group import HostGroup
 from fastav.recipe.parse import Table, differences, parse_recipe, renewed
 from fastav.recipe.schema import Recipe
 
@@ -120,11 +119,11 @@ class Checkpoints:
     Args:
         folder: Where they are.
         keep: How many of the newest stay; the best one stays beside them.
-        crew: The processes that read it together.
+        host_group: The processes that read it together.
     """
 
-    def __init__(self, folder: Path, keep: int = 2, crew: Crew | None = None) -> None:
-        self.folder, self.keep, self.crew = folder, keep, crew or Crew()
+    def __init__(self, folder: Path, keep: int = 2, host_group: HostGroup | None = None) -> None:
+        self.folder, self.keep, self.host_group = folder, keep, host_group or HostGroup()
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending."""
@@ -142,7 +141,7 @@ class Checkpoints:
         Raises:
             FastavError: There are checkpoints, but every one of them is damaged.
         """
-        steps = self.crew.gather(self.steps())[0]  # of rank 0: another's view of a shared folder may be older
+        steps = self.host_group.gather(self.steps())[0]  # of rank 0: another's view of a shared folder may be older
         for step in reversed(steps):
             try:
                 return self.read(step)
@@ -162,7 +161,7 @@ class Checkpoints:
         """
         path = self.path(step)
         wrong = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
-        found, reason = self.crew.together(lambda: self._verified(path, step), wrong)
+        found, reason = self.host_group.together(lambda: self._verified(path, step), wrong)
         if found is None or reason:
             raise FastavError(f"{path}: damaged checkpoint: {reason}")
         if found.state["format"] > FORMAT:
@@ -174,7 +173,7 @@ class Checkpoints:
         for name in sums:
             if Path(name).name != name:
                 raise ValueError(f"{name} is no file of this folder")
-        for name in self.crew.share(sorted(sums)):
+        for name in self.host_group.share(sorted(sums)):
             if sha256(path / name) != sums[name]:
                 raise ValueError(f"{name} does not match its checksum")
             if name.endswith(".safetensors"):

@@ -1,8 +1,8 @@
-"""Saver: writes checkpoints while the training goes on.
+"""Writes checkpoints while the training goes on.
 
 `start` copies what this rank saves to the CPU's memory, which is all that the training waits for; a thread then writes
-it (torch.distributed.checkpoint, in the crew's own group), flushes and checksums it, and rank 0 renames the folder when
-every rank has done so. What goes wrong there is raised by the next `wait`, on every rank.
+it (torch.distributed.checkpoint, in the host group's own group), flushes and checksums it, and rank 0 renames the
+folder when every rank has done so. What goes wrong there is raised by the next `wait`, on every rank.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from torch.distributed.tensor import DTensor
 
 from fastav.core.atomic_files import flush, sha256
 from fastav.core.errors import FastavError
-from fastav.distributed.host_group import Crew
+from fastav.distributed.host_group import HostGroup
 from fastav.training.checkpoint import FORMAT, STATE, SUMS, Checkpoints, write_best
 
 _WRONG = (OSError, SafetensorError, CheckpointException, RuntimeError)
 
 
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of one run.
 
     Args:
@@ -46,7 +46,7 @@ class Saver:
     """
 
     def __init__(self, checkpoints: Checkpoints, *, asynchronous: bool = True) -> None:
-        self._checkpoints, self._crew, self._asynchronous = checkpoints, checkpoints.crew, asynchronous
+        self._checkpoints, self._host_group, self._asynchronous = checkpoints, checkpoints.host_group, asynchronous
         self._thread: threading.Thread | None = None
         self._reason, self._step = "", 0
         self._mesh: DeviceMesh | None = None  # of the copies, made with the first of them
@@ -70,10 +70,11 @@ class Saver:
 
         Args:
             step: Optimizer steps done.
-            tensors: `kind/name` -> what this rank writes, see `Shares`; they may change once this returns.
+            tensors: `kind/name` -> what this rank writes, see `TensorSplit`; they may change once this returns.
             state: Anything JSON can hold; that of rank 0 is written.
             best: Step, metric and value of the best checkpoint, which is not removed.
-            order: `Shares.order`; ranks that differ in it would leave tensors out or mix them up, and write nothing.
+            order: `TensorSplit.order`; ranks that differ in it would leave tensors out or mix them up, and
+                write nothing.
 
         Raises:
             FastavError: As `wait`.
@@ -85,7 +86,7 @@ class Saver:
             self.wait()
             return
         words = (step, self._staged(tensors), state, best or {}, order)
-        self._thread = threading.Thread(target=self._write, args=words, name="fastav-saver")
+        self._thread = threading.Thread(target=self._write, args=words, name="fastav-checkpoint_writer")
         self._thread.start()
 
     def _staged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -137,8 +138,8 @@ class Saver:
     def _written(
         self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], best: Mapping[str, Any], order: str
     ) -> str:
-        crew, main = self._crew, self._crew.rank == 0
-        words, orders = zip(*crew.gather((uuid.uuid4().hex[:12], order)), strict=True)
+        host_group, main = self._host_group, self._host_group.rank == 0
+        words, orders = zip(*host_group.gather((uuid.uuid4().hex[:12], order)), strict=True)
         if len(set(orders)) > 1:
             return "ranks list its tensors in different orders, which is a mistake of this program"
         beside = self._checkpoints.folder / f".step_{step:08d}.{words[0]}.tmp"
@@ -147,14 +148,14 @@ class Saver:
             if main:
                 self._finish(step, beside, sums, state)
 
-        _, reason = crew.together(lambda: self._prepare(beside) if main else None, _WRONG)
+        _, reason = host_group.together(lambda: self._prepare(beside) if main else None, _WRONG)
         sums: list[dict[str, str] | None] = []
         if not reason:
-            own, reason = crew.together(lambda: _write_part(beside, tensors, crew), _WRONG)
-            sums = crew.gather(own)
+            own, reason = host_group.together(lambda: _write_part(beside, tensors, host_group), _WRONG)
+            sums = host_group.gather(own)
         if not reason:
             every = {name: digest for part in sums if part for name, digest in part.items()}
-            _, reason = crew.together(lambda: finish(every), _WRONG)
+            _, reason = host_group.together(lambda: finish(every), _WRONG)
         if main:
             if reason:
                 shutil.rmtree(beside, ignore_errors=True)
@@ -187,22 +188,22 @@ class Saver:
         flush(self._checkpoints.folder)
 
 
-def _write_part(beside: Path, tensors: dict[str, Tensor], crew: Crew) -> dict[str, str]:
+def _write_part(beside: Path, tensors: dict[str, Tensor], host_group: HostGroup) -> dict[str, str]:
     """Writes and flushes this rank's tensors; returns its files with their checksums."""
     writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, process_group=crew.group, no_dist=crew.world == 1)
-    return {file.name: sha256(file) for file in sorted(beside.glob(f"shard-{crew.rank + 1:05d}-*"))}
+    dcp.save(tensors, storage_writer=writer, process_group=host_group.group, no_dist=host_group.world == 1)
+    return {file.name: sha256(file) for file in sorted(beside.glob(f"shard-{host_group.rank + 1:05d}-*"))}
 
 
-class Shares:
+class TensorSplit:
     """Who writes what of a checkpoint: every rank counts along, and must see the same names in the same order.
 
     Args:
-        crew: The processes.
+        host_group: The processes.
     """
 
-    def __init__(self, crew: Crew) -> None:
-        self._rank, self._loads, self._names = crew.rank, [0] * crew.world, hashlib.blake2b(digest_size=8)
+    def __init__(self, host_group: HostGroup) -> None:
+        self._rank, self._loads, self._names = host_group.rank, [0] * host_group.world, hashlib.blake2b(digest_size=8)
 
     def own(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Chooses what this rank writes: its pieces of what is cut, and a fair share of what every rank has whole.

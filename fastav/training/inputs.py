@@ -11,13 +11,13 @@ import msgspec
 import torch
 
 from fastav.core.errors import FastavError, MediaError, UserError
-from fastav.data.clip import Clip
+from fastav.data.clip import Clip, Modality
 from fastav.data.manifest import Manifest
 from fastav.data.plan import Plan
 from fastav.loader.loader import Loader
-from fastav.media.decoder import Modality, Read
-from fastav.media.decoder_choice import Census, Choice, choose, sampled
-from fastav.media.shards import Shards
+from fastav.media.decoder import DecodeSpec
+from fastav.media.decoder_choice import ClipStats, DecoderChoice, choose_decoder, sample_clips
+from fastav.media.shards import ShardReader
 from fastav.media.spectrogram import Frontend
 from fastav.model.weights import model_folder, read_description
 from fastav.recipe.parse import to_table
@@ -27,7 +27,7 @@ MEASURED_CLIPS = 64  # enough for mean and deviation of a spectrogram to a few t
 
 
 @dataclass(frozen=True)
-class Source:
+class SplitSource:
     """What a split of the recipe's data is.
 
     Attributes:
@@ -48,7 +48,7 @@ class Source:
         return sum(len(manifest) for manifest, _ in self.manifests)
 
 
-def training_source(recipe: Recipe) -> Source:
+def training_source(recipe: Recipe) -> SplitSource:
     """Opens what is trained on.
 
     Raises:
@@ -67,7 +67,7 @@ def training_source(recipe: Recipe) -> Source:
         _reach_shards(manifest, recipe)
     aliases = (Path(data.aliases),) if data.aliases else ()
     files = (*(manifest.path for manifest, _ in chosen), *aliases)
-    return Source(chosen, main.classes, read_aliases(data.aliases), files)
+    return SplitSource(chosen, main.classes, read_aliases(data.aliases), files)
 
 
 def evaluation_source(
@@ -75,7 +75,7 @@ def evaluation_source(
     manifest: str | Path | None = None,
     split: str | None = None,
     classes: tuple[str, ...] | None = None,
-) -> Source:
+) -> SplitSource:
     """Opens what is evaluated on: the recipe's test split, or another manifest or split.
 
     Args:
@@ -95,7 +95,7 @@ def evaluation_source(
         (name,) = opened.splits  # new clips, which nobody has held out from anything
     chosen = _usable(opened.split(name), recipe)
     _reach_shards(chosen, recipe)
-    return Source(((chosen, 1.0),), classes or opened.classes, read_aliases(recipe.data.aliases))
+    return SplitSource(((chosen, 1.0),), classes or opened.classes, read_aliases(recipe.data.aliases))
 
 
 def modalities(recipe: Recipe) -> tuple[Modality, ...]:
@@ -103,7 +103,7 @@ def modalities(recipe: Recipe) -> tuple[Modality, ...]:
     return type(recipe.model.fusion).modalities
 
 
-def make_plan(recipe: Recipe, source: Source) -> Plan:
+def make_plan(recipe: Recipe, source: SplitSource) -> Plan:
     """The sampling plan over a source."""
     frontend = recipe.frontend
     return Plan(
@@ -115,9 +115,9 @@ def make_plan(recipe: Recipe, source: Source) -> Plan:
     )
 
 
-def decoder_read(recipe: Recipe, used: tuple[Modality, ...]) -> Read:
+def decoder_read(recipe: Recipe, used: tuple[Modality, ...]) -> DecodeSpec:
     """What a decoder reads for a recipe of some modalities."""
-    return Read(
+    return DecodeSpec(
         modalities=used,
         image_size=recipe.sampling.image_size,
         frontend=recipe.frontend,
@@ -127,7 +127,7 @@ def decoder_read(recipe: Recipe, used: tuple[Modality, ...]) -> Read:
 
 
 def make_loader(
-    recipe: Recipe, source: Source, on_broken: Callable[[Clip, MediaError], None], *, pin_memory: bool = False
+    recipe: Recipe, source: SplitSource, on_broken: Callable[[Clip, MediaError], None], *, pin_memory: bool = False
 ) -> Loader:
     """The loader of a source's plan, with the recipe's decoder."""
     used = modalities(recipe)
@@ -144,7 +144,7 @@ def make_loader(
     )
 
 
-def measured_frontend(recipe: Recipe, source: Source) -> Frontend:
+def measured_frontend(recipe: Recipe, source: SplitSource) -> Frontend:
     """The recipe's frontend with the mean and deviation of its spectrogram, measured where they are not given.
 
     The measure is over the first windows that training would see, so it depends on the recipe and the data alone.
@@ -196,17 +196,20 @@ def read_aliases(path: str | Path) -> dict[str, str]:
     return {name.strip(): known.strip() for name, known in rows}
 
 
-def chosen_decoder(recipe: Recipe, source: Source) -> Choice:
+def chosen_decoder(recipe: Recipe, source: SplitSource) -> DecoderChoice:
     """The decoder that the recipe, this machine and the clips make."""
-    clips = sampled([manifest for manifest, _ in source.manifests])
-    return choose(recipe.decode, Census.of(clips), "video" in modalities(recipe))
+    clips = sample_clips([manifest for manifest, _ in source.manifests])
+    return choose_decoder(recipe.decode, ClipStats.of(clips), "video" in modalities(recipe))
 
 
-def describe_decoder(recipe: Recipe, source: Source) -> str:
+def describe_decoder(recipe: Recipe, source: SplitSource) -> str:
     """The decoder in force and why, for the first log line."""
-    choice, census = chosen_decoder(recipe, source), Census.of(sampled([manifest for manifest, _ in source.manifests]))
+    choice, clip_stats = (
+        chosen_decoder(recipe, source),
+        ClipStats.of(sample_clips([manifest for manifest, _ in source.manifests])),
+    )
     kind, threads = to_table(choice.config)["kind"], recipe.loading.num_workers()
-    return f"{kind} ({choice.reason}), {threads} threads; clips: {census.told()}"
+    return f"{kind} ({choice.reason}), {threads} threads; clips: {clip_stats.describe()}"
 
 
 def choose_pin_memory(device: torch.device) -> bool:
@@ -224,7 +227,7 @@ def _reach_shards(manifest: Manifest, recipe: Recipe) -> None:
     if not clip.shard:
         return
     try:
-        Shards(recipe.loading.shards).units(clip)
+        ShardReader(recipe.loading.shards).units(clip)
     except MediaError as error:
         raise UserError(
             f"{manifest.path}: its shards cannot be read ({error}); where they have been moved, name their folder or "
@@ -241,7 +244,7 @@ def _usable(manifest: Manifest, recipe: Recipe) -> Manifest:
     return chosen
 
 
-def unmapped(source: Source) -> str:
+def unmapped(source: SplitSource) -> str:
     """One line on the classes of the data that the model does not know; empty when it knows them all."""
     known = set(source.classes)
     strange = [

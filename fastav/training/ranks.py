@@ -16,11 +16,11 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import nn
 
 from fastav.core.errors import UserError
-from fastav.distributed import launcher as strategies
-from fastav.distributed.host_group import Crew
+from fastav.distributed.host_group import HostGroup
+from fastav.distributed.launcher import Requested, requested, without_wrappers
 from fastav.distributed.rank_log import record_flights
 from fastav.recipe.schema import Training
-from fastav.training.batch_split import Shares
+from fastav.training.batch_split import BatchSplit
 
 
 class Ranks:
@@ -35,11 +35,11 @@ class Ranks:
         UserError: World size, strategy, precision or accumulation in force differ from what was asked for.
 
     Attributes:
-        asked: The strategy that the launcher asks for.
-        crew: The processes, in a group of their own for what concerns files.
+        requested: The strategy that the launcher requests.
+        host_group: The processes, in a group of their own for what concerns files.
     """
 
-    asked: strategies.Asked
+    requested: Requested
 
     def __init__(self, training: Training, trackers: Sequence[str] = (), folder: str = "") -> None:
         if training.threads:
@@ -52,7 +52,7 @@ class Ranks:
             record_flights(Path(folder) / "logs")
         patience = timedelta(seconds=training.patience_s)
         try:
-            with strategies.without_wrappers():
+            with without_wrappers():
                 self.accelerator = Accelerator(
                     cpu=not accelerated,
                     mixed_precision="no",  # the trainer's own autocast is in force, under every strategy alike
@@ -65,10 +65,10 @@ class Ranks:
             raise UserError(f"log.trackers = {list(trackers)}: {' '.join(str(error).split())}") from None
         self.precision = training.precision
         self._check_world(training)
-        self.asked = strategies.asked(self.world)
+        self.requested = requested(self.world)
         self._check(training)
         group = torch.distributed.new_group(backend="gloo", timeout=patience) if self.world > 1 else None
-        self.crew = Crew(self.rank, self.world, group)
+        self.host_group = HostGroup(self.rank, self.world, group)
 
     @property
     def rank(self) -> int:
@@ -91,10 +91,10 @@ class Ranks:
         return self.accelerator.device
 
     def _check_world(self, training: Training) -> None:
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
-        if asked != self.world:
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.world:
             raise UserError(
-                f"the launcher started {asked} processes (WORLD_SIZE), but {self.world} are in one group: each would "
+                f"the launcher started {started} processes (WORLD_SIZE), but {self.world} are in one group: each would "
                 "train alone; on CPUs use torchrun, or an accelerate config with distributed_type MULTI_GPU and "
                 "ACCELERATE_USE_CPU=true"
             )
@@ -105,9 +105,9 @@ class Ranks:
             )
 
     def _check(self, training: Training) -> None:
-        if training.strategy not in ("any", self.asked.name):
+        if training.strategy not in ("any", self.requested.name):
             raise UserError(
-                f'train.strategy = "{training.strategy}", but "{self.asked.name}" is in force; '
+                f'train.strategy = "{training.strategy}", but "{self.requested.name}" is in force; '
                 "launch/accelerate/ has a config for each"
             )
         steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
@@ -123,7 +123,7 @@ class Ranks:
                 f'mixed_precision "{precision}"; the recipe decides: set it to "no" there'
             )
 
-    def shares(self, training: Training, multiple: int = 1) -> Shares:
+    def shares(self, training: Training, multiple: int = 1) -> BatchSplit:
         """Splits the batch over ranks and accumulation.
 
         Args:
@@ -146,7 +146,7 @@ class Ranks:
             raise UserError(
                 f"train.micro_batch = {micro} must be a multiple of {multiple} (mixup pairs and sampling.repeat)"
             )
-        return Shares(batch, micro, batch // world // micro, self.rank, world)
+        return BatchSplit(batch, micro, batch // world // micro, self.rank, world)
 
     def total(self, values: Sequence[float]) -> list[float]:
         """Sums small numbers over all ranks, in float64."""
@@ -185,12 +185,12 @@ class Ranks:
         else:
             why = "" if self.device.type != "cpu" else ", no GPU found"
             device = f"{self.device.type} ({torch.get_num_threads()} threads{why})"
-        processes = f"{self.world} processes ({self.asked.name})" if self.world > 1 else "1 process"
+        processes = f"{self.world} processes ({self.requested.name})" if self.world > 1 else "1 process"
         return f"{device}, {processes}, {self.precision}"
 
 
-def leave() -> None:
-    """Takes leave of the other processes, once, at the end of the command."""
+def shutdown() -> None:
+    """Takes shutdown of the other processes, once, at the end of the command."""
     if PartialState._shared_state:
         PartialState().destroy_process_group()
         PartialState._reset_state()

@@ -16,16 +16,16 @@ from fastav.core.console import Console
 from fastav.core.errors import MediaError, UserError, did_you_mean
 from fastav.core.machine import peak_flops
 from fastav.data.clip import Clip
-from fastav.distributed import launcher as strategies
+from fastav.distributed.launcher import Single, SpreadOptions, Strategy, checkpoint_activations, spread_model
 from fastav.distributed.rank_log import RankLog
 from fastav.model.av_model import AVModel
 from fastav.optim.ema import Ema
-from fastav.optim.loss_guard import Guard, Kind
+from fastav.optim.loss_guard import LossFault, LossGuard
 from fastav.recipe.parse import parse_recipe, renewed, to_table, to_toml
 from fastav.recipe.schema import Recipe
 from fastav.task.metrics import RANKING
 from fastav.training.checkpoint import Checkpoint, Checkpoints, check_resumable
-from fastav.training.checkpoint_writer import Saver, Shares
+from fastav.training.checkpoint_writer import CheckpointWriter, TensorSplit
 from fastav.training.inputs import (
     describe_decoder,
     evaluation_source,
@@ -40,7 +40,7 @@ from fastav.training.run_folder import RunFolder
 from fastav.training.throughput import Meter
 
 
-class Session:
+class TrainState:
     """One run at one step, the same on every rank.
 
     Args:
@@ -74,8 +74,8 @@ class Session:
             raise
 
     def _start(self, recipe: Recipe) -> None:
-        self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep, self.ranks.crew)
-        self.saver = Saver(self.checkpoints, asynchronous=recipe.saving.asynchronous)
+        self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep, self.ranks.host_group)
+        self.checkpoint_writer = CheckpointWriter(self.checkpoints, asynchronous=recipe.saving.asynchronous)
         found = self.checkpoints.newest()
         before_training(self.ranks, recipe.guard, self.run, self.console, found.step if found else 0)
         self.source = training_source(recipe)
@@ -145,14 +145,14 @@ class Session:
         self.ema = None
         if recipe.optim.ema:
             self.ema = Ema(self.model, recipe.optim.ema, self.strategy.shards(), self.strategy.refresh)
-        self.guard = Guard(recipe.guard)
+        self.guard = LossGuard(recipe.guard)
         self.meter = Meter(self.total_steps, 3 * flops, self._peak_flops())
 
-    def _spread(self) -> strategies.Strategy:
+    def _spread(self) -> Strategy:
         """The model over the ranks, with its optimizer and schedule."""
         recipe, training = self.recipe, self.recipe.train
         if training.activation_checkpointing:
-            strategies.checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
 
         def make_optimizer() -> torch.optim.Optimizer:
             scales = {"video": recipe.model.video.lr_scale, "audio": recipe.model.audio.lr_scale}
@@ -160,13 +160,13 @@ class Session:
             return optimizer
 
         if not self.total_steps:  # nothing is trained: score fusion
-            return strategies.Single(self.model, make_optimizer)
-        options = strategies.Options(
+            return Single(self.model, make_optimizer)
+        options = SpreadOptions(
             micro_batch=self.shares.micro_batch, accumulation=self.shares.accumulation,
             clip_norm=recipe.optim.clip_norm, bf16=training.precision == "bf16", compiled=training.compile,
             bucket_mb=training.bucket_mb, reduce_dtype=training.reduce_dtype,
         )  # fmt: skip
-        strategy = strategies.build(self.ranks.asked, self.model, make_optimizer, options)
+        strategy = spread_model(self.ranks.requested, self.model, make_optimizer, options)
         strategy.check(self.ranks.world, self.shares.accumulation)
         return strategy
 
@@ -197,7 +197,7 @@ class Session:
         unknown = unmapped(self.source)
         if unknown:
             log(unknown)
-        self.log.note(f"step {self.step}/{self.total_steps}{at}, strategy {self.strategy.name}")
+        self.log.record(f"step {self.step}/{self.total_steps}{at}, strategy {self.strategy.name}")
         self.run.write_environment(device=self.ranks.describe(), attention=attention, world=self.ranks.world)
         self.run.write_status("running", step=self.step, total_steps=self.total_steps)
         if self.ranks.accelerator.log_with:
@@ -207,7 +207,7 @@ class Session:
         """Names a clip that could not be read in `skipped.csv`."""
         self.run.skip(clip.id, error, self.step)
 
-    def incident(self, kind: Kind, loss: float, grad_norm: float, ids: list[str]) -> None:
+    def incident(self, kind: LossFault, loss: float, grad_norm: float, ids: list[str]) -> None:
         """Tells of a step that is out of bounds, with the clips of all ranks; every rank must call it.
 
         Raises:
@@ -239,7 +239,7 @@ class Session:
         kinds = {"model": self.strategy.saved(self.strategy.state()), "optimizer": optimizer}
         if self.ema:
             kinds["ema"] = self.strategy.saved(self.ema.state_dict())
-        shares, tensors = Shares(self.ranks.crew), dict[str, Tensor]()
+        shares, tensors = TensorSplit(self.ranks.host_group), dict[str, Tensor]()
         for kind, named in kinds.items():
             tensors |= shares.own((f"{kind}/{name}", tensor) for name, tensor in named)
         state = {
@@ -248,7 +248,7 @@ class Session:
             "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
             "classes": list(self.source.classes), "world": self.ranks.world, "strategy": self.strategy.name,
         }  # fmt: skip
-        self.saver.start(self.step, tensors, state, best=dict(self.best), order=shares.order)
+        self.checkpoint_writer.start(self.step, tensors, state, best=dict(self.best), order=shares.order)
         self.collect_skipped()
 
     def weights(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.data.clips import PACKS, make
 from fastav.media.packed_clip import KeptDecoders
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 from tests.acceptance.rows import REALDATA, Failed, Result, call, fresh
 
 _PLANS = 1000
@@ -23,7 +23,7 @@ class _Film:
     def __init__(self, numbers: list[int]) -> None:
         self.numbers, self.planes = numbers, {}
 
-    def see(self, number: int, frame: object) -> None:
+    def take(self, number: int, frame: object) -> None:
         self.planes[number] = frame.to_ndarray()  # type: ignore[attr-defined]
 
 
@@ -32,7 +32,7 @@ def splice(work: Path) -> Result:
     import av
 
     media = make(fresh(work), FOOTAGE if FOOTAGE.exists() else None)
-    shards, rng = Shards(Reading()), np.random.default_rng(0)
+    shards, rng = ShardReader(ShardReading()), np.random.default_rng(0)
     figures: dict[str, object] = {"footage": media.footage}
     av.logging.set_level(av.logging.WARNING)
     with av.logging.Capture(local=False) as said:

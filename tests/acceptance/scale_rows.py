@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest, write_manifest, write_table
-from fastav.media.shards import Reading, Shards
+from fastav.media.shards import ShardReader, ShardReading
 from tests.acceptance.rows import TINY, Failed, Result, fastav, fresh
 
 _ENCODED, _CLIPS, _BATCHES = 200, 100_000, 10_000
@@ -187,7 +187,7 @@ def broken_weight(work: Path) -> Result:
 
 def _destroy(clip: Clip, shard: Path) -> None:
     """Zeroes every unit of a clip."""
-    units = Shards(Reading()).units(clip)
+    units = ShardReader(ShardReading()).units(clip)
     with shard.open("r+b") as file:
         for at, size in zip(units.at_U.tolist(), units.size_U.tolist(), strict=True):
             file.seek(at)

@@ -11,7 +11,6 @@ from fastav.data.manifest.check import check as check
 from fastav.data.manifest.store import SCHEMA as SCHEMA
 from fastav.data.manifest.store import SCHEMA_VERSION as SCHEMA_VERSION
 from fastav.data.manifest.window import Manifest as Manifest
-from fastav.data.manifest.window import Modality as Modality
 from fastav.data.manifest.write import Extent as Extent
 from fastav.data.manifest.write import clips_table as clips_table
 from fastav.data.manifest.write import merge as merge

@@ -80,7 +80,7 @@ COLUMNS: dict[str, Callable[[NDArray[np.void]], NDArray[Any]]] = {
 }
 
 
-class Store:
+class RowStore:
     """The record batches of an Arrow copy, in a mapping or in memory, and how to reach a row of them.
 
     Columns of a batch: `record` (`RECORD` as fixed-size binary), `modalities` (uint8 bits), `texts` (a row's `TEXTS`
@@ -96,7 +96,7 @@ class Store:
         self._mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if file is not None else None
         buffer = memory if memory is not None else pa.py_buffer(self._mapping)
         reader = pa.ipc.open_file(buffer)
-        header = Header.read(reader.schema.metadata, path)
+        header = ManifestHeader.read(reader.schema.metadata, path)
         self.classes, self.splits, self.metadata = header.classes, header.splits, header.metadata
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         ends = np.cumsum([0, *(batch.num_rows for batch in batches)], dtype=np.int64)
@@ -203,7 +203,7 @@ class Store:
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class ManifestHeader:
     """What the schema metadata of a manifest say."""
 
     classes: tuple[str, ...]
@@ -211,7 +211,7 @@ class Header:
     metadata: dict[str, str]
 
     @classmethod
-    def read(cls, raw: Mapping[bytes, bytes] | None, path: Path) -> Header:
+    def read(cls, raw: Mapping[bytes, bytes] | None, path: Path) -> ManifestHeader:
         """Parses them; `UserError` where they are not those of a manifest this version can read."""
         if not raw or b"fastav.schema_version" not in raw:
             raise UserError(
@@ -246,7 +246,7 @@ class Header:
         return {key.encode(): text.encode() for key, text in lines.items()}
 
 
-def open_store(path: Path) -> Store:
+def open_store(path: Path) -> RowStore:
     """Maps the copy where it is fresh; otherwise makes it anew, in memory where it cannot be written."""
     if path.is_dir() or not path.exists():
         what = "is a folder" if path.is_dir() else "no such file"
@@ -263,7 +263,7 @@ def open_store(path: Path) -> Store:
     if store is not None:
         return store
     with path.open("rb") as file:
-        parquet, source = open_parquet(path, file), identity(file)
+        parquet, source = open_parquet(path, file), file_identity(file)
         try:
             with written_beside(copy) as made, pa.OSFile(str(made), "wb") as sink:
                 write_copy(path, parquet, sink, source)
@@ -273,7 +273,7 @@ def open_store(path: Path) -> Store:
                 write_copy(path, parquet, memory, source)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{path}: the manifest is damaged ({error})") from None
-            return Store(path, memory.getvalue(), source, None)
+            return RowStore(path, memory.getvalue(), source, None)
     # Another process may have put its copy there in the meantime; it is checked like any other.
     store = _map_copy(copy, path)
     if store is None:
@@ -281,7 +281,7 @@ def open_store(path: Path) -> Store:
     return store
 
 
-def _map_copy(copy: Path, path: Path) -> Store | None:
+def _map_copy(copy: Path, path: Path) -> RowStore | None:
     """Maps the copy if it was made from just this Parquet file."""
     try:
         file = copy.open("rb")
@@ -294,7 +294,7 @@ def _map_copy(copy: Path, path: Path) -> Store | None:
         fresh = source["version"] == _COPY_VERSION and source["size"] == stat.st_size
         # A copied or unpacked folder has other times: then the content decides.
         if fresh and (source["mtime_ns"] == stat.st_mtime_ns or source["sha256"] == sha256(path)):
-            store = Store(path, None, source, file)
+            store = RowStore(path, None, source, file)
     except UserError:
         raise
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
@@ -311,7 +311,7 @@ def open_parquet(path: Path, file: BinaryIO) -> pq.ParquetFile:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a manifest, which is a Parquet file ({error})") from None
-    header = Header.read(parquet.schema_arrow.metadata, path)
+    header = ManifestHeader.read(parquet.schema_arrow.metadata, path)
     missing = {"id", "split", "labels"} - set(parquet.schema_arrow.names)
     if missing:
         raise UserError(f"{path}: not a fastav manifest (no column {', '.join(sorted(missing))})")
@@ -325,7 +325,7 @@ def open_parquet(path: Path, file: BinaryIO) -> pq.ParquetFile:
     return parquet
 
 
-def identity(file: BinaryIO) -> dict[str, Any]:
+def file_identity(file: BinaryIO) -> dict[str, Any]:
     """Returns what tells whether a copy was made from just this open file, whatever its name points to by now."""
     stat = os.fstat(file.fileno())
     file.seek(0)
@@ -335,7 +335,7 @@ def identity(file: BinaryIO) -> dict[str, Any]:
 
 def write_copy(path: Path, parquet: pq.ParquetFile, sink: Any, source: dict[str, Any]) -> None:
     """Streams the Parquet file into its Arrow copy."""
-    header = Header.read(parquet.schema_arrow.metadata, path)
+    header = ManifestHeader.read(parquet.schema_arrow.metadata, path)
     metadata = {**header.write(), b"fastav.copy_of": json.dumps(source).encode()}
     kinds = {"record": pa.binary(RECORD.itemsize), "modalities": pa.uint8(), "texts": pa.binary()}
     schema = pa.schema([*kinds.items(), ("labels", pa.list_(pa.int32()))], metadata)

@@ -12,10 +12,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from fastav.core.errors import UserError, did_you_mean
-from fastav.data.clip import Clip
-from fastav.data.manifest.store import COLUMNS, NUMBERS, PATHS, Store, open_store
+from fastav.data.clip import Clip, Modality
+from fastav.data.manifest.store import COLUMNS, NUMBERS, PATHS, RowStore, open_store
 
-Modality = Literal["video", "audio"]
 _CLIP_NUMBERS = tuple(name for name in NUMBERS if not name.startswith("media_"))
 _MODALITY_BITS = {"video": 1, "audio": 2}
 
@@ -36,7 +35,7 @@ class Manifest:
 
     def __init__(
         self,
-        store: Store,
+        store: RowStore,
         start: int = 0,
         stop: int = -1,
         index: NDArray[np.integer] | None = None,

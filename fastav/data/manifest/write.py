@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from fastav.core.atomic_files import written_beside
 from fastav.core.errors import FastavError, UserError
 from fastav.data.clip import Clip
-from fastav.data.manifest.store import PATHS, SCHEMA, Header, identity, open_parquet, write_copy
+from fastav.data.manifest.store import PATHS, SCHEMA, ManifestHeader, file_identity, open_parquet, write_copy
 from fastav.data.manifest.window import Manifest
 
 Extent = tuple[int, int]
@@ -102,13 +102,13 @@ def write_table(
         classes = sorted(found)
     if len(set(classes)) < len(classes):
         raise UserError(f"{path}: a class name is given twice: {sorted(classes)}")
-    header = Header(tuple(classes), ranges, dict(metadata or {}))
+    header = ManifestHeader(tuple(classes), ranges, dict(metadata or {}))
     whole = pa.concat_tables(parts).replace_schema_metadata(header.write())
     try:
         with written_beside(path) as beside, written_beside(path.with_suffix(".arrow")) as copy:
             pq.write_table(whole, beside, row_group_size=1 << 17, compression="zstd")
             with beside.open("rb") as file, pa.OSFile(str(copy), "wb") as sink:
-                write_copy(path, open_parquet(path, file), sink, identity(file))
+                write_copy(path, open_parquet(path, file), sink, file_identity(file))
     except OSError as error:
         raise FastavError(f"cannot write {path}: {error.strerror or error}") from error
     return Manifest.open(path)

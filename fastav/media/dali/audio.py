@@ -10,14 +10,14 @@ from numpy.typing import NDArray
 
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
-from fastav.media.shards import FLAC_BLOCK, SplicedSound
+from fastav.media.shards import FLAC_BLOCK, SplicedAudio
 from fastav.media.spectrogram import Frontend
 
 _TOTAL_BITS = 36  # of STREAMINFO's number of samples
 
 
 @dataclass(frozen=True, slots=True)
-class SoundCut:
+class AudioSpan:
     """The stretch of a clip's sound whose own spectrogram holds its windows' frames.
 
     Attributes:
@@ -33,7 +33,7 @@ class SoundCut:
     total: int
 
     @classmethod
-    def of(cls, frontend: Frontend, starts_W: NDArray[np.int32], length: int, num_samples: int) -> SoundCut | None:
+    def of(cls, frontend: Frontend, starts_W: NDArray[np.int32], length: int, num_samples: int) -> AudioSpan | None:
         """Returns the stretch for some windows of a clip; None where none of them holds any of it.
 
         A spectrogram reflects its input at both ends. At the clip's own ends that is wanted; elsewhere the stretch
@@ -59,7 +59,7 @@ class SoundCut:
         return cls(first * hop, end, first, total)
 
 
-def shortened(sound: SplicedSound, clip: Clip) -> bytes:
+def shortened(sound: SplicedAudio, clip: Clip) -> bytes:
     """Returns a splice as a FLAC stream whose header tells its own number of samples, and no digest.
 
     Raises:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip, ClipPlan
-from fastav.media.dali.graph import Film, Results, Wave
-from fastav.media.decoder import Read, Sample
+from fastav.media.dali.graph import AudioSample, GraphResults, VideoSample
+from fastav.media.decoder import DecodeSpec, Sample
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedClip:
     """What one clip brings to a batch; made by `DaliDecoder.prepare`.
 
     Attributes:
@@ -35,14 +35,14 @@ class Prepared:
 
     clip: Clip
     plans: tuple[ClipPlan, ...]
-    film: Film | None = None
+    film: VideoSample | None = None
     pictures: tuple[Tensor, ...] | None = None
-    wave: Wave | None = None
+    wave: AudioSample | None = None
     mel_WCML: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Decoded:
+class DecodedBatch:
     """A batch on the device, complete; `adopt` it in the consumer's thread.
 
     Attributes:
@@ -69,7 +69,7 @@ class Decoded:
                 tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
-class Batch:
+class DeviceBatch:
     """Tensors of a batch while its clips come in, made on the current CUDA stream.
 
     Args:
@@ -84,9 +84,9 @@ class Batch:
 
     def __init__(
         self,
-        read: Read,
+        read: DecodeSpec,
         device: torch.device,
-        prepared: Sequence[Prepared | None],
+        prepared: Sequence[PreparedClip | None],
         rows: Sequence[Sequence[int]],
         size: int,
         frames: int,
@@ -122,7 +122,7 @@ class Batch:
             self.mel_BWCML[row].copy_(mel_WCML)
             self.has_audio_B[row] = True
 
-    def take_films(self, results: Results) -> None:
+    def take_films(self, results: GraphResults) -> None:
         """Copies decoded frames to their rows."""
         users = [number for number, clip in enumerate(self.clips) if clip.film is not None]
         self._blame(users, results, "video")
@@ -135,7 +135,7 @@ class Batch:
                 self.frames_BTCHW[self._index(rows)] = part_NTHWC.permute(0, 1, 4, 2, 3)
                 self.has_video_B[rows] = True
 
-    def take_waves(self, results: Results) -> None:
+    def take_waves(self, results: GraphResults) -> None:
         """Cuts the windows out of spectrograms and copies them to their rows."""
         users = [number for number, clip in enumerate(self.clips) if clip.wave is not None]
         self._blame(users, results, "audio")
@@ -162,7 +162,7 @@ class Batch:
             for row, sample in zip(rows, samples, strict=True):
                 self._put(row, sample.frames_TCHW, sample.mel_WCML)
 
-    def finish(self) -> Decoded:
+    def finish(self) -> DecodedBatch:
         """Returns the batch; rows of clips that failed are blank."""
         for number, rows in zip(self._numbers, self._rows, strict=True):
             if self.errors[number] is not None:
@@ -171,7 +171,7 @@ class Batch:
             # DALI's buffers end with this call, and whoever takes the batch need not wait for this stream. Only this
             # thread waits; other pipelines go on.
             torch.cuda.current_stream().synchronize()
-        return Decoded(self.frames_BTCHW, self.mel_BWCML, self.has_video_B, self.has_audio_B, self.errors)
+        return DecodedBatch(self.frames_BTCHW, self.mel_BWCML, self.has_video_B, self.has_audio_B, self.errors)
 
     def _blank(self, rows: list[int]) -> None:
         self.has_video_B[rows] = self.has_audio_B[rows] = False
@@ -180,12 +180,12 @@ class Batch:
         if self.mel_BWCML is not None:
             self.mel_BWCML[rows] = self.read.frontend.floor_db
 
-    def _blame(self, users: list[int], results: Results, stage: str) -> None:
+    def _blame(self, users: list[int], results: GraphResults, stage: str) -> None:
         for number, reason in results.failed.items():
             clip = self.clips[users[number]].clip
             self.errors[self._numbers[users[number]]] = MediaError(clip.source, f'clip "{clip.id}": {reason}', stage)
 
-    def _windows(self, mel_NML: Tensor, waves: Sequence[Wave | None]) -> Tensor:
+    def _windows(self, mel_NML: Tensor, waves: Sequence[AudioSample | None]) -> Tensor:
         """Windows [N, W, M, window] of stretches of spectrograms; the floor past the clip's end and where none is."""
         first_N1 = np.array([[wave.first, wave.total] for wave in waves if wave is not None])
         starts_NW = np.stack([wave.starts_W for wave in waves if wave is not None])

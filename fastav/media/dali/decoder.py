@@ -4,7 +4,7 @@
 of that into tensors on the device; several threads may call it, too: each call takes one of `pipelines` pairs of
 pipelines (frames, sound), or waits for one. It blocks its thread, not Python's lock. So a loader drives it with as many
 threads as there are pipelines, each taking whole batches whose clips are prepared; batches may finish out of order. A
-batch is complete when `decode` returns. The consumer calls `Decoded.adopt` on the CUDA stream that it computes on.
+batch is complete when `decode` returns. The consumer calls `DecodedBatch.adopt` on the CUDA stream that it computes on.
 
 What goes through DALI, and what does not:
 
@@ -66,14 +66,23 @@ from fastav.data.clip import Clip, ClipPlan
 from fastav.media import mp4
 from fastav.media.container import read_media
 from fastav.media.crop import crop_box
-from fastav.media.dali.audio import SoundCut, shortened, wav_of
-from fastav.media.dali.batch import Batch, Decoded, Prepared
-from fastav.media.dali.graph import Engine, Film, FilmGraph, Graph, Place, Results, Wave, WaveGraph
-from fastav.media.decoder import Read
-from fastav.media.open import TIME_TOLERANCE_S, blame, first_stream, frame_times_s, open_media
+from fastav.media.dali.audio import AudioSpan, shortened, wav_of
+from fastav.media.dali.batch import DecodedBatch, DeviceBatch, PreparedClip
+from fastav.media.dali.graph import (
+    AudioGraph,
+    AudioSample,
+    Engine,
+    Graph,
+    GraphResults,
+    PipelinePlace,
+    VideoGraph,
+    VideoSample,
+)
+from fastav.media.decoder import DecodeSpec
+from fastav.media.open import TIME_TOLERANCE_S, first_stream, frame_times_s, media_errors, open_media
 from fastav.media.packed_clip import wave_of
 from fastav.media.pyav import PyAV
-from fastav.media.shards import Packed, Shards, SplicedFrames, SplicedSound
+from fastav.media.shards import FetchedClip, ShardReader, SplicedAudio, SplicedFrames
 
 Device = Literal["auto", "gpu", "cpu"]
 
@@ -113,7 +122,7 @@ class Dali(Kind, frozen=True, tag="dali"):
     pipelines: PositiveInt = 2
     hybrid: Share = 0.0
 
-    def build(self, read: Read) -> DaliDecoder:
+    def build(self, read: DecodeSpec) -> DaliDecoder:
         """Returns the decoder for a run, on the current CUDA device.
 
         Raises:
@@ -123,7 +132,7 @@ class Dali(Kind, frozen=True, tag="dali"):
         return DaliDecoder(self, read)
 
 
-def missing(device: Device) -> str:
+def missing_requirement(device: Device) -> str:
     """Returns what DALI lacks to work here, one line; empty where it lacks nothing. Loads nothing of DALI."""
     try:
         found = importlib.util.find_spec("nvidia.dali")
@@ -144,10 +153,10 @@ def missing(device: Device) -> str:
 
 
 @functools.cache
-def ailing(device: Device) -> str:
+def self_test_failure(device: Device) -> str:
     """Returns why DALI does not show the pictures of a made, spliced stream here; empty where it does. Tried once."""
-    place = Place(None if device_kind(device) == "cpu" else torch.cuda.current_device(), 2)
-    slot = _Slot(place, Read(("video",), _TRIAL_SIDE))
+    place = PipelinePlace(None if device_kind(device) == "cpu" else torch.cuda.current_device(), 2)
+    slot = _Slot(place, DecodeSpec(("video",), _TRIAL_SIDE))
     with slot.current():
         return slot.trial(device_kind(device))
 
@@ -162,24 +171,24 @@ class DaliDecoder:
 
     name = "dali"
 
-    def __init__(self, config: Dali, read: Read) -> None:
-        lack = missing(config.device)
+    def __init__(self, config: Dali, read: DecodeSpec) -> None:
+        lack = missing_requirement(config.device)
         if lack:
             raise UserError(f'decode.kind "dali" with device "{config.device}": {lack}')
         self.config, self.read, self.kind = config, read, device_kind(config.device)
         read.frontend.build()  # says where its settings contradict one another
         self.device = torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
         self.threads = config.threads or _threads(self.device)
-        self._shards = Shards(read.reading)
+        self._shards = ShardReader(read.reading)
         # What DALI does not take; each sees one modality, so that nothing is decoded twice.
         self._eyes, self._ears, self._second = (
-            PyAV().build(Read(some, read.image_size, read.frontend, read.window, read.reading))
+            PyAV().build(DecodeSpec(some, read.image_size, read.frontend, read.window, read.reading))
             for some in (("video",), ("audio",), read.modalities)
         )
         self._eyes._shards = self._ears._shards = self._second._shards = self._shards  # one cache for all
         self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
         for _ in range(config.pipelines):
-            self._slots.put(_Slot(Place(self.device.index, self.threads), read))
+            self._slots.put(_Slot(PipelinePlace(self.device.index, self.threads), read))
         with self._slot() as slot:
             why = slot.trial(self.kind)
         if why:
@@ -190,7 +199,7 @@ class DaliDecoder:
         """Batches that `decode` works on at the same time."""
         return self.config.pipelines
 
-    def prepare(self, clip: Clip, plans: Sequence[ClipPlan]) -> Prepared:
+    def prepare(self, clip: Clip, plans: Sequence[ClipPlan]) -> PreparedClip:
         """Reads what decoding a clip needs; may be called from any number of threads.
 
         Args:
@@ -206,7 +215,7 @@ class DaliDecoder:
         cut = self._cut(clip, starts_W) if sounds else None
         numbers_U = _distinct(clip, plans[0]) if seen else None
         wanted_U = None if _is_workers(plans[0].sample, self.config.hybrid) else numbers_U
-        packed = self._fetch(clip, wanted_U, cut) if clip.shard else Packed()
+        packed = self._fetch(clip, wanted_U, cut) if clip.shard else FetchedClip()
         film = None if wanted_U is None else self._film(clip, plans, wanted_U, packed.frames)
         pictures = wave = mel_WCML = None
         if seen and film is None:
@@ -221,17 +230,17 @@ class DaliDecoder:
             mel_WCML = self._ears.decode(clip, plans[:1])[0].mel_WCML
         if film is None and pictures is None and wave is None and mel_WCML is None:
             raise MediaError(clip.source, "holds nothing of what the run looks at")
-        return Prepared(clip, tuple(plans), film, pictures, wave, mel_WCML)
+        return PreparedClip(clip, tuple(plans), film, pictures, wave, mel_WCML)
 
     def decode(
         self,
-        prepared: Sequence[Prepared | None],
+        prepared: Sequence[PreparedClip | None],
         rows: Sequence[Sequence[int]],
         *,
         size: int,
         frames: int,
         windows: int,
-    ) -> Decoded:
+    ) -> DecodedBatch:
         """Makes a batch; may be called from several threads, of which `pipelines` work at a time.
 
         Args:
@@ -245,7 +254,7 @@ class DaliDecoder:
             FastavError: DALI does not work any more, whatever the clips.
         """
         with self._slot() as slot:
-            made = Batch(self.read, self.device, prepared, rows, size, frames, windows)
+            made = DeviceBatch(self.read, self.device, prepared, rows, size, frames, windows)
             slot.films.start([clip.film for clip in made.clips if clip.film is not None])
             slot.waves.start([clip.wave for clip in made.clips if clip.wave is not None])
             made.take_finished()  # while DALI works
@@ -277,11 +286,11 @@ class DaliDecoder:
         finally:
             self._slots.put(slot)
 
-    def _cut(self, clip: Clip, starts_W: NDArray[np.int32]) -> SoundCut | None:
+    def _cut(self, clip: Clip, starts_W: NDArray[np.int32]) -> AudioSpan | None:
         """What the windows look at, in samples of the spectrogram's rate."""
         frontend = self.read.frontend
         count = round(clip.num_samples * frontend.sample_rate / clip.sample_rate)
-        return SoundCut.of(frontend, starts_W, self.read.window, count)
+        return AudioSpan.of(frontend, starts_W, self.read.window, count)
 
     def _is_direct(self, clip: Clip) -> bool:
         """Whether DALI decodes a packed clip's sound to what PyAV makes of it."""
@@ -289,18 +298,18 @@ class DaliDecoder:
         same = clip.sample_rate == frontend.sample_rate and clip.channels <= 2  # their mean is both's downmix
         return same and clip.num_samples > frontend.n_fft // 2
 
-    def _fetch(self, clip: Clip, numbers_U: NDArray[np.int32] | None, cut: SoundCut | None) -> Packed:
+    def _fetch(self, clip: Clip, numbers_U: NDArray[np.int32] | None, cut: AudioSpan | None) -> FetchedClip:
         """Reads of a packed clip what DALI or `_wave` decodes."""
-        fits = clip.video_codec in mp4.FOURCC and takes(self.kind, clip.video_codec, clip.width, clip.height)
+        fits = clip.video_codec in mp4.FOURCC and can_decode(self.kind, clip.video_codec, clip.width, clip.height)
         numbers = numbers_U.tolist() if numbers_U is not None and fits else None
         samples = None
         if cut is not None:
             samples = (cut.begin, cut.end) if self._is_direct(clip) else (0, clip.num_samples)
-        return Packed() if numbers is None and samples is None else self._shards.fetch(clip, numbers, samples)
+        return FetchedClip() if numbers is None and samples is None else self._shards.fetch(clip, numbers, samples)
 
     def _film(
         self, clip: Clip, plans: Sequence[ClipPlan], numbers_U: NDArray[np.int32], spliced: SplicedFrames | None
-    ) -> Film | None:
+    ) -> VideoSample | None:
         """A clip's video for DALI; None where PyAV must decode it."""
         if spliced is not None:
             _check_size(spliced, clip)
@@ -311,7 +320,7 @@ class DaliDecoder:
             if whole is None:
                 return None
             data, frames_U = whole, numbers_U
-        return Film(
+        return VideoSample(
             data=data,
             frames_U=frames_U,
             places_T=np.searchsorted(numbers_U, plans[0].frames_T).astype(np.int32),
@@ -320,13 +329,13 @@ class DaliDecoder:
             frame_bytes=3 * clip.width * clip.height,
         )
 
-    def _wave(self, clip: Clip, cut: SoundCut, starts_W: NDArray[np.int32], sound: SplicedSound | None) -> Wave:
+    def _wave(self, clip: Clip, cut: AudioSpan, starts_W: NDArray[np.int32], sound: SplicedAudio | None) -> AudioSample:
         """A clip's sound for DALI: as it is packed, or decoded and resampled here."""
         if sound is not None and self._is_direct(clip):
             begin, count = cut.begin - sound.start, cut.end - cut.begin
-            return Wave(shortened(sound, clip), begin, count, cut.first, cut.total, starts_W)
+            return AudioSample(shortened(sound, clip), begin, count, cut.first, cut.total, starts_W)
         frontend = self.read.frontend
-        with blame(clip.source, "audio"):
+        with media_errors(clip.source, "audio"):
             if sound is not None:
                 wave_CS = wave_of(sound, clip, frontend.sample_rate)
             else:
@@ -335,16 +344,16 @@ class DaliDecoder:
                 wave_CS = heard.wave(frontend.sample_rate)
         wave_S = wave_CS[0].numpy()
         wave_S = np.pad(wave_S, (0, max(frontend.n_fft // 2 + 1 - len(wave_S), 0)))[cut.begin : cut.end]
-        return Wave(wav_of(wave_S, frontend.sample_rate), 0, len(wave_S), cut.first, cut.total, starts_W)
+        return AudioSample(wav_of(wave_S, frontend.sample_rate), 0, len(wave_S), cut.first, cut.total, starts_W)
 
 
 class _Slot:
     """A pair of pipelines, and the CUDA stream on which their batches are put together."""
 
-    def __init__(self, place: Place, read: Read) -> None:
+    def __init__(self, place: PipelinePlace, read: DecodeSpec) -> None:
         self.place, self.read = place, read
-        self.films: Engine[Film] = Engine(FilmGraph(place, read.image_size))
-        self.waves: Engine[Wave] = Engine(WaveGraph(place, read.frontend))
+        self.films: Engine[VideoSample] = Engine(VideoGraph(place, read.image_size))
+        self.waves: Engine[AudioSample] = Engine(AudioGraph(place, read.frontend))
         self._stream = None if place.device_id is None else torch.cuda.Stream(place.device_id)
 
     @contextmanager
@@ -361,13 +370,13 @@ class _Slot:
         frontend = self.read.frontend
         samples = np.zeros(4 * frontend.n_fft, np.float32)
         starts_W = np.zeros(1, np.int32)
-        wave = Wave(wav_of(samples, frontend.sample_rate), 0, len(samples), 0, 1, starts_W)
+        wave = AudioSample(wav_of(samples, frontend.sample_rate), 0, len(samples), 0, 1, starts_W)
         trials: list[tuple[Graph[Any], Any]] = []
         if "audio" in self.read.modalities:
-            trials.append((WaveGraph(self.place, frontend), wave))
+            trials.append((AudioGraph(self.place, frontend), wave))
         if "video" in self.read.modalities:
             trials.append(
-                (FilmGraph(self.place, self.read.image_size), _made_film("h264" if kind == "gpu" else "mjpeg"))
+                (VideoGraph(self.place, self.read.image_size), _made_film("h264" if kind == "gpu" else "mjpeg"))
             )
         for graph, sample in trials:
             engine: Engine[Any] = Engine(graph)
@@ -378,7 +387,7 @@ class _Slot:
                 return f"nvidia.dali cannot be loaded ({error})"
             if results.failed:
                 return results.failed[0]
-            if isinstance(sample, Film) and (wrong := _seen_wrong(results)):
+            if isinstance(sample, VideoSample) and (wrong := _seen_wrong(results)):
                 return wrong
         return ""
 
@@ -412,7 +421,7 @@ def _distinct(clip: Clip, plan: ClipPlan) -> NDArray[np.int32]:
     return numbers_U
 
 
-def takes(kind: str, codec: str, width: int, height: int) -> bool:
+def can_decode(kind: str, codec: str, width: int, height: int) -> bool:
     """Whether DALI decodes such video there."""
     least = _LEAST[kind].get(codec)
     if least is None or width < least[0] or height < least[1]:
@@ -427,7 +436,7 @@ def _check_size(spliced: SplicedFrames, clip: Clip) -> None:
     Raises:
         MediaError: They differ.
     """
-    with blame(clip.source, "video"):
+    with media_errors(clip.source, "video"):
         if spliced.codec == "h264":
             context: Any = av.CodecContext.create("h264", "r")
             context.parse(spliced.units[0])
@@ -448,13 +457,13 @@ def _plain(clip: Clip, kind: str) -> bytes | None:
     path = clip.video
     if path is None or clip.start_frame or clip.rotation:
         return None
-    with blame(path, "video"), open_media(path) as container:
+    with media_errors(path, "video"), open_media(path) as container:
         stream = first_stream(container, "video", path)
         if stream is None or container.format.name not in _CONTAINERS or len(container.streams.video) > 1:
             return None
         context = stream.codec_context
         fits = (
-            takes(kind, context.codec.canonical_name, clip.width, clip.height)
+            can_decode(kind, context.codec.canonical_name, clip.width, clip.height)
             and (context.width, context.height) == (clip.width, clip.height)
             and context.pix_fmt in _PIXELS
             and int(context.colorspace) in _BT601
@@ -479,7 +488,7 @@ def _is_plain(packets: list[Any], stream: Any, clip: Clip) -> bool:
     return bool(times_N[count - 1] < end_s <= times_N[count])
 
 
-def _made_film(codec: str) -> Film:
+def _made_film(codec: str) -> VideoSample:
     """Two groups of grey pictures out of three, spliced: what packs give, with x264's `idr_pic_id` twice the same."""
     context: Any = av.CodecContext.create("libx264" if codec == "h264" else codec, "w")
     context.width = context.height = _TRIAL_SIDE
@@ -498,10 +507,10 @@ def _made_film(codec: str) -> Film:
     keys = [True, codec != "h264"] * 2
     data = mp4.wrap(codec, [*units[:2], *units[4:]], keys, _TRIAL_SIDE, _TRIAL_SIDE)
     numbers = np.arange(len(keys), dtype=np.int32)
-    return Film(data, numbers, numbers, ((0, 0, _TRIAL_SIDE, _TRIAL_SIDE),), (False,), 3 * _TRIAL_SIDE**2)
+    return VideoSample(data, numbers, numbers, ((0, 0, _TRIAL_SIDE, _TRIAL_SIDE),), (False,), 3 * _TRIAL_SIDE**2)
 
 
-def _seen_wrong(results: Results) -> str:
+def _seen_wrong(results: GraphResults) -> str:
     """Says whether the made film came out as other pictures than went in: unwritten memory is no failure for DALI."""
     shown = results.parts[0][1][0][0].float().mean((1, 2, 3)).tolist()
     if all(abs(level - grey) < _TRIAL_LEVELS for level, grey in zip(shown, _TRIAL_GREYS, strict=True)):

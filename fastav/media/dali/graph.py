@@ -43,7 +43,7 @@ _FAILURES = (RuntimeError, ValueError, IndexError)  # what DALI raises for sampl
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class PipelinePlace:
     """Where pipelines run.
 
     Attributes:
@@ -62,7 +62,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Film:
+class VideoSample:
     """The video of a clip, ready to be decoded.
 
     Attributes:
@@ -83,7 +83,7 @@ class Film:
 
 
 @dataclass(frozen=True, slots=True)
-class Wave:
+class AudioSample:
     """The sound of a clip, ready to be decoded.
 
     Attributes:
@@ -114,7 +114,7 @@ class Graph(Protocol[S_contra]):
         place: Where they run.
     """
 
-    place: Place
+    place: PipelinePlace
 
     def kind(self, samples: Sequence[S_contra]) -> int:
         """Returns which variant of the pipeline takes these samples."""
@@ -129,7 +129,7 @@ class Graph(Protocol[S_contra]):
         ...
 
 
-class FilmGraph:
+class VideoGraph:
     """Frames [N, T, size, size, 3] uint8 of each plan of N clips; the variant is how many plans a clip has.
 
     Args:
@@ -137,14 +137,14 @@ class FilmGraph:
         size: Height and width of the frames handed out.
     """
 
-    def __init__(self, place: Place, size: int) -> None:
+    def __init__(self, place: PipelinePlace, size: int) -> None:
         self.place, self.size = place, size
 
-    def kind(self, samples: Sequence[Film]) -> int:
+    def kind(self, samples: Sequence[VideoSample]) -> int:
         """See `Graph`: the largest number of plans."""
         return max(len(film.boxes) for film in samples)
 
-    def build(self, kind: int, capacity: int, samples: Sequence[Film]) -> Any:
+    def build(self, kind: int, capacity: int, samples: Sequence[VideoSample]) -> Any:
         """See `Graph`."""
         from nvidia.dali import fn, types
 
@@ -181,7 +181,7 @@ class FilmGraph:
         pipeline.build()
         return pipeline
 
-    def feed(self, pipeline: Any, kind: int, samples: Sequence[Film]) -> None:
+    def feed(self, pipeline: Any, kind: int, samples: Sequence[VideoSample]) -> None:
         """See `Graph`; a clip with fewer plans than others repeats its last one."""
         pipeline.feed_input("data", [np.frombuffer(film.data, np.uint8) for film in samples])
         pipeline.feed_input("frames", [film.frames_U for film in samples])
@@ -196,7 +196,7 @@ class FilmGraph:
             pipeline.feed_input(f"to{lane}", np.stack([np.ones_like(flip_N), 1 - flip_N], axis=1))
 
 
-class WaveGraph:
+class AudioGraph:
     """Log-mel spectrograms [N, M, L] float32 in dB of N clips' stretches of sound; L of the longest, then the floor.
 
     Args:
@@ -204,14 +204,14 @@ class WaveGraph:
         frontend: Settings of the spectrogram.
     """
 
-    def __init__(self, place: Place, frontend: Frontend) -> None:
+    def __init__(self, place: PipelinePlace, frontend: Frontend) -> None:
         self.place, self.frontend = place, frontend
 
-    def kind(self, samples: Sequence[Wave]) -> int:
+    def kind(self, samples: Sequence[AudioSample]) -> int:
         """See `Graph`: there is one."""
         return 0
 
-    def build(self, kind: int, capacity: int, samples: Sequence[Wave]) -> Any:
+    def build(self, kind: int, capacity: int, samples: Sequence[AudioSample]) -> Any:
         """See `Graph`."""
         from nvidia.dali import fn, types
         from nvidia.dali import math as dali_math
@@ -250,7 +250,7 @@ class WaveGraph:
         pipeline.build()
         return pipeline
 
-    def feed(self, pipeline: Any, kind: int, samples: Sequence[Wave]) -> None:
+    def feed(self, pipeline: Any, kind: int, samples: Sequence[AudioSample]) -> None:
         """See `Graph`."""
         pipeline.feed_input("data", [np.frombuffer(wave.data, np.uint8) for wave in samples])
         pipeline.feed_input("begin", np.array([[wave.begin] for wave in samples], np.int32))
@@ -266,7 +266,7 @@ def _window(settings: Frontend) -> list[float]:
 
 
 @dataclass(frozen=True, slots=True)
-class Results:
+class GraphResults:
     """What became of samples.
 
     Attributes:
@@ -305,17 +305,17 @@ class Engine(Generic[S]):
         if self._samples:
             self._begin(self._samples)
 
-    def finish(self) -> Results:
+    def finish(self) -> GraphResults:
         """Waits for what was started."""
         samples, self._samples = self._samples, []
         if not samples:
-            return Results([], {})
+            return GraphResults([], {})
         outcome = self._collect()
         if not isinstance(outcome, str):
-            return Results([(list(range(len(samples))), outcome)], {})
+            return GraphResults([(list(range(len(samples))), outcome)], {})
         if len(samples) == 1:
-            return Results([], {0: outcome})
-        results = Results([], {})
+            return GraphResults([], {0: outcome})
+        results = GraphResults([], {})
         for number, sample in enumerate(samples):
             self._begin([sample])
             outcome = self._collect()

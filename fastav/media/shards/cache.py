@@ -30,7 +30,7 @@ from typing import BinaryIO
 
 from fastav.core.errors import MediaError
 from fastav.media.shards.remote import Remote
-from fastav.media.shards.store import Range, Traffic
+from fastav.media.shards.store import Range, ReadStats
 
 _LOCKS = 1024  # lock files; blocks share them
 _TOUCH_S = 60.0  # a block's time of use is noted no more often
@@ -53,15 +53,15 @@ class Cached:
         self._remote, self._folder, self._most, self._block = remote, folder / "fastav-blocks-1", most, block
         self._lock = threading.Lock()
         self._known: dict[str, tuple[int, str]] = {}
-        self._own = Traffic()
+        self._own = ReadStats()
         self._warned = False
         self._passed: set[str] = set()  # shards whose wrong blocks cannot be deleted
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ReadStats:
         """Requests and bytes of the network, hits and misses of the cache."""
         far = self._remote.traffic
-        return Traffic(far.requests, far.num_bytes, self._own.cache_hits, self._own.cache_misses)
+        return ReadStats(far.requests, far.num_bytes, self._own.cache_hits, self._own.cache_misses)
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         """See `Store.read`."""
@@ -99,7 +99,7 @@ class Cached:
                     block.close()
 
     def forget(self, name: str, part: Range) -> None:
-        """Deletes the blocks of a part of a shard, and asks its server again who it is."""
+        """Deletes the blocks of a part of a shard, and asks its server again for its identity."""
         with self._lock:
             known = self._known.pop(name, None)
         if known is not None:

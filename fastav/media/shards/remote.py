@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 
 from fastav.core.errors import MediaError, UserError
-from fastav.media.shards.store import Range, Traffic, merged
+from fastav.media.shards.store import Range, ReadStats, merge_ranges
 
 _GAP_BYTES = 1 << 16
 """Ranges no further apart than this are one request: at 100 MB/s 64 KiB take less than a millisecond."""
@@ -37,7 +37,7 @@ class Remote:
     """
 
     def __init__(self, concurrency: int, retries: int) -> None:
-        self.traffic = Traffic()
+        self.traffic = ReadStats()
         self._concurrency, self._retries = concurrency, retries
         self._lock = threading.Lock()
         self._systems: dict[tuple[str, int], Any] = {}
@@ -45,7 +45,7 @@ class Remote:
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
         """See `Store.read`."""
         found: list[bytes] = [b""] * len(ranges)
-        runs = merged(ranges, _GAP_BYTES)
+        runs = merge_ranges(ranges, _GAP_BYTES)
         for (begin, _, members), data in zip(runs, self._fetch(name, [run[:2] for run in runs]), strict=True):
             for i in members:
                 at, size = ranges[i]

@@ -1,4 +1,4 @@
-"""GOP splice: the few groups of pictures, and the few seconds of sound, that a plan asks of a packed clip."""
+"""GOP splice: the few groups of pictures, and the few seconds of sound, that a plan needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.shards.format import FLAC_BLOCK, UnitKind, Units, decode_table, table_place, unit_crc
-from fastav.media.shards.store import Reading, Store
+from fastav.media.shards.store import ShardReading, ShardStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class SplicedFrames:
 
 
 @dataclass(frozen=True, slots=True)
-class SplicedSound:
+class SplicedAudio:
     """FLAC frames that cover the wanted samples.
 
     Attributes:
@@ -59,7 +59,7 @@ class SplicedSound:
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
+class FetchedClip:
     """What was read of a packed clip; every unit agrees with its CRC.
 
     Attributes:
@@ -71,36 +71,36 @@ class Packed:
     """
 
     frames: SplicedFrames | None = None
-    sound: SplicedSound | None = None
+    sound: SplicedAudio | None = None
     picture: bytes | None = None
     mel: bytes | None = None
     num_bytes: int = 0
 
 
-class Shards:
+class ShardReader:
     """Reads packed clips; one for a process, for any number of threads.
 
     Args:
         reading: Where from and through which cache.
     """
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: ShardReading) -> None:
         self.reading = reading
         self._lock = threading.Lock()
-        self._opened: Store | None = None
+        self._opened: ShardStore | None = None
 
     @property
-    def store(self) -> Store:
+    def store(self) -> ShardStore:
         """The store behind it, opened when first used."""
         with self._lock:
             if self._opened is None:
                 self._opened = self.reading.build()
             return self._opened
 
-    def __reduce__(self) -> tuple[type[Shards], tuple[Reading]]:
-        return Shards, (self.reading,)
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[ShardReading]]:
+        return ShardReader, (self.reading,)
 
-    def fetch(self, clip: Clip, numbers: Sequence[int] | None, samples: tuple[int, int] | None) -> Packed:
+    def fetch(self, clip: Clip, numbers: Sequence[int] | None, samples: tuple[int, int] | None) -> FetchedClip:
         """Reads what decoding some frames and samples needs, and nothing else but the clip's table.
 
         Args:
@@ -126,14 +126,14 @@ class Shards:
         """Reads a clip's table; `MediaError` where it cannot be read or is another clip's."""
         return decode_table(clip, self.store.read(clip.shard, [table_place(clip)])[0])
 
-    def _fetch(self, clip: Clip, numbers: Sequence[int] | None, samples: tuple[int, int] | None) -> Packed:
+    def _fetch(self, clip: Clip, numbers: Sequence[int] | None, samples: tuple[int, int] | None) -> FetchedClip:
         raw = self.store.read(clip.shard, [table_place(clip)])[0]
         try:
             units = decode_table(clip, raw)
         except MediaError as error:
             raise _Altered(error.reason) from error
         wanted_V = needed_units(units.kind_U[: clip.num_frames], numbers or [])
-        wanted_A = clip.num_frames + needed_sound(clip, samples)
+        wanted_A = clip.num_frames + needed_audio(clip, samples)
         chosen = np.concatenate([wanted_V, wanted_A]).astype(np.int64)
         data = self._read_units(clip, units, chosen)
         seen, heard = data[: len(wanted_V)], data[len(wanted_V) :]
@@ -146,10 +146,10 @@ class Shards:
             frames = SplicedFrames(clip.video_codec, seen, keys, shown)
         if heard and clip.num_samples:
             first = int(wanted_A[1]) - clip.num_frames - 1 if len(wanted_A) > 1 else 0
-            sound = SplicedSound(heard[0], heard[1:], first * FLAC_BLOCK)
+            sound = SplicedAudio(heard[0], heard[1:], first * FLAC_BLOCK)
         elif heard:
             mel = heard[0]
-        return Packed(frames, sound, picture, mel, len(raw) + sum(map(len, data)))
+        return FetchedClip(frames, sound, picture, mel, len(raw) + sum(map(len, data)))
 
     def _read_units(self, clip: Clip, units: Units, chosen: NDArray[np.int64]) -> list[bytes]:
         """Reads units, one contiguous range a run of neighbours, and checks each."""
@@ -203,7 +203,7 @@ def needed_units(kind_N: NDArray[np.int64], numbers: Sequence[int]) -> NDArray[n
     return np.array(needed, np.int64)
 
 
-def needed_sound(clip: Clip, samples: tuple[int, int] | None) -> NDArray[np.int64]:
+def needed_audio(clip: Clip, samples: tuple[int, int] | None) -> NDArray[np.int64]:
     """Returns the sound's units that hold the samples: the header and some frames, or the stored spectrogram."""
     if samples is None or not clip.has_audio:
         return np.zeros(0, np.int64)

@@ -22,7 +22,7 @@ _GAP_BYTES = 4096
 
 
 @dataclass(slots=True)
-class Traffic:
+class ReadStats:
     """What a store did so far; counted without a lock, for statistics.
 
     Attributes:
@@ -38,11 +38,11 @@ class Traffic:
     cache_misses: int = 0
 
 
-class Store(Protocol):
+class ShardStore(Protocol):
     """Reads byte ranges of shards; called from many threads at once."""
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ReadStats:
         """What it did so far."""
         ...
 
@@ -59,7 +59,7 @@ class Store(Protocol):
         ...
 
 
-class Reading(Config, frozen=True):
+class ShardReading(Config, frozen=True):
     """How shards are read.
 
     Attributes:
@@ -78,7 +78,7 @@ class Reading(Config, frozen=True):
     retries: NonNegativeInt = 6
     open_files: PositiveInt = 64
 
-    def build(self) -> Store:
+    def build(self) -> ShardStore:
         """Returns a store that takes paths and URLs alike.
 
         Raises:
@@ -95,26 +95,26 @@ class Reading(Config, frozen=True):
 class AnyStore:
     """Local files, and URLs by way of the cache where there is one."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: ShardReading) -> None:
         self._reading, self._local = reading, LocalFiles(reading.open_files)
         self._lock = threading.Lock()
-        self._far: Store | None = None
+        self._far: ShardStore | None = None
 
     @property
-    def traffic(self) -> Traffic:
+    def traffic(self) -> ReadStats:
         """Of both together."""
-        near, far = self._local.traffic, self._far.traffic if self._far else Traffic()
-        return Traffic(*(getattr(near, f) + getattr(far, f) for f in Traffic.__slots__))
+        near, far = self._local.traffic, self._far.traffic if self._far else ReadStats()
+        return ReadStats(*(getattr(near, f) + getattr(far, f) for f in ReadStats.__slots__))
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """See `Store.read`."""
+        """See `ShardStore.read`."""
         return self._of(name).read(name, ranges)
 
     def forget(self, name: str, part: Range) -> None:
-        """See `Store.forget`."""
+        """See `ShardStore.forget`."""
         self._of(name).forget(name, part)
 
-    def _of(self, name: str) -> Store:
+    def _of(self, name: str) -> ShardStore:
         if "://" not in name:
             return self._local
         with self._lock:
@@ -122,7 +122,7 @@ class AnyStore:
                 self._far = self._open_far()
             return self._far
 
-    def _open_far(self) -> Store:
+    def _open_far(self) -> ShardStore:
         from fastav.media.shards.remote import (
             Remote,  # fsspec takes a tenth of a second, and most runs read local files
         )
@@ -154,7 +154,7 @@ class LocalFiles:
     """
 
     most: int = 64
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: ReadStats = field(default_factory=ReadStats)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -165,7 +165,7 @@ class LocalFiles:
             os.close(file.descriptor)
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """See `Store.read`."""
+        """See `ShardStore.read`."""
         try:
             try:
                 return self._read(name, ranges)
@@ -186,7 +186,7 @@ class LocalFiles:
 
     def _ranges(self, name: str, descriptor: int, ranges: Sequence[Range]) -> list[bytes]:
         found: list[bytes] = [b""] * len(ranges)
-        for begin, size, members in merged(ranges, _GAP_BYTES):
+        for begin, size, members in merge_ranges(ranges, _GAP_BYTES):
             data = os.pread(descriptor, size, begin)
             while len(data) < size and (more := os.pread(descriptor, size - len(data), begin + len(data))):
                 data += more
@@ -229,7 +229,7 @@ class LocalFiles:
                 os.close(file.descriptor)
 
 
-def merged(ranges: Sequence[Range], gap: int) -> list[tuple[int, int, list[int]]]:
+def merge_ranges(ranges: Sequence[Range], gap: int) -> list[tuple[int, int, list[int]]]:
     """Returns runs of ranges that touch or nearly do: begin, size, and which ranges are in it."""
     runs: list[tuple[int, int, list[int]]] = []
     for i in sorted(range(len(ranges)), key=lambda i: ranges[i][0]):

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fastav.core.config import Kind, NonNegativeInt
 from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Modality
 from fastav.model.bottleneck_block import BottleneckBlock, enter_blocks
 from fastav.model.fusion.inputs import (
-    Streams,
+    FusionInputs,
     both,
     clip_sequence,
     each_window,
@@ -21,7 +22,7 @@ from fastav.model.fusion.inputs import (
     present,
     side_by_side,
 )
-from fastav.model.tower import Modality, TimmTower, block_flops, linear_flops
+from fastav.model.tower import Tower, block_flops, linear_flops
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
 
 
@@ -58,7 +59,7 @@ class Bottleneck(Kind, frozen=True, tag="bottleneck"):
         """Whether each tower has a head of its own."""
         return self.head == "mean"
 
-    def build(self, video: TimmTower, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+    def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module and replaces the towers' blocks from `start` on.
 
         Raises:
@@ -80,8 +81,8 @@ class Bottleneck(Kind, frozen=True, tag="bottleneck"):
             near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])
             raise UserError(f'model.fusion.attention: "{self.attention}" is unknown{near}')
         # Behind the last layer nobody reads the bottleneck, but its audio half reads what the video half made of it.
-        enter_blocks(video, self.start, self.frames, self.attention, last_asks=self.update == "sequential")
-        enter_blocks(audio, self.start, "joint", self.attention, last_asks=False)
+        enter_blocks(video, self.start, self.frames, self.attention, last_needs_bottleneck=self.update == "sequential")
+        enter_blocks(audio, self.start, "joint", self.attention, last_needs_bottleneck=False)
         layers = depths[0] - self.start
         return BottleneckFusion(self, (video.width, audio.width), layers, num_classes, num_frames)
 
@@ -123,7 +124,7 @@ class BottleneckFusion(nn.Module):
         if config.head == "concat":
             self.head = new_linear(sum(widths), num_classes)
 
-    def forward(self, video: TimmTower, audio: TimmTower, streams: Streams) -> Tensor:
+    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
         """Returns logits [B, K]."""
         frames_BTCHW, mel_BWCML = both(streams)
         clips, windows = mel_BWCML.shape[:2]
@@ -156,7 +157,7 @@ class BottleneckFusion(nn.Module):
         one = torch.where(has[0], z_v, torch.where(has[1], z_a, z))
         return torch.where(has[0] & has[1], mean, one)
 
-    def _heard(self, audio: TimmTower, mel_BWCML: Tensor) -> Tensor:
+    def _heard(self, audio: Tower, mel_BWCML: Tensor) -> Tensor:
         """Returns the windows' tokens before the first fusion layer, [B * W, 1, L, D]."""
         x = audio.embed(mel_BWCML.flatten(0, 1))
         audio.rows_per_clip(mel_BWCML.shape[1])
@@ -164,7 +165,7 @@ class BottleneckFusion(nn.Module):
             x = block(x)
         return x.unsqueeze(1)
 
-    def _seen(self, video: TimmTower, frames_BTCHW: Tensor) -> Tensor:
+    def _seen(self, video: Tower, frames_BTCHW: Tensor) -> Tensor:
         """Returns the frames' tokens before the first fusion layer, [B, T, N, D]; with `joint` T is 1."""
         clips, frames = frames_BTCHW.shape[:2]
         if self.config.frames == "joint":
@@ -177,7 +178,7 @@ class BottleneckFusion(nn.Module):
         return x.unflatten(0, (clips, frames))
 
     def _logits(
-        self, video: TimmTower, audio: TimmTower, video_BWF: Tensor, audio_BWF: Tensor, streams: Streams
+        self, video: Tower, audio: Tower, video_BWF: Tensor, audio_BWF: Tensor, streams: FusionInputs
     ) -> Tensor:
         """Returns logits [B, K] of each window's features."""
         video_BF = over_windows(video_BWF, streams.window_BW)  # the heads are linear
@@ -186,7 +187,7 @@ class BottleneckFusion(nn.Module):
             return self.head(side_by_side(video_BF, audio_BF, streams))
         return over_present(video.head(video_BF), audio.head(audio_BF), streams)
 
-    def flops(self, video: TimmTower, audio: TimmTower, frames: int, windows: int) -> int:
+    def flops(self, video: Tower, audio: Tower, frames: int, windows: int) -> int:
         """Operations of one clip."""
         start, Z = self.config.start, self.tokens
         rows, N = frames, video.num_prefix + video.num_patches

@@ -9,8 +9,17 @@ from torch import Tensor, nn
 
 from fastav.core.config import Kind
 from fastav.core.errors import UserError
-from fastav.model.fusion.inputs import Streams, both, clip_sequence, each_window, key_mask, over_present, over_windows
-from fastav.model.tower import Modality, TimmTower, block_flops
+from fastav.data.clip import Modality
+from fastav.model.fusion.inputs import (
+    FusionInputs,
+    both,
+    clip_sequence,
+    each_window,
+    key_mask,
+    over_present,
+    over_windows,
+)
+from fastav.model.tower import Tower, block_flops
 
 
 class Early(Kind, frozen=True, tag="early"):
@@ -24,7 +33,7 @@ class Early(Kind, frozen=True, tag="early"):
     modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
     tower_heads: ClassVar[bool] = True
 
-    def build(self, video: TimmTower, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+    def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module and removes the audio tower's blocks.
 
         Raises:
@@ -48,7 +57,7 @@ class EarlyFusion(nn.Module):
         super().__init__()
         self.time_embed = nn.Parameter(torch.zeros(num_frames, 1, width))
 
-    def forward(self, video: TimmTower, audio: TimmTower, streams: Streams) -> Tensor:
+    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
         """Returns logits [B, K]."""
         frames_BTCHW, mel_BWCML = both(streams)
         windows = mel_BWCML.shape[1]
@@ -69,7 +78,7 @@ class EarlyFusion(nn.Module):
         )
         return video.head(pooled_BF)
 
-    def flops(self, video: TimmTower, audio: TimmTower, frames: int, windows: int) -> int:
+    def flops(self, video: Tower, audio: Tower, frames: int, windows: int) -> int:
         """Operations of one clip."""
         seen = video.num_prefix + frames * video.num_patches
         heard = audio.num_prefix + audio.num_patches

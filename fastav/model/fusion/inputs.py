@@ -7,10 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastav.model.tower import TimmTower
+from fastav.model.tower import Tower
 
 
-class Streams(NamedTuple):
+class FusionInputs(NamedTuple):
     """What a fusion is fed: normalised and mixed inputs of B clips.
 
     Attributes:
@@ -28,7 +28,7 @@ class Streams(NamedTuple):
     has_audio_B: Tensor | None = None
 
 
-def video_features(video: TimmTower, streams: Streams) -> Tensor:
+def video_features(video: Tower, streams: FusionInputs) -> Tensor:
     """Returns the mean of the features of each clip's frames, [B, F] (TSN)."""
     frames_BTCHW = streams.frames_BTCHW
     assert frames_BTCHW is not None
@@ -36,7 +36,7 @@ def video_features(video: TimmTower, streams: Streams) -> Tensor:
     return video.features(frames_BTCHW.flatten(0, 1), frames).unflatten(0, (clips, frames)).mean(1)
 
 
-def audio_features(audio: TimmTower, streams: Streams) -> Tensor:
+def audio_features(audio: Tower, streams: FusionInputs) -> Tensor:
     """Returns the features of each window, [B, W, F]."""
     mel_BWCML = streams.mel_BWCML
     assert mel_BWCML is not None
@@ -44,7 +44,7 @@ def audio_features(audio: TimmTower, streams: Streams) -> Tensor:
     return audio.features(mel_BWCML.flatten(0, 1), windows).unflatten(0, (clips, windows))
 
 
-def clip_sequence(video: TimmTower, frames_BTCHW: Tensor, time_T1D: Tensor) -> Tensor:
+def clip_sequence(video: Tower, frames_BTCHW: Tensor, time_T1D: Tensor) -> Tensor:
     """Returns all frames' patches as one sequence behind one set of class tokens, [B, P + T*N, D]."""
     clips, frames = frames_BTCHW.shape[:2]
     tokens_BTND = video.embed(frames_BTCHW.flatten(0, 1)).unflatten(0, (clips, frames))
@@ -68,7 +68,7 @@ def over_windows(values_BWF: Tensor, window_BW: Tensor | None) -> Tensor:
     return (values_BWF * weight_BW1).sum(1) / weight_BW1.sum(1)
 
 
-def present(streams: Streams) -> tuple[Tensor, Tensor] | None:
+def present(streams: FusionInputs) -> tuple[Tensor, Tensor] | None:
     """Returns which clips have video and audio, bool [B] each; None where all have both."""
     has_video_B, has_audio_B = streams.has_video_B, streams.has_audio_B
     if has_video_B is not None and has_audio_B is not None:
@@ -81,7 +81,7 @@ def present(streams: Streams) -> tuple[Tensor, Tensor] | None:
 
 
 def present_shares(
-    streams: Streams, video_share: float, dtype: torch.dtype = torch.float32
+    streams: FusionInputs, video_share: float, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor] | None:
     """Returns each modality's share [B, 1] among those that a clip has (both where it has neither); None: all have."""
     has = present(streams)
@@ -94,7 +94,7 @@ def present_shares(
     return video_B1 / total_B1, audio_B1 / total_B1
 
 
-def over_present(video_BF: Tensor, audio_BF: Tensor, streams: Streams) -> Tensor:
+def over_present(video_BF: Tensor, audio_BF: Tensor, streams: FusionInputs) -> Tensor:
     """Returns the mean over the modalities that a clip has, [B, F]."""
     shares = present_shares(streams, 0.5, video_BF.dtype)
     if shares is None:
@@ -103,7 +103,7 @@ def over_present(video_BF: Tensor, audio_BF: Tensor, streams: Streams) -> Tensor
     return torch.where(video_B1 > 0, video_BF, 0) * video_B1 + torch.where(audio_B1 > 0, audio_BF, 0) * audio_B1
 
 
-def side_by_side(video_BF: Tensor, audio_BF: Tensor, streams: Streams) -> Tensor:
+def side_by_side(video_BF: Tensor, audio_BF: Tensor, streams: FusionInputs) -> Tensor:
     """Returns both features, zeros for a missing modality, [B, F + F']."""
     if streams.has_video_B is not None:
         video_BF = torch.where(streams.has_video_B.unsqueeze(1), video_BF, 0)
@@ -120,14 +120,14 @@ def new_linear(width: int, outputs: int) -> nn.Linear:
     return linear
 
 
-def both(streams: Streams) -> tuple[Tensor, Tensor]:
+def both(streams: FusionInputs) -> tuple[Tensor, Tensor]:
     """Returns the frames and the spectrogram."""
     assert streams.frames_BTCHW is not None
     assert streams.mel_BWCML is not None
     return streams.frames_BTCHW, streams.mel_BWCML
 
 
-def key_mask(streams: Streams, seen: int, heard: int) -> Tensor | None:
+def key_mask(streams: FusionInputs, seen: int, heard: int) -> Tensor | None:
     """Returns which keys may be attended, bool [B, 1, 1, seen + heard]; None for all."""
     shares = present_shares(streams, 0.5)
     if shares is None:

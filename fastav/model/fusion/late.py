@@ -7,8 +7,16 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fastav.core.config import Kind
-from fastav.model.fusion.inputs import Streams, audio_features, new_linear, over_windows, side_by_side, video_features
-from fastav.model.tower import Modality, TimmTower, linear_flops
+from fastav.data.clip import Modality
+from fastav.model.fusion.inputs import (
+    FusionInputs,
+    audio_features,
+    new_linear,
+    over_windows,
+    side_by_side,
+    video_features,
+)
+from fastav.model.tower import Tower, linear_flops
 
 
 class Late(Kind, frozen=True, tag="late"):
@@ -17,7 +25,7 @@ class Late(Kind, frozen=True, tag="late"):
     modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
     tower_heads: ClassVar[bool] = False
 
-    def build(self, video: TimmTower, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+    def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module with its linear head; the towers need none."""
         return LateFusion(video.width + audio.width, num_classes)
 
@@ -29,12 +37,12 @@ class LateFusion(nn.Module):
         super().__init__()
         self.head = new_linear(width, num_classes)
 
-    def forward(self, video: TimmTower, audio: TimmTower, streams: Streams) -> Tensor:
+    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
         """Returns logits [B, K]."""
         video_BF = video_features(video, streams)
         audio_BF = over_windows(audio_features(audio, streams), streams.window_BW)
         return self.head(side_by_side(video_BF, audio_BF, streams))
 
-    def flops(self, video: TimmTower, audio: TimmTower, frames: int, windows: int) -> int:
+    def flops(self, video: Tower, audio: Tower, frames: int, windows: int) -> int:
         """Operations of one clip."""
         return frames * video.feature_flops() + windows * audio.feature_flops() + linear_flops(self.head)

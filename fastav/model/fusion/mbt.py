@@ -20,9 +20,10 @@ from torch.nn import functional
 
 from fastav.core.config import Kind, NonNegativeInt, PositiveInt
 from fastav.core.errors import UserError, did_you_mean
+from fastav.data.clip import Modality
 from fastav.model.bottleneck_block import BottleneckBlock, enter_blocks
-from fastav.model.fusion.inputs import Streams, over_windows, present
-from fastav.model.tower import Modality, TimmTower, block_flops, linear_flops
+from fastav.model.fusion.inputs import FusionInputs, over_windows, present
+from fastav.model.tower import Tower, block_flops, linear_flops
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
 
 
@@ -67,7 +68,7 @@ class MBT(Kind, frozen=True, tag="mbt"):
     modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
     tower_heads: ClassVar[bool] = False
 
-    def build(self, video: TimmTower, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+    def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module; of the towers only the blocks are left.
 
         Raises:
@@ -84,7 +85,7 @@ class MBT(Kind, frozen=True, tag="mbt"):
             start_from_image_vit(fusion, {"video": video, "audio": audio}, self.image_vit)
         return fusion
 
-    def check(self, video: TimmTower, audio: TimmTower, num_frames: int) -> None:
+    def check(self, video: Tower, audio: Tower, num_frames: int) -> None:
         """Raises a UserError where towers and sizes do not fit together."""
         for tower in (video, audio):
             tower.require_blocks("mbt")
@@ -188,7 +189,7 @@ class MBTFusion(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def take_blocks(self, towers: dict[Modality, TimmTower]) -> None:
+    def take_blocks(self, towers: dict[Modality, Tower]) -> None:
         """Leaves the towers nothing but blocks, which the bottleneck enters, and sets their stochastic depth."""
         for name, tower in towers.items():
             tower.mean = tower.std = (0.5, 0.5, 0.5)  # frames from -1 to 1, whatever the tower was made for
@@ -198,7 +199,7 @@ class MBTFusion(nn.Module):
                 kept = min(kept, self.config.start)  # the joint layers are the video tower's
             tower.keep_blocks(kept)
             if self.fuses and not shares:
-                enter_blocks(tower, self.config.start, "joint", self.config.attention, last_asks=False)
+                enter_blocks(tower, self.config.start, "joint", self.config.attention, last_needs_bottleneck=False)
             tower.rescale(self.config.rescale)
 
     @property
@@ -207,7 +208,7 @@ class MBTFusion(nn.Module):
         names = [f"{kind}.{n}" for kind in ("position", "class_token") for n in getattr(self, kind)]
         return [*names, *(["bottleneck"] if self.fuses else [])]
 
-    def forward(self, video: TimmTower, audio: TimmTower, streams: Streams) -> Tensor:
+    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
         """Returns logits [B, K]; in training with head `token` those of each modality, [B, 2, K].
 
         Each modality then has a loss of its own; one that a clip lacks has the other one's logits.
@@ -222,7 +223,7 @@ class MBTFusion(nn.Module):
             return self._by_token(encoded, clips, windows, has, streams)
         return over_windows(self._logits(self._pooled(encoded, has)).unflatten(0, (clips, windows)), streams.window_BW)
 
-    def _embedded(self, name: Modality, streams: Streams) -> Tensor:
+    def _embedded(self, name: Modality, streams: FusionInputs) -> Tensor:
         """Returns a modality's tokens with their positions, [B * W, (1 +) N, D]."""
         embed = self.embed[name]
         if name == "audio":
@@ -238,7 +239,7 @@ class MBTFusion(nn.Module):
             tokens = tokens.repeat_interleave(streams.mel_BWCML.shape[1], dim=0)
         return tokens
 
-    def _frames(self, streams: Streams, embed: nn.Module) -> Tensor:
+    def _frames(self, streams: FusionInputs, embed: nn.Module) -> Tensor:
         """Returns the patches of frames or tubelets, [B, D, time, height, width]."""
         assert streams.frames_BTCHW is not None
         frames_BCTHW = streams.frames_BTCHW.transpose(1, 2)
@@ -249,7 +250,7 @@ class MBTFusion(nn.Module):
         picked = frames_BCTHW[:, :, chosen].transpose(1, 2)
         return embed(picked.flatten(0, 1)).unflatten(0, picked.shape[:2]).transpose(1, 2)
 
-    def _present(self, streams: Streams, windows: int) -> dict[str, Tensor] | None:
+    def _present(self, streams: FusionInputs, windows: int) -> dict[str, Tensor] | None:
         """Returns which sequences have a modality (both where a clip has neither), [B * W, 1, 1] each; None: all."""
         has = present(streams) if len(self.used) > 1 else None
         if has is None:
@@ -261,7 +262,7 @@ class MBTFusion(nn.Module):
     def _encoded(
         self,
         x: dict[Modality, Tensor],
-        towers: dict[Modality, TimmTower],
+        towers: dict[Modality, Tower],
         clips: int,
         windows: int,
         has: dict[str, Tensor] | None,
@@ -330,7 +331,7 @@ class MBTFusion(nn.Module):
         clips: int,
         windows: int,
         has: dict[str, Tensor] | None,
-        streams: Streams,
+        streams: FusionInputs,
     ) -> Tensor:
         """Logits of the class tokens."""
         by_modality = [self._logits(encoded[name][:, 0]) for name in self.used]
@@ -358,7 +359,7 @@ class MBTFusion(nn.Module):
     def _logits(self, features: Tensor) -> Tensor:
         return self.head(self.hidden(features).tanh() if self.config.hidden else features)
 
-    def flops(self, video: TimmTower, audio: TimmTower, frames: int, windows: int) -> int:
+    def flops(self, video: Tower, audio: Tower, frames: int, windows: int) -> int:
         """Operations of one clip; frames become patches once, and meet every window."""
         lengths = {name: self.position[name].shape[1] for name in self.used}
         once = total = 0

@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from fastav.core.errors import UserError
+from fastav.data.clip import Modality
 from fastav.model.fusion.mbt import MBTFusion, tubelet_kernel, zoomed
-from fastav.model.tower import Modality, TimmTower
+from fastav.model.tower import Tower
 from fastav.model.weights import read_safetensors
 
 _WHERE = "model.fusion.image_vit"
 
 
-def start_from_image_vit(fusion: MBTFusion, towers: Mapping[Modality, TimmTower], file: str) -> None:
+def start_from_image_vit(fusion: MBTFusion, towers: Mapping[Modality, Tower], file: str) -> None:
     """Fills a model from an image ViT's file (timm's names); its head is left alone.
 
     Raises:
@@ -27,7 +28,7 @@ def start_from_image_vit(fusion: MBTFusion, towers: Mapping[Modality, TimmTower]
 
 
 @torch.no_grad()
-def copy_image_vit(fusion: MBTFusion, towers: Mapping[Modality, TimmTower], vit: Mapping[str, Tensor]) -> None:
+def copy_image_vit(fusion: MBTFusion, towers: Mapping[Modality, Tower], vit: Mapping[str, Tensor]) -> None:
     """As `start_from_image_vit`, of its parameters; what the authors' `initialise_from_train_state` does.
 
     The audio's class token stays as it is, as there. Bottleneck tokens are positions, too: the grid at the size whose

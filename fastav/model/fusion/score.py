@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
 
 from fastav.core.config import Kind
-from fastav.model.fusion.inputs import Streams, audio_features, over_windows, present_shares, video_features
-from fastav.model.tower import Modality, TimmTower
+from fastav.data.clip import Modality
+from fastav.model.fusion.inputs import FusionInputs, audio_features, over_windows, present_shares, video_features
+from fastav.model.tower import Tower
 
 
 class Score(Kind, frozen=True, tag="score"):
@@ -29,7 +30,7 @@ class Score(Kind, frozen=True, tag="score"):
     modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
     tower_heads: ClassVar[bool] = True
 
-    def build(self, video: TimmTower, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+    def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module and freezes both towers."""
         for tower in (video, audio):
             tower.requires_grad_(False)
@@ -44,7 +45,7 @@ class ScoreFusion(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, video: TimmTower, audio: TimmTower, streams: Streams) -> Tensor:
+    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
         """Returns logits [B, K]; see `Score.of`."""
         video_BK = video.head(video_features(video, streams))
         audio_BK = over_windows(audio.head(audio_features(audio, streams)), streams.window_BW)
@@ -61,7 +62,7 @@ class ScoreFusion(nn.Module):
         yes = _log_sum(log_shares, logsigmoid(video_BK), logsigmoid(audio_BK))
         return yes - _log_sum(log_shares, logsigmoid(-video_BK), logsigmoid(-audio_BK))
 
-    def flops(self, video: TimmTower, audio: TimmTower, frames: int, windows: int) -> int:
+    def flops(self, video: Tower, audio: Tower, frames: int, windows: int) -> int:
         """Operations of one clip."""
         heads = video.head_flops() + windows * audio.head_flops()
         return frames * video.feature_flops() + windows * audio.feature_flops() + heads

@@ -7,8 +7,9 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from fastav.core.config import Kind
-from fastav.model.fusion.inputs import Streams, audio_features, over_windows, video_features
-from fastav.model.tower import Modality, TimmTower
+from fastav.data.clip import Modality
+from fastav.model.fusion.inputs import FusionInputs, audio_features, over_windows, video_features
+from fastav.model.tower import Tower
 
 
 class Video(Kind, frozen=True, tag="video"):
@@ -17,7 +18,7 @@ class Video(Kind, frozen=True, tag="video"):
     modalities: ClassVar[tuple[Modality, ...]] = ("video",)
     tower_heads: ClassVar[bool] = True
 
-    def build(self, video: TimmTower, audio: None, num_classes: int, num_frames: int) -> nn.Module:
+    def build(self, video: Tower, audio: None, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module; the head is the tower's."""
         return VideoOnly()
 
@@ -28,7 +29,7 @@ class Audio(Kind, frozen=True, tag="audio"):
     modalities: ClassVar[tuple[Modality, ...]] = ("audio",)
     tower_heads: ClassVar[bool] = True
 
-    def build(self, video: None, audio: TimmTower, num_classes: int, num_frames: int) -> nn.Module:
+    def build(self, video: None, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module; the head is the tower's."""
         return AudioOnly()
 
@@ -36,11 +37,11 @@ class Audio(Kind, frozen=True, tag="audio"):
 class VideoOnly(nn.Module):
     """Kind `video`."""
 
-    def forward(self, video: TimmTower, audio: None, streams: Streams) -> Tensor:
+    def forward(self, video: Tower, audio: None, streams: FusionInputs) -> Tensor:
         """Returns logits [B, K]."""
         return video.head(video_features(video, streams))
 
-    def flops(self, video: TimmTower, audio: None, frames: int, windows: int) -> int:
+    def flops(self, video: Tower, audio: None, frames: int, windows: int) -> int:
         """Operations of one clip."""
         return frames * video.feature_flops() + video.head_flops()
 
@@ -48,10 +49,10 @@ class VideoOnly(nn.Module):
 class AudioOnly(nn.Module):
     """Kind `audio`."""
 
-    def forward(self, video: None, audio: TimmTower, streams: Streams) -> Tensor:
+    def forward(self, video: None, audio: Tower, streams: FusionInputs) -> Tensor:
         """Returns logits [B, K]."""
         return over_windows(audio.head(audio_features(audio, streams)), streams.window_BW)
 
-    def flops(self, video: None, audio: TimmTower, frames: int, windows: int) -> int:
+    def flops(self, video: None, audio: Tower, frames: int, windows: int) -> int:
         """Operations of one clip."""
         return windows * (audio.feature_flops() + audio.head_flops())

@@ -50,7 +50,7 @@ def bottleneck_attention(
     num_tokens: int,
     num_bottleneck: int,
     frames: Frames,
-    asks: bool = True,
+    need_bottleneck: bool = True,
     impl: str = "auto",
 ) -> Tensor:
     """Computes softmax(q k^T / sqrt(d)) v over the segments that each row may see (table at the top).
@@ -63,7 +63,7 @@ def bottleneck_attention(
         num_tokens: N tokens of a frame, at least 1.
         num_bottleneck: Z, 0 for plain attention.
         frames: Which segments there are.
-        asks: Whether the bottleneck's own result is wanted.
+        need_bottleneck: Whether the bottleneck's own result is wanted.
         impl: One of `IMPLEMENTATIONS`, or `auto` for the best one here (`best`).
 
     Returns:
@@ -74,7 +74,7 @@ def bottleneck_attention(
         ValueError: where `impl` or `frames` is unknown, `qkv` does not have the rows that it should, or a forced
             implementation cannot run, with the reason.
     """
-    segments = Segments(clips, num_frames, num_tokens, num_bottleneck, frames, asks)
+    segments = Segments(clips, num_frames, num_tokens, num_bottleneck, frames, need_bottleneck)
     segments.check(qkv)
     if impl == "auto":
         impl = best(str(qkv.device), str(qkv.dtype), qkv.shape[3], segments)
@@ -90,8 +90,13 @@ def best(device: str, dtype: str, head_dim: int, segments: Segments) -> str:
     s = segments
     if not device.startswith("cuda") or s.alone:
         return "sdpa"
-    for frames, num_frames, num_bottleneck, asks, least, most in _wins(device, dtype, head_dim):
-        same = (frames, num_frames, num_bottleneck, asks) == (s.frames, s.num_frames, s.num_bottleneck, s.asks)
+    for frames, num_frames, num_bottleneck, need_bottleneck, least, most in _wins(device, dtype, head_dim):
+        same = (frames, num_frames, num_bottleneck, need_bottleneck) == (
+            s.frames,
+            s.num_frames,
+            s.num_bottleneck,
+            s.need_bottleneck,
+        )
         if same and least <= s.num_tokens <= most:
             return "triton"
     return "sdpa"
@@ -103,7 +108,7 @@ def _wins(device: str, dtype: str, head_dim: int) -> tuple[tuple[str, int, int, 
     if _why_not(device, dtype, head_dim):
         return ()
     return tuple(
-        (win.frames, win.num_frames, win.num_bottleneck, win.asks, win.min_tokens, win.max_tokens)
+        (win.frames, win.num_frames, win.num_bottleneck, win.need_bottleneck, win.min_tokens, win.max_tokens)
         for win in read_plans(architecture_of(torch.cuda.get_device_capability(device))).wins
         if (win.head_dim, win.dtype) == (head_dim, dtype.removeprefix("torch."))
     )

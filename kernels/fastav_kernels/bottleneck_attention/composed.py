@@ -30,13 +30,13 @@ def sdpa(qkv: Tensor, segments: Segments) -> Tensor:
     bottleneck = qkv[first:].unflatten(0, (segments.clips, Z)).permute(2, 0, 3, 1, 4)
     # A copy of the bottleneck beside each frame: [3, C, T, H, N + Z, d]. Queries are joined only for a single call.
     copies = bottleneck.unsqueeze(2).expand(-1, -1, T, -1, -1, -1)
-    if segments.asks and (segments.frames != "shared" or T == 1):
+    if segments.need_bottleneck and (segments.frames != "shared" or T == 1):
         q, k, v = torch.cat([tokens, copies], dim=4).flatten(1, 2)
         out_tokens, out_bottleneck = scaled_dot_product_attention(q, k, v).split([N, Z], dim=2)
     else:
         keys, values = torch.cat([tokens[1:], copies[1:]], dim=4).flatten(1, 2)
         out_tokens = scaled_dot_product_attention(queries, keys, values)
-        if not segments.asks:
+        if not segments.need_bottleneck:
             return out_tokens.transpose(1, 2).flatten(0, 1)
         # All tokens of the clip and the bottleneck, once: [2, C, H, T*N + Z, d].
         keys, values = torch.cat([tokens[1:].transpose(2, 3).flatten(3, 4), bottleneck[1:]], dim=3)

@@ -6,14 +6,14 @@ import torch
 
 from fastav_kernels.bottleneck_attention import triton_kernels as kernels
 from fastav_kernels.bottleneck_attention.launch import BLOCK_Z, Call
-from fastav_kernels.bottleneck_attention.plans import Plan
+from fastav_kernels.bottleneck_attention.plans import LaunchPlan
 from fastav_kernels.bottleneck_attention.segments import Segments
 from fastav_kernels.compile_only import Usage, compiled
 
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 
 
-def faults(plan: Plan, architecture: str, used: Usage, dtype: torch.dtype) -> list[str]:
+def faults(plan: LaunchPlan, architecture: str, used: Usage, dtype: torch.dtype) -> list[str]:
     """Returns what is wrong with what a kernel uses; no plan that has a fault is shipped or tuned to.
 
     Args:
@@ -36,7 +36,7 @@ def faults(plan: Plan, architecture: str, used: Usage, dtype: torch.dtype) -> li
     return found
 
 
-def usage_of(plan: Plan, architecture: str, segments: Segments, dtype: torch.dtype, heads: int = 12) -> Usage:
+def usage_of(plan: LaunchPlan, architecture: str, segments: Segments, dtype: torch.dtype, heads: int = 12) -> Usage:
     """Returns what a kernel uses when it is cut as a plan says."""
     call = Call(segments, heads, plan.head_dim, dtype)
     types = dict.fromkeys(("qkv", "out", "dout", "dqkv"), _TYPES[dtype])

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from fastav_kernels.bottleneck_attention import triton_kernels as kernels
-from fastav_kernels.bottleneck_attention.plans import HEAD_DIMS, Chip, Plan, architecture_of, plan_for
+from fastav_kernels.bottleneck_attention.plans import HEAD_DIMS, Chip, LaunchPlan, architecture_of, plan_for
 from fastav_kernels.bottleneck_attention.segments import Segments
 
 BLOCK_Z = 16
@@ -112,7 +112,7 @@ class Call:
         self.tokens = segments.num_tokens * segments.num_frames // self.frames
         self.sequences = segments.clips * self.frames
         self.bottleneck = segments.num_bottleneck
-        self.queries = self.bottleneck if segments.asks else 0
+        self.queries = self.bottleneck if segments.need_bottleneck else 0
         self.keys = self.tokens + self.bottleneck
         self.split = self.bottleneck > 0 and self.frames > 1
         self.scale, self.unit = math.log2(math.e) / math.sqrt(dim), 1 / math.sqrt(dim)
@@ -121,7 +121,7 @@ class Call:
             self.kind = (kernels.COPIES if segments.frames == "mean" else kernels.PARTS).value
         self.merges = self.kind == kernels.PARTS.value and self.queries > 0
 
-    def tiles(self, plan: Plan) -> int:
+    def tiles(self, plan: LaunchPlan) -> int:
         """Programs for one head of a sequence."""
         if plan.kernel == "backward_whole":
             return 1
@@ -129,7 +129,7 @@ class Call:
             return triton.cdiv(self.keys, plan.block_n)
         return triton.cdiv(self.tokens + self.queries, plan.block_m)
 
-    def constants(self, plan: Plan) -> dict[str, Any]:
+    def constants(self, plan: LaunchPlan) -> dict[str, Any]:
         """What a kernel is compiled for."""
         told: dict[str, Any] = {
             "H": self.heads, "D": self.dim, "N": self.tokens, "Z": self.bottleneck, "QUERIES": self.queries,
@@ -145,11 +145,11 @@ class Call:
             return told | {"KEYS": plan.block_n}
         return told | {"BLOCK_N": plan.block_n, "TILES": self.tiles(plan)}
 
-    def plan(self, kernel: str, chip: Chip) -> Plan | None:
+    def plan(self, kernel: str, chip: Chip) -> LaunchPlan | None:
         """The tiles of a kernel."""
         return plan_for(kernel, chip, self.dim, self.dtype.itemsize, self.keys)
 
-    def surely(self, kernel: str, chip: Chip) -> Plan:
+    def surely(self, kernel: str, chip: Chip) -> LaunchPlan:
         """The same, where every file has tiles for sequences of any length."""
         plan = self.plan(kernel, chip)
         assert plan is not None, f"no plan of {kernel} for heads of {self.dim} in {self.dtype} on {chip}"
@@ -164,5 +164,5 @@ def chip_of(device: torch.device) -> Chip:
     return Chip(architecture_of((told.major, told.minor)), told.shared_memory_per_block_optin)
 
 
-def _options(plan: Plan) -> dict[str, int]:
+def _options(plan: LaunchPlan) -> dict[str, int]:
     return {"num_warps": plan.num_warps, "num_stages": plan.num_stages}

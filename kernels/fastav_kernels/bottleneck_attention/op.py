@@ -12,21 +12,21 @@ from fastav_kernels.bottleneck_attention.segments import Frames, Segments
 
 @torch.library.custom_op("fastav::bottleneck_attention", mutates_args=())
 def forward(
-    qkv: Tensor, clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, asks: bool
+    qkv: Tensor, clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, need_bottleneck: bool
 ) -> tuple[Tensor, Tensor]:
     """Returns output and log-sum-exp; `launch.run_forward`."""
     from fastav_kernels.bottleneck_attention.launch import run_forward
 
-    segments = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), asks)
+    segments = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), need_bottleneck)
     with torch.cuda.device_of(qkv):  # Triton launches where the current device is
         return run_forward(qkv.contiguous(), segments)
 
 
 @forward.register_fake
 def _(
-    qkv: Tensor, clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, asks: bool
+    qkv: Tensor, clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, need_bottleneck: bool
 ) -> tuple[Tensor, Tensor]:
-    rows = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), asks).out_rows
+    rows = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), need_bottleneck).out_rows
     out = qkv.new_empty(rows, qkv.shape[2], qkv.shape[3])
     return out, qkv.new_empty(qkv.shape[2], rows, dtype=torch.float32)
 
@@ -34,12 +34,12 @@ def _(
 @torch.library.custom_op("fastav::bottleneck_attention_backward", mutates_args=())
 def backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
-    clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, asks: bool,
+    clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, need_bottleneck: bool,
 ) -> Tensor:  # fmt: skip
     """Returns the gradient of qkv; `launch.run_backward`."""
     from fastav_kernels.bottleneck_attention.launch import run_backward
 
-    segments = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), asks)
+    segments = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), need_bottleneck)
     with torch.cuda.device_of(qkv):
         return run_backward(dout.contiguous(), qkv.contiguous(), out, lse, segments)
 
@@ -47,7 +47,7 @@ def backward(
 @backward.register_fake
 def _(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
-    clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, asks: bool,
+    clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, need_bottleneck: bool,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
@@ -72,5 +72,5 @@ torch.library.register_autograd("fastav::bottleneck_attention", _backward, setup
 def kernel(qkv: Tensor, segments: Segments) -> Tensor:
     """As `bottleneck_attention`, by the Triton kernels."""
     s = segments
-    out, _ = forward(qkv, s.clips, s.num_frames, s.num_tokens, s.num_bottleneck, s.frames, s.asks)
+    out, _ = forward(qkv, s.clips, s.num_frames, s.num_tokens, s.num_bottleneck, s.frames, s.need_bottleneck)
     return cast(Tensor, out)

@@ -19,7 +19,7 @@ HEAD_DIMS = (32, 64, 128)
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class LaunchPlan:
     """Tiles of one kernel.
 
     Attributes:
@@ -55,7 +55,7 @@ class Win:
         dtype: Such as `bfloat16`.
         num_frames: T.
         num_bottleneck: Z.
-        asks: Whether the bottleneck's own result is made.
+        need_bottleneck: Whether the bottleneck's own result is made.
         min_tokens: N of a frame, at least.
         max_tokens: N of a frame, at most.
         ratio: How much faster, at the worst of the measured shapes.
@@ -66,7 +66,7 @@ class Win:
     dtype: str
     num_frames: int
     num_bottleneck: int
-    asks: bool
+    need_bottleneck: bool
     min_tokens: int
     max_tokens: int
     ratio: float
@@ -95,7 +95,7 @@ class PlanFile:
         measured: Machine, versions and date of the measurement, or `predicted`.
     """
 
-    plans: tuple[Plan, ...]
+    plans: tuple[LaunchPlan, ...]
     wins: tuple[Win, ...]
     measured: str
 
@@ -106,7 +106,7 @@ def read_plans(architecture: str) -> PlanFile:
     text = resources.files("fastav_kernels.bottleneck_attention").joinpath(f"plans/{architecture}.json").read_text()
     told: dict[str, Any] = json.loads(text)
     return PlanFile(
-        tuple(Plan(**plan) for plan in told["plans"]), tuple(Win(**win) for win in told["wins"]), told["measured"]
+        tuple(LaunchPlan(**plan) for plan in told["plans"]), tuple(Win(**win) for win in told["wins"]), told["measured"]
     )
 
 
@@ -117,7 +117,7 @@ def architecture_of(capability: tuple[int, int]) -> str:
     return fitting[-1] if fitting else ARCHITECTURES[0]
 
 
-def plan_for(kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> Plan | None:
+def plan_for(kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> LaunchPlan | None:
     """Returns the first plan that fits, or None."""
     for plan in read_plans(chip.architecture).plans:
         if (plan.kernel, plan.head_dim, plan.num_bytes) != (kernel, head_dim, num_bytes):

@@ -24,9 +24,9 @@ def allowed(segments: Segments, device: torch.device) -> Tensor:
     token_frames = frames_T.repeat_interleave(N)
     keys = torch.cat([token_frames, token_frames.new_full((Z,), everything)])
     queries = token_frames
-    if segments.asks and segments.frames == "mean":
+    if segments.need_bottleneck and segments.frames == "mean":
         queries = torch.cat([token_frames, frames_T.repeat_interleave(Z)])
-    elif segments.asks:
+    elif segments.need_bottleneck:
         queries = keys
     if segments.frames == "joint":
         queries = torch.full_like(queries, everything)
@@ -39,7 +39,7 @@ def by_clip(qkv: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
     tokens = qkv[: s.token_rows].unflatten(0, (s.clips, s.num_frames * s.num_tokens))
     bottleneck = qkv[s.token_rows :].unflatten(0, (s.clips, s.num_bottleneck))
     q, k, v = torch.cat([tokens, bottleneck], dim=1).permute(2, 0, 3, 1, 4)
-    if not s.asks:
+    if not s.need_bottleneck:
         q = q[:, :, : tokens.shape[1]]
     elif s.frames == "mean":
         q = torch.cat([q, *[q[:, :, tokens.shape[1] :]] * (s.num_frames - 1)], dim=2)

@@ -22,7 +22,7 @@ class Segments:
         num_tokens: N of a frame, at least 1.
         num_bottleneck: Z of a clip; 0 for plain attention.
         frames: How frames meet.
-        asks: Whether the bottleneck's own result is wanted; its keys and values are seen either way.
+        need_bottleneck: Whether the bottleneck's own result is wanted; its keys and values are seen either way.
     """
 
     clips: int
@@ -30,7 +30,7 @@ class Segments:
     num_tokens: int
     num_bottleneck: int
     frames: Frames
-    asks: bool = True
+    need_bottleneck: bool = True
 
     @property
     def alone(self) -> bool:
@@ -51,7 +51,7 @@ class Segments:
     def out_rows(self) -> int:
         """Rows of the output."""
         copies = self.num_frames if self.frames == "mean" else 1
-        return self.token_rows + (self.clips * copies * self.num_bottleneck if self.asks else 0)
+        return self.token_rows + (self.clips * copies * self.num_bottleneck if self.need_bottleneck else 0)
 
     @property
     def pairs(self) -> int:
@@ -60,7 +60,7 @@ class Segments:
         if self.frames == "joint":
             T, N = 1, T * N
         keys = T * (N + Z) if self.frames == "mean" else T * N + Z
-        return self.clips * (T * N * (N + Z) + (Z * keys if self.asks else 0))
+        return self.clips * (T * N * (N + Z) + (Z * keys if self.need_bottleneck else 0))
 
     def check(self, qkv: Tensor) -> None:
         """Raises ValueError where sizes are impossible or the matrix is not of them."""
