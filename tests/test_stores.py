@@ -76,7 +76,7 @@ def test_local_ranges_in_any_order(folder):
     for _ in range(20):
         ranges = ranges_of(rng)
         assert store.read(str(folder / "a.tar"), ranges) == expected(folder, "a.tar", ranges)
-    assert store.traffic.num_bytes > 0
+    assert store.read_stats.num_bytes > 0
     assert store.read(str(folder / "a.tar"), []) == []
 
 
@@ -153,7 +153,7 @@ def test_ranges_over_http(folder, server):
         ranges = ranges_of(rng, 9)
         assert store.read(f"{server.url}/{name}", ranges) == expected(folder, name, ranges)
     assert server.num_bytes < SIZE
-    assert store.traffic.num_bytes == server.num_bytes
+    assert store.read_stats.num_bytes == server.num_bytes
 
 
 def test_ranges_are_fetched_side_by_side(folder, server):
@@ -251,7 +251,7 @@ def test_blocks_are_fetched_once(folder, server, tmp_path):
     assert again.read(f"{server.url}/a.tar", [(0, SIZE)]) == expected(folder, "a.tar", [(0, SIZE)])
     assert again.read(f"{server.url}/a.tar", [(0, SIZE)])
     assert server.num_bytes == max(before, SIZE)
-    assert again.traffic.cache_hits > 0
+    assert again.read_stats.cache_hits > 0
 
 
 WORKER = """

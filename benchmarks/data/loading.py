@@ -52,7 +52,7 @@ class Feed:
     @property
     def mb_read(self) -> float:
         """MB of shards that were read so far, here and not in other processes."""
-        return self._decoder.traffic.num_bytes / 1e6 if isinstance(self._decoder, PyAVDecoder) else 0.0
+        return self._decoder.read_stats.num_bytes / 1e6 if isinstance(self._decoder, PyAVDecoder) else 0.0
 
     def turn(self, batches: int) -> Callable[[], int]:
         """Returns a function that makes so many batches, from request to batch, and returns the clips."""

@@ -16,13 +16,14 @@ import torch
 
 from benchmarks.nvml import Gpu, Watch
 from benchmarks.timing import Turn
-from fastav.core.machine import cores_each, peak_memory_gib
+from fastav.core.machine import cores_each
 from fastav.loader.batch import Batch
 from fastav.loader.threads import StageStats
 from fastav.recipe.schema import Recipe
 from fastav.train import Trainer
 from fastav.training.inputs import choose_pin_memory, make_loader
 from fastav.training.signals import StopSignals
+from fastav.training.throughput import peak_memory_gib
 
 MODES = ("data", "model", "end to end", "model beside data")
 APART = "model, not sending"

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
-import sys
-
-import torch
 
 # Dense bf16 peak of data-sheet FLOP/s by a part of the device's name (NVIDIA data sheets, no sparsity).
 PEAK_FLOPS = {
@@ -33,11 +29,3 @@ def cores_each() -> float:
     """
     mine, ranks = num_cores(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return min(mine, int(os.environ.get("SLURM_CPUS_ON_NODE", mine)) / ranks)
-
-
-def peak_memory_gib() -> float:
-    """Peak allocated device memory of this process, or its peak resident memory where there is no GPU, GiB."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from fastav.core.errors import MediaError
 from fastav.data.clip import Clip, ClipPlan, Modality
 from fastav.media.shards import ShardReading
 from fastav.media.spectrogram import Frontend
-
-if TYPE_CHECKING:
-    from fastav.media.dali.batch import DecodedBatch
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,47 @@ def needed_samples(clip: Clip, plans: Sequence[ClipPlan], read: DecodeSpec) -> t
         return 0, clip.num_samples
     starts_W = np.concatenate([plan.windows_W for plan in plans])
     return read.frontend.needed_samples(starts_W, read.window, clip.num_samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One decoded clip under one plan, on the CPU.
+
+    Attributes:
+        frames_TCHW: uint8, cropped, resized, flipped; None where the clip has no video or none was asked for.
+        mel_WCML: float32 log-mel in dB, neither masked nor normalised; None where there is no audio or none asked for.
+    """
+
+    frames_TCHW: Tensor | None
+    mel_WCML: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedBatch:
+    """A batch on the device, complete; `adopt` it in the consumer's thread.
+
+    Attributes:
+        frames_BTCHW: uint8; black where there is none. None in a run without video.
+        mel_BWCML: float32 log-mel in dB; the floor where there is none. None in a run without audio.
+        has_video_B: bool, on the CPU.
+        has_audio_B: bool, on the CPU.
+        errors: Why a clip could not be decoded, as `prepared` was ordered; its rows are blank.
+    """
+
+    frames_BTCHW: Tensor | None
+    mel_BWCML: Tensor | None
+    has_video_B: NDArray[np.bool_]
+    has_audio_B: NDArray[np.bool_]
+    errors: list[MediaError | None]
+
+    def adopt(self) -> None:
+        """Keeps the memory from being used again before the calling thread's current CUDA stream is done with it.
+
+        The tensors were made on another stream, to which PyTorch would else return them as soon as they are forgotten.
+        """
+        for tensor in (self.frames_BTCHW, self.mel_BWCML):
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class UncertainSeek(Exception):
@@ -104,16 +145,3 @@ class BatchDecoder(Protocol):
     def close(self) -> None:
         """Frees the device's decoders."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One decoded clip under one plan, on the CPU.
-
-    Attributes:
-        frames_TCHW: uint8, cropped, resized, flipped; None where the clip has no video or none was asked for.
-        mel_WCML: float32 log-mel in dB, neither masked nor normalised; None where there is no audio or none asked for.
-    """
-
-    frames_TCHW: Tensor | None
-    mel_WCML: Tensor | None

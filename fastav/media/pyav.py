@@ -78,9 +78,9 @@ class PyAVDecoder:
         self._decoders = KeptDecoders()
 
     @property
-    def traffic(self) -> ReadStats:
+    def read_stats(self) -> ReadStats:
         """What was read of shards so far; not of media files, which FFmpeg reads."""
-        return self._shards.store.traffic
+        return self._shards.store.read_stats
 
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
         """See `Decoder.decode`: frames uint8 [T, 3, size, size], mel float32 [W, C, M, window] in dB."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from fastav.core.console import clock_time
-from fastav.core.machine import peak_memory_gib
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,3 +115,11 @@ def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
         elif isinstance(value, (int, float)) and not isinstance(value, bool):
             values[prefix + key] = float(value)
     return values
+
+
+def peak_memory_gib() -> float:
+    """Peak allocated device memory of this process, or its peak resident memory where there is no GPU, GiB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media.dali.graph import AudioSample, GraphResults, VideoSample
-from fastav.media.decoder import DecodeSpec, Sample
+from fastav.media.decoder import DecodedBatch, DecodeSpec, Sample
 
 log = logging.getLogger(__name__)
 
@@ -39,34 +38,6 @@ class PreparedClip:
     pictures: tuple[Tensor, ...] | None = None
     wave: AudioSample | None = None
     mel_WCML: Tensor | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedBatch:
-    """A batch on the device, complete; `adopt` it in the consumer's thread.
-
-    Attributes:
-        frames_BTCHW: uint8; black where there is none. None in a run without video.
-        mel_BWCML: float32 log-mel in dB; the floor where there is none. None in a run without audio.
-        has_video_B: bool, on the CPU.
-        has_audio_B: bool, on the CPU.
-        errors: Why a clip could not be decoded, as `prepared` was ordered; its rows are blank.
-    """
-
-    frames_BTCHW: Tensor | None
-    mel_BWCML: Tensor | None
-    has_video_B: NDArray[np.bool_]
-    has_audio_B: NDArray[np.bool_]
-    errors: list[MediaError | None]
-
-    def adopt(self) -> None:
-        """Keeps the memory from being used again before the calling thread's current CUDA stream is done with it.
-
-        The tensors were made on another stream, to which PyTorch would else return them as soon as they are forgotten.
-        """
-        for tensor in (self.frames_BTCHW, self.mel_BWCML):
-            if tensor is not None and tensor.is_cuda:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class DeviceBatch:

@@ -67,7 +67,7 @@ from fastav.media import mp4
 from fastav.media.container import read_media
 from fastav.media.crop import crop_box
 from fastav.media.dali.audio import AudioSpan, shortened, wav_of
-from fastav.media.dali.batch import DecodedBatch, DeviceBatch, PreparedClip
+from fastav.media.dali.batch import DeviceBatch, PreparedClip
 from fastav.media.dali.graph import (
     AudioGraph,
     AudioSample,
@@ -78,7 +78,7 @@ from fastav.media.dali.graph import (
     VideoGraph,
     VideoSample,
 )
-from fastav.media.decoder import DecodeSpec
+from fastav.media.decoder import DecodedBatch, DecodeSpec
 from fastav.media.open import TIME_TOLERANCE_S, first_stream, frame_times_s, media_errors, open_media
 from fastav.media.packed_clip import wave_of
 from fastav.media.pyav import PyAV

@@ -58,9 +58,9 @@ class Cached:
         self._passed: set[str] = set()  # shards whose wrong blocks cannot be deleted
 
     @property
-    def traffic(self) -> ReadStats:
+    def read_stats(self) -> ReadStats:
         """Requests and bytes of the network, hits and misses of the cache."""
-        far = self._remote.traffic
+        far = self._remote.read_stats
         return ReadStats(far.requests, far.num_bytes, self._own.cache_hits, self._own.cache_misses)
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:

@@ -37,7 +37,7 @@ class Remote:
     """
 
     def __init__(self, concurrency: int, retries: int) -> None:
-        self.traffic = ReadStats()
+        self.read_stats = ReadStats()
         self._concurrency, self._retries = concurrency, retries
         self._lock = threading.Lock()
         self._systems: dict[tuple[str, int], Any] = {}
@@ -64,7 +64,7 @@ class Remote:
         for attempt in range(self._retries + 1):
             try:
                 told = self._system(name).info(name)
-                self.traffic.requests += 1
+                self.read_stats.requests += 1
                 break
             except Exception as error:
                 self._judge(name, _told_by_http(name, error), attempt)
@@ -85,14 +85,14 @@ class Remote:
                 answers = system.cat_ranges([name] * len(left), starts, ends, on_error="return", **options)
             except Exception as error:  # of the connection as a whole
                 answers = [error] * len(left)
-            self.traffic.requests += len(left)
+            self.read_stats.requests += len(left)
             worst: BaseException | None = None
             for i, answer in zip(left, answers, strict=True):
                 if isinstance(answer, BaseException):
                     worst = answer
                 elif len(answer) == ranges[i][1]:
                     found[i] = answer
-                    self.traffic.num_bytes += len(answer)
+                    self.read_stats.num_bytes += len(answer)
                 else:
                     worst = _wrong_length(name, len(answer), ranges[i])
             if worst is None:

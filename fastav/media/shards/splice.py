@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.shards.format import FLAC_BLOCK, UnitKind, Units, decode_table, table_place, unit_crc
-from fastav.media.shards.store import ShardReading, ShardStore
+from fastav.media.shards.reading import ShardReading
+from fastav.media.shards.store import ShardStore
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,9 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
-from fastav.core.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
-from fastav.core.errors import MediaError, UserError
+from fastav.core.errors import MediaError
 
 Range = tuple[int, int]
 """Byte offset and size."""
@@ -42,7 +40,7 @@ class ShardStore(Protocol):
     """Reads byte ranges of shards; called from many threads at once."""
 
     @property
-    def traffic(self) -> ReadStats:
+    def read_stats(self) -> ReadStats:
         """What it did so far."""
         ...
 
@@ -57,83 +55,6 @@ class ShardStore(Protocol):
     def forget(self, name: str, part: Range) -> None:
         """Drops what is kept of a part of a shard, as it may be wrong."""
         ...
-
-
-class ShardReading(Config, frozen=True):
-    """How shards are read.
-
-    Attributes:
-        cache: Folder of this machine for blocks of shards at URLs, shared by all its processes; empty for none.
-        cache_gib: Most that the cache may hold, GiB.
-        fill_mib: Blocks that are fetched at once into the cache, MiB: a few clips' worth.
-        concurrency: Requests at a time, of one decoding thread.
-        retries: Further tries after a failure that may pass, such as a time-out; they are up to 5 s apart.
-        open_files: Local shards that are kept open.
-    """
-
-    cache: str = ""
-    cache_gib: PositiveFloat = 100.0
-    fill_mib: PositiveInt = 4
-    concurrency: PositiveInt = 32
-    retries: NonNegativeInt = 6
-    open_files: PositiveInt = 64
-
-    def build(self) -> ShardStore:
-        """Returns a store that takes paths and URLs alike.
-
-        Raises:
-            UserError: The cache has no room for a few blocks.
-        """
-        if self.cache and self.cache_gib * 1024 < 4 * self.fill_mib:
-            raise UserError(
-                f"loading.shards.cache_gib {self.cache_gib:g} holds less than four blocks of loading.shards.fill_mib "
-                f"{self.fill_mib}: raise the one or lower the other"
-            )
-        return AnyStore(self)
-
-
-class AnyStore:
-    """Local files, and URLs by way of the cache where there is one."""
-
-    def __init__(self, reading: ShardReading) -> None:
-        self._reading, self._local = reading, LocalFiles(reading.open_files)
-        self._lock = threading.Lock()
-        self._far: ShardStore | None = None
-
-    @property
-    def traffic(self) -> ReadStats:
-        """Of both together."""
-        near, far = self._local.traffic, self._far.traffic if self._far else ReadStats()
-        return ReadStats(*(getattr(near, f) + getattr(far, f) for f in ReadStats.__slots__))
-
-    def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """See `ShardStore.read`."""
-        return self._of(name).read(name, ranges)
-
-    def forget(self, name: str, part: Range) -> None:
-        """See `ShardStore.forget`."""
-        self._of(name).forget(name, part)
-
-    def _of(self, name: str) -> ShardStore:
-        if "://" not in name:
-            return self._local
-        with self._lock:
-            if self._far is None:
-                self._far = self._open_far()
-            return self._far
-
-    def _open_far(self) -> ShardStore:
-        from fastav.media.shards.remote import (
-            Remote,  # fsspec takes a tenth of a second, and most runs read local files
-        )
-
-        reading = self._reading
-        remote = Remote(reading.concurrency, reading.retries)
-        if not reading.cache:
-            return remote
-        from fastav.media.shards.cache import Cached
-
-        return Cached(remote, Path(reading.cache), round(reading.cache_gib * 2**30), reading.fill_mib * 2**20)
 
 
 @dataclass(eq=False)
@@ -154,7 +75,7 @@ class LocalFiles:
     """
 
     most: int = 64
-    traffic: ReadStats = field(default_factory=ReadStats)
+    read_stats: ReadStats = field(default_factory=ReadStats)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -190,8 +111,8 @@ class LocalFiles:
             data = os.pread(descriptor, size, begin)
             while len(data) < size and (more := os.pread(descriptor, size - len(data), begin + len(data))):
                 data += more
-            self.traffic.requests += 1
-            self.traffic.num_bytes += len(data)
+            self.read_stats.requests += 1
+            self.read_stats.num_bytes += len(data)
             if len(data) < size:
                 raise MediaError(name, f"ends at byte {begin + len(data)}, its clips go on to {begin + size}", "shard")
             for i in members:

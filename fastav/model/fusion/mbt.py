@@ -16,13 +16,13 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastav.core.config import Kind, NonNegativeInt, PositiveInt
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Modality
 from fastav.model.bottleneck_block import BottleneckBlock, enter_blocks
 from fastav.model.fusion.inputs import FusionInputs, over_windows, present
+from fastav.model.fusion.mbt_init import start_from_image_vit
 from fastav.model.tower import Tower, block_flops, linear_flops
 from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
 
@@ -80,8 +80,6 @@ class MBT(Kind, frozen=True, tag="mbt"):
         fusion = MBTFusion(self, video.width, num_classes, frames_size, mel_size, depth=len(video.blocks))
         fusion.take_blocks({"video": video, "audio": audio})
         if self.image_vit:
-            from fastav.model.fusion.mbt_init import start_from_image_vit
-
             start_from_image_vit(fusion, {"video": video, "audio": audio}, self.image_vit)
         return fusion
 
@@ -403,20 +401,3 @@ def _mask(has: dict[str, Tensor] | None, names: tuple[Modality, ...], lengths: l
         return None
     parts = [has[name][:, :, 0].expand(-1, length) for name, length in zip(names, lengths, strict=True)]
     return torch.cat(parts, dim=1)[:, None, None]
-
-
-def tubelet_kernel(kernel_DCHW: Tensor, frames: int, how: str) -> Tensor:
-    """Returns the kernel of tubelets of so many frames that an image's patch kernel becomes, [D, C, frames, H, W]."""
-    if how == "average":
-        return kernel_DCHW.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
-    kernel = kernel_DCHW.new_zeros(*kernel_DCHW.shape[:2], frames, *kernel_DCHW.shape[2:])
-    kernel[:, :, frames // 2] = kernel_DCHW
-    return kernel
-
-
-def zoomed(grid_HWD: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns a grid of position embeddings at another size: bilinear, corners on corners (scipy's `zoom`, order 1)."""
-    if tuple(grid_HWD.shape[:2]) == size:
-        return grid_HWD
-    made = functional.interpolate(grid_HWD.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=True)
-    return made[0].permute(1, 2, 0)

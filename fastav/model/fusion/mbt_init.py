@@ -3,22 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from fastav.core.errors import UserError
 from fastav.data.clip import Modality
-from fastav.model.fusion.mbt import MBTFusion, tubelet_kernel, zoomed
 from fastav.model.tower import Tower
 from fastav.model.weights import read_safetensors
 
 _WHERE = "model.fusion.image_vit"
 
 
-def start_from_image_vit(fusion: MBTFusion, towers: Mapping[Modality, Tower], file: str) -> None:
+class FusionToFill(Protocol):
+    """What is read of an `MBTFusion`, whose module imports this one.
+
+    Attributes:
+        config: Its config, an `MBT`.
+        prefix: Class tokens of each modality, 0 or 1.
+        fuses: Whether it has bottleneck tokens.
+        frame_grid: Tubelets along time, height and width.
+        mel_grid: Patches along bands and time.
+    """
+
+    config: Any
+    prefix: int
+    fuses: bool
+    frame_grid: tuple[int, int, int]
+    mel_grid: tuple[int, int]
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As `nn.Module.named_parameters`."""
+        ...
+
+
+def start_from_image_vit(fusion: FusionToFill, towers: Mapping[Modality, Tower], file: str) -> None:
     """Fills a model from an image ViT's file (timm's names); its head is left alone.
 
     Raises:
@@ -28,7 +51,7 @@ def start_from_image_vit(fusion: MBTFusion, towers: Mapping[Modality, Tower], fi
 
 
 @torch.no_grad()
-def copy_image_vit(fusion: MBTFusion, towers: Mapping[Modality, Tower], vit: Mapping[str, Tensor]) -> None:
+def copy_image_vit(fusion: FusionToFill, towers: Mapping[Modality, Tower], vit: Mapping[str, Tensor]) -> None:
     """As `start_from_image_vit`, of its parameters; what the authors' `initialise_from_train_state` does.
 
     The audio's class token stays as it is, as there. Bottleneck tokens are positions, too: the grid at the size whose
@@ -66,7 +89,7 @@ def copy_image_vit(fusion: MBTFusion, towers: Mapping[Modality, Tower], vit: Map
             _fill(parameter, f"blocks.{name}", vit[f"blocks.{name}"])
 
 
-def _positions(fusion: MBTFusion, positions_1ND: Tensor, classed: bool) -> dict[str, Tensor]:
+def _positions(fusion: FusionToFill, positions_1ND: Tensor, classed: bool) -> dict[str, Tensor]:
     """The position tables of both modalities and of the bottleneck."""
     first, patches = positions_1ND[0, : int(classed)], positions_1ND[0, int(classed) :]
     side = math.isqrt(len(patches))
@@ -96,3 +119,20 @@ def _fill(parameter: Tensor, name: str, value: Tensor) -> None:
     if parameter.shape != value.shape:
         raise UserError(f'{_WHERE}: "{name}" is {list(value.shape)}, {list(parameter.shape)} expected')
     parameter.copy_(value)
+
+
+def tubelet_kernel(kernel_DCHW: Tensor, frames: int, how: str) -> Tensor:
+    """Returns the kernel of tubelets of so many frames that an image's patch kernel becomes, [D, C, frames, H, W]."""
+    if how == "average":
+        return kernel_DCHW.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
+    kernel = kernel_DCHW.new_zeros(*kernel_DCHW.shape[:2], frames, *kernel_DCHW.shape[2:])
+    kernel[:, :, frames // 2] = kernel_DCHW
+    return kernel
+
+
+def zoomed(grid_HWD: Tensor, size: tuple[int, int]) -> Tensor:
+    """Returns a grid of position embeddings at another size: bilinear, corners on corners (scipy's `zoom`, order 1)."""
+    if tuple(grid_HWD.shape[:2]) == size:
+        return grid_HWD
+    made = functional.interpolate(grid_HWD.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=True)
+    return made[0].permute(1, 2, 0)
