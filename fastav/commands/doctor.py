@@ -34,7 +34,7 @@ from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.model.av_model import AVModel
 from fastav.recipe.parse import load_recipe
 from fastav.recipe.schema import Recipe
-from fastav.training.inputs import SplitSource, decoder_read, make_plan, modalities
+from fastav.training.inputs import SplitSource, cpu_only, decoder_read, make_plan, modalities
 
 _PLANNED = 64  # clips that a single stage is measured on
 _SECONDS = 4.0  # of each measurement
@@ -200,15 +200,10 @@ def _timed(stage: str, seconds: float, make: Callable[[], int]) -> Speed:
 def _model_speed(recipe: Recipe, source: SplitSource, seconds: float) -> Speed:
     """Forward and backward of the recipe's model, with random weights, on a batch that stays on the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    towers = {
-        name: msgspec.structs.replace(getattr(recipe.model, name), weights="", init_from="")
-        for name in ("video", "audio")
-    }
     frontend = msgspec.structs.replace(
         recipe.frontend, mean=recipe.frontend.mean or 0.0, std=recipe.frontend.std or 1.0
     )
-    config = msgspec.structs.replace(recipe.model, **towers)
-    model = AVModel.build(config, source.classes, recipe.sampling, frontend).to(device).train()
+    model = AVModel.empty(recipe.model, source.classes, recipe.sampling, frontend).to(device).train()
     used, count = modalities(recipe), min(recipe.train.micro_batch or recipe.train.batch, _MODEL_CLIPS)
     with Loader(
         make_plan(recipe, source), PyAV().build(decoder_read(recipe, used)), recipe.loading, modalities=used,
@@ -240,7 +235,7 @@ def _advice(
     recipe: Recipe,
 ) -> Iterator[str]:
     """What to change, the most useful first."""
-    choice = choose_decoder(recipe.decode, clip_stats, "video" in modalities(recipe))
+    choice = choose_decoder(recipe.decode, clip_stats, "video" in modalities(recipe), cpu_only(recipe))
     if model is None:
         yield "which stage will bind: give --recipe FILE, and its model is measured beside the loader"
     yield f"decoder: {type(choice.config).__name__.lower()} ({choice.reason})"

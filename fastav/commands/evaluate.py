@@ -15,7 +15,7 @@ from fastav.core.console import Console
 from fastav.core.errors import MediaError, UserError
 from fastav.data.clip import Clip
 from fastav.evaluate import evaluate
-from fastav.model.av_model import AVModel
+from fastav.model.av_model import AVModel, external_names
 from fastav.recipe.parse import load_recipe
 from fastav.task.metrics import Evaluation
 from fastav.task.predictions import write_predictions
@@ -44,9 +44,8 @@ def main(args: argparse.Namespace) -> int:
     ranks = Ranks(recipe.train)
     console = Console(quiet=not ranks.main)
     run = RunFolder(args.run, writer=ranks.main)
-    # A factory runs code, so only those that the run's own recipe names are called.
-    towers = (recipe.model.video, recipe.model.audio)
-    factories = [tower.name for tower in towers if ":" in tower.name]
+    # Code outside this project runs only where the run's own recipe names it.
+    factories = list(external_names(recipe.model).values())
     model = AVModel.from_pretrained(run.model, factories=factories).to(ranks.device)
     source = evaluation_source(recipe, args.manifest, args.split, model.classes)
     told = unmapped(source)

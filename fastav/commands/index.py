@@ -14,9 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastav.core.errors import UserError
+from fastav.core.external import is_external
 from fastav.data.manifest import Manifest, Problem
 from fastav.datasets.build_manifest import build_manifest, problems_path
-from fastav.datasets.registry import DATASETS
+from fastav.datasets.registry import DATASETS, external_dataset
 
 _SHOWN = 3
 _PUBLISHED = ("split_leak", "duplicate_media", "empty_class")  # of their publishers' making, or of a part's
@@ -25,7 +26,9 @@ _PUBLISHED = ("split_leak", "duplicate_media", "empty_class")  # of their publis
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's options: the kind of data set, and for each kind its own."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=_strict(type(parser)))
-    for name, module in DATASETS.items():
+    word = next((word for word in getattr(parser, "words", ()) if not word.startswith("-")), "")
+    external = {word: external_dataset(word)} if is_external(word) else {}
+    for name, module in {**DATASETS, **external}.items():
         summary = (module.__doc__ or "").strip().split("\n")[0]
         sub = kinds.add_parser(
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -59,7 +62,8 @@ def main(args: argparse.Namespace) -> int:
     if args.workers < 0:
         raise UserError(f"--workers {args.workers}: expected 0 (one a core) or more")
     console, out = Console(), Path(args.out)
-    listing = DATASETS[args.kind].listing(args)
+    dataset = external_dataset(args.kind) if is_external(args.kind) else DATASETS[args.kind]
+    listing = dataset.listing(args)
     own = {str(path.absolute()) for path in (out, out.with_suffix(".arrow"), problems_path(out))}
     manifest, problems = build_manifest(
         listing.clips,

@@ -18,7 +18,13 @@ from fastav.core.errors import FastavError, UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are `UserError`s of one line with the nearest match."""
+    """An argument parser whose mistakes are `UserError`s of one line with the nearest match.
+
+    Attributes:
+        words: The command line behind the verb, for verbs whose options depend on it.
+    """
+
+    words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of printing the usage."""
@@ -62,6 +68,7 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         parser = Parser(
             prog=f"fastav {verb}", description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter
         )
+        parser.words = words
         module.add_arguments(parser)
         overrides: list[str] = []
         if getattr(module, "OVERRIDES", False):

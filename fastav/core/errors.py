@@ -65,3 +65,11 @@ def listed(names: Collection[str], most: int = 6) -> str:
     """Returns the first names, and how many more there are."""
     shown = ", ".join(list(names)[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def reason_of(error: BaseException) -> str:
+    """An error in a few words, on one line."""
+    failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint: rank -> (error, traceback)
+    if isinstance(failures, dict) and failures:
+        return reason_of(next(iter(failures.values()))[0])
+    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())

@@ -16,10 +16,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from fastav.core.errors import FastavError, listed
+from fastav.core.errors import FastavError, listed, reason_of
 from fastav.diagnostics import device_tests
 from fastav.diagnostics.rank_verdicts import MEASURES, Fault, RankMeasurement, RankPlace
-from fastav.distributed.host_group import HostGroup, reason_of
+from fastav.distributed.host_group import HostGroup
 
 SECONDS = 0.1
 """Duration of each measurement."""

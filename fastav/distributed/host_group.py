@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fastav.core.errors import reason_of
+
 Value = TypeVar("Value")
 
 
@@ -57,11 +59,3 @@ class HostGroup:
         except catch as error:
             reason = reason_of(error)
         return result, next((told for told in self.gather(reason) if told), "")
-
-
-def reason_of(error: BaseException) -> str:
-    """An error in a few words, on one line."""
-    failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint: rank -> (error, traceback)
-    if isinstance(failures, dict) and failures:
-        return reason_of(next(iter(failures.values()))[0])
-    return " ".join((getattr(error, "strerror", None) or str(error) or type(error).__name__).split())

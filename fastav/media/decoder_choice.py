@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from fastav.core.config import Kind
 from fastav.core.errors import UserError
+from fastav.core.external import make_external
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
 from fastav.media.dali.decoder import Dali, can_decode, device_kind, missing_requirement, self_test_failure
+from fastav.media.decoder import ClipDecoder, DecodeSpec
 from fastav.media.pyav import PyAV
 
 SAMPLED = 256
@@ -23,6 +26,33 @@ _ENOUGH = 0.9  # share of the clips with video that DALI must be able to take
 
 class Auto(Kind, frozen=True, tag="auto"):
     """DALI where there is an NVIDIA GPU with its video decoder and it can take nine clips in ten; PyAV otherwise."""
+
+
+class ExternalDecoder(Kind, frozen=True, tag="external"):
+    """A decoder from outside this project; `kind = "module:attribute"` is short for it.
+
+    Attributes:
+        factory: `module:attribute` of a config class or function; what it returns has `build(read)`, which takes a
+            `fastav.media.decoder.DecodeSpec` and returns a `fastav.media.decoder.ClipDecoder`.
+        args: Its settings; a recipe may also write them beside `kind`.
+    """
+
+    factory: str = ""
+    args: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
+
+    def build(self, read: DecodeSpec) -> ClipDecoder:
+        """Returns the decoder for a run.
+
+        Raises:
+            UserError: It cannot be imported, does not take the arguments, or makes something else.
+        """
+        made = make_external(self.factory, self.args, "decode")
+        decoder = made.build(read) if hasattr(made, "build") else made
+        if not hasattr(decoder, "decode"):
+            raise UserError(
+                f'decode.kind: "{self.factory}" makes a {type(decoder).__name__} without decode(clip, plans)'
+            )
+        return decoder
 
 
 @dataclass(frozen=True)
@@ -68,7 +98,7 @@ class DecoderChoice:
         reason: One line for a person.
     """
 
-    config: PyAV | Dali
+    config: PyAV | Dali | ExternalDecoder
     reason: str
 
 
@@ -81,25 +111,30 @@ def sample_clips(manifests: Sequence[Manifest]) -> list[Clip]:
     return clips
 
 
-def choose_decoder(config: Auto | PyAV | Dali, clip_stats: ClipStats, looks: bool) -> DecoderChoice:
+def choose_decoder(
+    config: Auto | PyAV | Dali | ExternalDecoder, clip_stats: ClipStats, uses_video: bool, cpu_only: str = ""
+) -> DecoderChoice:
     """Decides what `auto` means here; what is asked for by name is taken, if it can do anything.
 
     Args:
         config: Of the recipe.
         clip_stats: Of the clips.
-        looks: Whether the run looks at video at all.
+        uses_video: Whether the run decodes video.
+        cpu_only: Why the CPU must decode whatever there is; empty where it need not.
 
     Raises:
         UserError: DALI is asked for and can decode none of the clips.
     """
     if isinstance(config, Dali):
-        return DecoderChoice(config, _asked(config, clip_stats, looks))
-    if isinstance(config, PyAV):
-        return DecoderChoice(config, "asked for")
+        return DecoderChoice(config, _requested(config, clip_stats, uses_video))
+    if isinstance(config, PyAV | ExternalDecoder):
+        return DecoderChoice(config, "requested")
+    if cpu_only:
+        return DecoderChoice(PyAV(), cpu_only)
     lack = missing_requirement("gpu")
     if lack:
         return DecoderChoice(PyAV(), f"DALI cannot be used: {lack}")
-    if not looks or not clip_stats.sizes:
+    if not uses_video or not clip_stats.sizes:
         return DecoderChoice(PyAV(), "there is no video to decode")
     able = sum(can_decode("gpu", codec, width, height) for codec, width, height in clip_stats.sizes)
     share = able / len(clip_stats.sizes)
@@ -113,10 +148,10 @@ def choose_decoder(config: Auto | PyAV | Dali, clip_stats: ClipStats, looks: boo
     )
 
 
-def _asked(config: Dali, clip_stats: ClipStats, looks: bool) -> str:
+def _requested(config: Dali, clip_stats: ClipStats, uses_video: bool) -> str:
     """Why DALI, where it was asked for, and what is left to PyAV."""
-    if not looks or not clip_stats.sizes:
-        return "asked for"
+    if not uses_video or not clip_stats.sizes:
+        return "requested"
     kind = device_kind(config.device)
     able = sum(can_decode(kind, codec, width, height) for codec, width, height in clip_stats.sizes)
     if not able:
@@ -126,7 +161,7 @@ def _asked(config: Dali, clip_stats: ClipStats, looks: bool) -> str:
             f'({clip_stats.describe()}); expected {packing}, or decode.kind "auto"'
         )
     left = 100 * (1 - able / len(clip_stats.sizes))
-    return f"asked for; {left:.0f} % of the clips are left to PyAV" if left else "asked for"
+    return f"requested; {left:.0f} % of the clips are left to PyAV" if left else "requested"
 
 
-DecoderConfig = Auto | PyAV | Dali
+DecoderConfig = Auto | PyAV | Dali | ExternalDecoder

@@ -67,14 +67,15 @@ class PyAVDecoder:
     Args:
         config: Its settings.
         read: What the run reads.
+        shards: The reader of packed clips, to share one; None for its own.
     """
 
     name = "pyav"
 
-    def __init__(self, config: PyAV, read: DecodeSpec) -> None:
+    def __init__(self, config: PyAV, read: DecodeSpec, shards: ShardReader | None = None) -> None:
         self.config, self.read = config, read
         self._log_mel = read.frontend.build()
-        self._shards = ShardReader(read.reading)
+        self._shards = shards or ShardReader(read.reading)
         self._decoders = KeptDecoders()
 
     @property

@@ -26,7 +26,8 @@ of the frame's loudest; below that the rounding of a float32 FFT shows.
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -36,7 +37,16 @@ from torch.nn import functional
 from torchaudio.functional import amplitude_to_DB, melscale_fbanks, spectrogram
 
 from fastav.core.config import Config, NonNegativeFloat, PositiveFloat, PositiveInt
-from fastav.core.errors import UserError, did_you_mean
+from fastav.core.errors import UserError, did_you_mean, reason_of
+from fastav.core.external import load_external
+
+
+class Spectrogram(Protocol):
+    """Computes the windows of a clip's spectrogram; called from many threads at once."""
+
+    def windows(self, wave_CS: Tensor, starts_W: NDArray[np.int32], length: int) -> Tensor:
+        """See `LogMel.windows`."""
+        ...
 
 
 class Frontend(Config, frozen=True):
@@ -57,6 +67,11 @@ class Frontend(Config, frozen=True):
         floor_db: Smallest value, dB; also what pads a clip that is shorter than its window.
         mean: Mean over the training clips, dB; absent: measured when a run starts and stored with it.
         std: Standard deviation over the training clips, dB; absent: as for `mean`.
+        factory: `module:attribute` of a spectrogram from outside this project; empty for the log-mel spectrogram. It
+            is called as `factory(config, **args)` with this table and returns an object with `LogMel.windows`, or a
+            function of the whole clip: samples [C, S] -> [C, M, L] in the layout of `LogMel.log_mel`. It must allow
+            calls from several threads at once. Clips are then decoded on the CPU.
+        args: Further arguments of the factory.
     """
 
     preset: str = "ssw60"
@@ -73,6 +88,8 @@ class Frontend(Config, frozen=True):
     floor_db: float = -100.0
     mean: float | None = None
     std: PositiveFloat | None = None
+    factory: str = ""
+    args: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
 
     def needed_samples(self, starts_W: NDArray[np.int32], length: int, num_samples: int) -> tuple[int, int]:
         """Returns first sample and the one after the last that windows of a clip's spectrogram look at.
@@ -82,6 +99,8 @@ class Frontend(Config, frozen=True):
             length: Mel frames of a window.
             num_samples: Samples of the clip at `sample_rate`; its edges are reflected, so they need their neighbours.
         """
+        if self.factory:
+            return 0, num_samples  # what it looks at is unknown
         starts = [int(start) for start in starts_W if start >= 0]
         total = int(self.num_frames(num_samples))
         if not starts or min(starts) >= total:
@@ -102,7 +121,7 @@ class Frontend(Config, frozen=True):
         """Returns how many mel frames clips of these lengths in seconds have, vectorised."""
         return self.num_frames(np.rint(np.asarray(duration_s, dtype=np.float64) * self.sample_rate))
 
-    def build(self) -> LogMel:
+    def build(self) -> Spectrogram:
         """Returns the module that computes it.
 
         Raises:
@@ -118,7 +137,20 @@ class Frontend(Config, frozen=True):
                 f"frontend.f_max: {self.f_max:g} Hz given, more than f_min = {self.f_min:g} and at most half "
                 f"the sample rate = {self.sample_rate / 2:g} expected"
             )
-        return LogMel(self)
+        return self._external() if self.factory else LogMel(self)
+
+    def _external(self) -> Spectrogram:
+        make = load_external(self.factory, "frontend.factory")
+        try:
+            made = make(self, **self.args)
+        except TypeError as error:
+            raise UserError(f"frontend.args: {self.factory}: {reason_of(error)}") from error
+        if not hasattr(made, "windows") and not callable(made):
+            raise UserError(
+                f'frontend.factory: "{self.factory}" returns a {type(made).__name__}, expected an object with '
+                "windows(wave_CS, starts_W, length), or a function of the samples"
+            )
+        return made if hasattr(made, "windows") else WholeClip(self, made)
 
 
 PRESETS: dict[str, Frontend] = {
@@ -129,6 +161,40 @@ PRESETS: dict[str, Frontend] = {
     "events": Frontend(preset="events", win_length=320, hop_length=160, num_mels=80),
     "ast": Frontend(preset="ast", win_length=400, hop_length=160, f_min=20.0),
 }
+
+
+class WholeClip:
+    """Windows of a spectrogram that is computed of the whole clip.
+
+    Args:
+        config: Settings; `floor_db` fills what lies past the clip's end.
+        compute: Samples [C, S] -> spectrogram [C, M, L].
+    """
+
+    def __init__(self, config: Frontend, compute: Callable[[Tensor], Tensor]) -> None:
+        self._config, self._compute = config, compute
+
+    def windows(self, wave_CS: Tensor, starts_W: NDArray[np.int32], length: int) -> Tensor:
+        """See `LogMel.windows`.
+
+        Raises:
+            UserError: The spectrogram has other sizes than the settings say.
+        """
+        config = self._config
+        expected = (wave_CS.shape[0], config.num_mels, int(config.num_frames(wave_CS.shape[-1])))
+        mel_CML = self._compute(wave_CS)
+        if tuple(mel_CML.shape) != expected:
+            raise UserError(
+                f'frontend.factory: "{config.factory}" gives a spectrogram of {list(mel_CML.shape)}, expected '
+                f"{list(expected)} (channels, num_mels, 1 + samples // hop_length)"
+            )
+        shape = (len(starts_W), expected[0], config.num_mels, length)
+        windows_WCML = torch.full(shape, config.floor_db, dtype=torch.float32, device=wave_CS.device)
+        for window_CML, start in zip(windows_WCML, map(int, starts_W), strict=True):
+            if 0 <= start < expected[-1]:
+                cut_CML = mel_CML[..., start : start + length]
+                window_CML[..., : cut_CML.shape[-1]] = cut_CML
+        return windows_WCML
 
 
 class LogMel(nn.Module):

@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from fastav.core.atomic_files import flush
 from fastav.core.config import Config, PositiveInt
 from fastav.core.errors import UserError
+from fastav.core.external import is_external
+from fastav.data.clip import Modality
 from fastav.data.plan import Sampling
 from fastav.media.spectrogram import Frontend
-from fastav.model.fusion import MBT, Bottleneck, Fusion, FusionInputs, Score
+from fastav.model.fusion import Bottleneck, ExternalFusion, Fusion, FusionInputs
 from fastav.model.tower import Tower, TowerConfig
 from fastav.model.transforms import mask_bands, mix, normalise_frames, normalise_mel
 from fastav.model.weights import DESCRIPTION, WEIGHTS, model_folder, read_description, read_safetensors
-from fastav_kernels.bottleneck_attention import Frames, Segments, best
 
 FORMAT = 1
 
@@ -129,10 +130,7 @@ class AVModel(nn.Module):
         Raises:
             UserError: as the class; also where score fusion, which trains nothing, has nothing to start from.
         """
-        if isinstance(config.fusion, Score):
-            _check_score(config, tuple(classes))
-        if isinstance(config.fusion, MBT):
-            _check_mbt(config)
+        config.fusion.check({"video": config.video, "audio": config.audio}, classes)
         if not config.init_from:
             return cls(config, classes, _inputs(sampling, frontend), frontend)
         for key in ("model.video", "model.audio"):
@@ -150,7 +148,7 @@ class AVModel(nn.Module):
         Raises:
             UserError: as the class.
         """
-        model = cls(_without_sources(config), classes, _inputs(sampling, frontend), frontend)
+        model = cls(without_sources(config), classes, _inputs(sampling, frontend), frontend)
         model.config = config
         return model
 
@@ -160,24 +158,9 @@ class AVModel(nn.Module):
         Args:
             precision: `train.precision` of the recipe.
         """
-        fusion = self.config.fusion
-        if not isinstance(fusion, Bottleneck | MBT) or not hasattr(self.fusion, "bottleneck"):
-            return "PyTorch's"
-        if fusion.attention != "auto":
-            return f"PyTorch's, in fusion layers {fusion.attention} (asked for)"
-        assert self.video is not None
-        block: Any = self.video.blocks[-1]
         device = str(next(self.parameters()).device)
         dtype = "bfloat16" if precision == "bf16" else "float32"
-        if isinstance(fusion, MBT):
-            tokens, frames = self.fusion.position["video"].shape[1], 1
-            kind: Frames = "joint"
-        else:
-            tokens, frames = self.video.num_prefix + self.video.num_patches, self.inputs.frames
-            kind = fusion.frames
-        segments = Segments(1, frames, tokens, self.fusion.bottleneck.shape[1], kind)
-        name = best(device, dtype, block.attn.head_dim, segments)
-        return f"PyTorch's, in fusion layers {name} (chosen by auto)"
+        return self.config.fusion.describe_attention(self.fusion, self.video, self.inputs.frames, device, dtype)
 
     def forward(
         self,
@@ -292,13 +275,13 @@ class AVModel(nn.Module):
     def from_pretrained(cls, source: str | Path, *, factories: Sequence[str] = ()) -> AVModel:
         """Loads a saved model, in evaluation mode, on the CPU.
 
-        Only safetensors and JSON are read. A tower named `module:factory` would run code of that name, so that it
+        Only safetensors and JSON are read. Towers and fusions named `module:attribute` run code of that name, so each
         has to be allowed.
 
         Args:
             source: The saved folder, the folder of a run, or, where there is no such folder, an `organisation/name`
                 on the Hugging Face hub.
-            factories: The `module:factory` names that may be called.
+            factories: The `module:attribute` names that may be called.
 
         Raises:
             UserError: where there is no model or it does not fit its description.
@@ -315,31 +298,39 @@ class AVModel(nn.Module):
             frontend = msgspec.convert(description.get("frontend"), Frontend)
         except msgspec.ValidationError as error:
             raise UserError(f"{where}: {folder / DESCRIPTION}: {error}") from error
-        for modality in saved.fusion.modalities:
-            name = getattr(saved, modality).name
-            if ":" in name and name not in factories:
+        for key, name in external_names(saved).items():
+            if name not in factories:
                 raise UserError(
-                    f'{where}: its {modality} tower "{name}" is made by code of that name; where you trust it, give '
-                    f'from_pretrained(..., factories=["{name}"])'
+                    f'{where}: loading it runs code of "{name}" ({key}), which is not part of fastav; if you trust it, '
+                    f'pass factories=["{name}"]'
                 )
-        model = cls(_without_sources(saved), classes, inputs, frontend)
+        model = cls(without_sources(saved), classes, inputs, frontend)
         model.config = saved
         load_strictly(model, read_safetensors(folder / WEIGHTS, where), where)
         return model.eval()
+
+
+def external_names(config: Model) -> dict[str, str]:
+    """Returns the code outside this project that building the model runs: key of the recipe -> `module:attribute`."""
+    if isinstance(config.fusion, ExternalFusion):
+        names = {"model.fusion.kind": config.fusion.factory}
+        used: tuple[Modality, ...] = ("video", "audio")  # which of them is known only once that code has run
+    else:
+        names, used = {}, config.fusion.modalities
+    names |= {f"model.{modality}.name": getattr(config, modality).name for modality in used}
+    return {key: name for key, name in names.items() if is_external(name)}
 
 
 def _inputs(sampling: Sampling, frontend: Frontend) -> Inputs:
     return Inputs(sampling.frames, sampling.image_size, frontend.num_mels, sampling.window)
 
 
-def _without_sources(config: Model) -> Model:
+def without_sources(config: Model) -> Model:
     """Returns the config with towers that start from nothing: they are filled afterwards."""
     empty: dict[str, Any] = {"init_from": ""} | {
         name: msgspec.structs.replace(getattr(config, name), weights="", init_from="") for name in ("video", "audio")
     }
-    if isinstance(config.fusion, MBT):
-        empty["fusion"] = msgspec.structs.replace(config.fusion, image_vit="")
-    return msgspec.structs.replace(config, **empty)
+    return msgspec.structs.replace(config, fusion=config.fusion.without_sources(), **empty)
 
 
 def _start_from(model: AVModel, source: str) -> None:
@@ -362,38 +353,6 @@ def _heads(model: AVModel) -> set[str]:
     modules += [tower.net.get_classifier() for tower in (model.video, model.audio) if tower is not None]
     heads = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
     return {name for name, parameter in model.named_parameters() if id(parameter) in heads}
-
-
-def _check_mbt(config: Model) -> None:
-    """Raises a UserError where a tower of kind `mbt`, of which only the blocks are left, is asked for more."""
-    assert isinstance(config.fusion, MBT)
-    for name in ("video", "audio"):
-        tower: TowerConfig = getattr(config, name)
-        if config.fusion.image_vit and (tower.weights or tower.init_from):
-            raise UserError(f"model.fusion.image_vit and a start of model.{name} are both given, one of them expected")
-        if tower.freeze:
-            raise UserError(
-                f'model.{name}.freeze: {tower.freeze} given, 0 expected by kind "mbt" (its embeddings learn)'
-            )
-
-
-def _check_score(config: Model, classes: tuple[str, ...]) -> None:
-    """Raises a UserError where a tower of a score fusion starts from nothing, or from a run of other classes."""
-    for modality in config.fusion.modalities:
-        tower: TowerConfig = getattr(config, modality)
-        if not tower.init_from and tower.weights in ("", "timm"):
-            raise UserError(
-                f'model.{modality}.init_from: absent; a finished run expected by fusion kind "score", which trains '
-                "nothing"
-            )
-        if tower.init_from:
-            where = f"model.{modality}.init_from"
-            given = tuple(read_description(model_folder(Path(tower.init_from)), where).get("classes", ()))
-            if given != classes:
-                raise UserError(
-                    f'{where}: the model in "{tower.init_from}" was trained on {len(given)} classes other than these '
-                    f'{len(classes)} (or in another order); the same expected by fusion kind "score"'
-                )
 
 
 def _folder_of(source: str) -> Path:

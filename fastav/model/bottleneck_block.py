@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastav.core.errors import UserError
 from fastav.model.tower import ClipDropPath, Tower, block_flops
-from fastav_kernels.bottleneck_attention import Frames, bottleneck_attention
+from fastav_kernels.bottleneck_attention import Frames, Segments, best, bottleneck_attention
 
 
 class BottleneckBlock(nn.Module):
@@ -148,6 +148,23 @@ def enter_blocks(tower: Tower, start: int, frames: Frames, attention: str, last_
             )
         need_bottleneck = last_needs_bottleneck or number + 1 < len(tower.blocks)
         tower.replace_block(number, BottleneckBlock(block, frames, attention, need_bottleneck))
+
+
+def describe_attention(attention: str, tower: Tower, segments: Segments, device: str, dtype: str) -> str:
+    """Names the attention of the fusion layers, and whether the recipe or a measurement chose it.
+
+    Args:
+        attention: The config's key: an implementation, or `auto`.
+        tower: One whose last block is a fusion layer.
+        segments: Shape of its attention for one clip.
+        device: Where the model is.
+        dtype: `float32` or `bfloat16`.
+    """
+    if attention != "auto":
+        return f"PyTorch's, in fusion layers {attention} (requested)"
+    block: Any = tower.blocks[-1]
+    name = best(device, dtype, block.attn.head_dim, segments)
+    return f"PyTorch's, in fusion layers {name} (chosen by auto)"
 
 
 def _rows(x: Tensor, z: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ Names of the parameters are timm's under `net.`, whatever the fusion does with t
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable
@@ -28,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastav.core.config import Config, Fraction, NonNegativeFloat
-from fastav.core.errors import UserError, did_you_mean
+from fastav.core.errors import UserError, did_you_mean, reason_of
+from fastav.core.external import is_external, load_external
 from fastav.data.clip import Modality
 from fastav.model.weights import fill, read_run, read_safetensors
 
@@ -105,7 +105,7 @@ class TowerConfig(Config, frozen=True):
                 raise UserError(f"{where}.args.{key}: cannot be given here; {instead}")
         if self.weights and self.init_from:
             raise UserError(f"{where}: weights and init_from are both given, one of them expected")
-        make = _from_factory if ":" in self.name else _from_timm
+        make = _from_factory if is_external(self.name) else _from_timm
         net = make(self, where, input_size, num_classes)
         if self.weights not in ("", "timm"):
             fill(net, read_safetensors(Path(self.weights), f"{where}.weights"), where=f"{where}.weights")
@@ -423,11 +423,7 @@ def _pretrained(config: TowerConfig, where: str, kwargs: dict[str, Any]) -> nn.M
 
 def _from_factory(config: TowerConfig, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
     """Calls a function outside this project, see `TowerConfig`."""
-    module_name, _, function = config.name.partition(":")
-    try:
-        factory: Callable[..., nn.Module] = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f'{where}.name: "{config.name}" cannot be imported: {_reason(error)}') from error
+    factory: Callable[..., nn.Module] = load_external(config.name, f"{where}.name")
     if config.weights == "timm":
         raise UserError(f'{where}.weights: "timm" given, but "{config.name}" is not a model of timm')
     kwargs = dict(config.args) | ({"drop_path_rate": config.drop_path} if config.drop_path else {})
@@ -443,7 +439,7 @@ def _from_factory(config: TowerConfig, where: str, input_size: tuple[int, int], 
 
 def _reason(error: Exception) -> str:
     """Returns an error's text on one line, with the nearest argument of a ViT where one is misspelt."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = reason_of(error)
     match = re.search(r"^VisionTransformer\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     near = did_you_mean(match[1], inspect.signature(VisionTransformer).parameters) if match else ""
     return text + near

@@ -20,6 +20,7 @@ from msgspec import inspect
 
 from fastav.core.config import Config
 from fastav.core.errors import UserError, did_you_mean
+from fastav.core.external import is_external
 from fastav.media.spectrogram import PRESETS, Frontend
 from fastav.optim.schedule import Plateau
 from fastav.recipe.schema import Recipe
@@ -246,6 +247,8 @@ def _merge(node: Any, base: Any, over: Any, key: str, fail: Any) -> Any:
         raise fail(key, f"{key} = {over!r}: expected a table, [{key}]")
     if structs[0].tag_field:
         kind, kinds = over.get("kind", (base or {}).get("kind")), {s.tag: s for s in structs}
+        if is_external(str(kind)) and "external" in kinds:
+            over, kind = _as_external(over), "external"
         if kind not in kinds:
             raise fail(f"{key}.kind", f'{key}.kind = "{kind}" is unknown{did_you_mean(str(kind), map(str, kinds))}')
         struct = kinds[kind]
@@ -275,6 +278,12 @@ def _merge(node: Any, base: Any, over: Any, key: str, fail: Any) -> Any:
         else:
             result[name] = _merge(fields[name], result.get(name), value, path, fail)
     return result
+
+
+def _as_external(over: Table) -> Table:
+    """Writes `kind = "module:attribute"` with its settings beside it in full."""
+    own = {name: value for name, value in over.items() if name not in ("kind", "args")}
+    return {"kind": "external", "factory": str(over["kind"]), "args": {**over.get("args", {}), **own}}
 
 
 def _typed(node: Any, value: Any) -> Any:

@@ -16,7 +16,7 @@ from fastav.data.manifest import Manifest
 from fastav.data.plan import Plan
 from fastav.loader.loader import Loader
 from fastav.media.decoder import DecodeSpec
-from fastav.media.decoder_choice import ClipStats, DecoderChoice, choose_decoder, sample_clips
+from fastav.media.decoder_choice import ClipStats, DecoderChoice, ExternalDecoder, choose_decoder, sample_clips
 from fastav.media.shards import ShardReader
 from fastav.media.spectrogram import Frontend
 from fastav.model.weights import model_folder, read_description
@@ -100,7 +100,7 @@ def evaluation_source(
 
 def modalities(recipe: Recipe) -> tuple[Modality, ...]:
     """What the recipe's model looks at: `video`, `audio` or both."""
-    return type(recipe.model.fusion).modalities
+    return recipe.model.fusion.modalities
 
 
 def make_plan(recipe: Recipe, source: SplitSource) -> Plan:
@@ -199,7 +199,12 @@ def read_aliases(path: str | Path) -> dict[str, str]:
 def chosen_decoder(recipe: Recipe, source: SplitSource) -> DecoderChoice:
     """The decoder that the recipe, this machine and the clips make."""
     clips = sample_clips([manifest for manifest, _ in source.manifests])
-    return choose_decoder(recipe.decode, ClipStats.of(clips), "video" in modalities(recipe))
+    return choose_decoder(recipe.decode, ClipStats.of(clips), "video" in modalities(recipe), cpu_only(recipe))
+
+
+def cpu_only(recipe: Recipe) -> str:
+    """Why this recipe's clips must be decoded on the CPU; empty where they need not."""
+    return "frontend.factory is computed on the CPU" if recipe.frontend.factory else ""
 
 
 def describe_decoder(recipe: Recipe, source: SplitSource) -> str:
@@ -208,7 +213,8 @@ def describe_decoder(recipe: Recipe, source: SplitSource) -> str:
         chosen_decoder(recipe, source),
         ClipStats.of(sample_clips([manifest for manifest, _ in source.manifests])),
     )
-    kind, threads = to_table(choice.config)["kind"], recipe.loading.num_workers()
+    threads = recipe.loading.num_workers()
+    kind = choice.config.factory if isinstance(choice.config, ExternalDecoder) else to_table(choice.config)["kind"]
     return f"{kind} ({choice.reason}), {threads} threads; clips: {clip_stats.describe()}"
 
 

@@ -81,7 +81,7 @@ from fastav.media.dali.graph import (
 from fastav.media.decoder import DecodedBatch, DecodeSpec
 from fastav.media.open import TIME_TOLERANCE_S, first_stream, frame_times_s, media_errors, open_media
 from fastav.media.packed_clip import wave_of
-from fastav.media.pyav import PyAV
+from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.media.shards import FetchedClip, ShardReader, SplicedAudio, SplicedFrames
 
 Device = Literal["auto", "gpu", "cpu"]
@@ -176,16 +176,21 @@ class DaliDecoder:
         if lack:
             raise UserError(f'decode.kind "dali" with device "{config.device}": {lack}')
         self.config, self.read, self.kind = config, read, device_kind(config.device)
+        if read.frontend.factory:
+            raise UserError(
+                'frontend.factory: decode.kind "dali" computes the log-mel spectrogram itself; use "pyav" or "auto"'
+            )
         read.frontend.build()  # says where its settings contradict one another
         self.device = torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
         self.threads = config.threads or _threads(self.device)
         self._shards = ShardReader(read.reading)
         # What DALI does not take; each sees one modality, so that nothing is decoded twice.
-        self._eyes, self._ears, self._second = (
-            PyAV().build(DecodeSpec(some, read.image_size, read.frontend, read.window, read.reading))
+        self._video_fallback, self._audio_fallback, self._full_fallback = (
+            PyAVDecoder(
+                PyAV(), DecodeSpec(some, read.image_size, read.frontend, read.window, read.reading), self._shards
+            )
             for some in (("video",), ("audio",), read.modalities)
         )
-        self._eyes._shards = self._ears._shards = self._second._shards = self._shards  # one cache for all
         self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
         for _ in range(config.pipelines):
             self._slots.put(_Slot(PipelinePlace(self.device.index, self.threads), read))
@@ -219,7 +224,7 @@ class DaliDecoder:
         film = None if wanted_U is None else self._film(clip, plans, wanted_U, packed.frames)
         pictures = wave = mel_WCML = None
         if seen and film is None:
-            samples = self._eyes.decode(clip, plans)
+            samples = self._video_fallback.decode(clip, plans)
             pictures = tuple(sample.frames_TCHW for sample in samples if sample.frames_TCHW is not None)
         if sounds and cut is None:  # no window holds any of it
             shape = len(starts_W), 1, self.read.frontend.num_mels, self.read.window
@@ -227,7 +232,7 @@ class DaliDecoder:
         elif cut is not None:
             wave = self._wave(clip, cut, starts_W, packed.sound)
         elif heard and clip.num_mel_frames:
-            mel_WCML = self._ears.decode(clip, plans[:1])[0].mel_WCML
+            mel_WCML = self._audio_fallback.decode(clip, plans[:1])[0].mel_WCML
         if film is None and pictures is None and wave is None and mel_WCML is None:
             raise MediaError(clip.source, "holds nothing of what the run looks at")
         return PreparedClip(clip, tuple(plans), film, pictures, wave, mel_WCML)
@@ -265,7 +270,7 @@ class DaliDecoder:
                     raise FastavError(f"DALI stopped working: {why}")
             made.take_films(seen)
             made.take_waves(heard)
-            made.try_again(self._second.decode)
+            made.try_again(self._full_fallback.decode)
             return made.finish()
 
     def close(self) -> None:

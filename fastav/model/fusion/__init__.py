@@ -14,12 +14,25 @@ from __future__ import annotations
 
 from fastav.model.fusion.bottleneck import Bottleneck
 from fastav.model.fusion.early import Early
+from fastav.model.fusion.external import ExternalFusion
 from fastav.model.fusion.inputs import FusionInputs, over_windows
 from fastav.model.fusion.late import Late
 from fastav.model.fusion.mbt import MBT
 from fastav.model.fusion.score import Score
 from fastav.model.fusion.single import Audio, Video
 
-__all__ = ["MBT", "Audio", "Bottleneck", "Early", "Fusion", "FusionInputs", "Late", "Score", "Video", "over_windows"]
+__all__ = [
+    "MBT",
+    "Audio",
+    "Bottleneck",
+    "Early",
+    "ExternalFusion",
+    "Fusion",
+    "FusionInputs",
+    "Late",
+    "Score",
+    "Video",
+    "over_windows",
+]
 
-Fusion = Video | Audio | Late | Score | Early | Bottleneck | MBT
+Fusion = Video | Audio | Late | Score | Early | Bottleneck | MBT | ExternalFusion

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from fastav.core.config import Kind, NonNegativeInt
+from fastav.core.config import NonNegativeInt
 from fastav.core.errors import UserError, did_you_mean
-from fastav.data.clip import Modality
-from fastav.model.bottleneck_block import BottleneckBlock, enter_blocks
+from fastav.model.bottleneck_block import BottleneckBlock, describe_attention, enter_blocks
 from fastav.model.fusion.inputs import (
     FusionInputs,
     both,
@@ -22,11 +21,12 @@ from fastav.model.fusion.inputs import (
     present,
     side_by_side,
 )
+from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, block_flops, linear_flops
-from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments
 
 
-class Bottleneck(Kind, frozen=True, tag="bottleneck"):
+class Bottleneck(FusionKind, frozen=True, tag="bottleneck"):
     """Mid-fusion through bottleneck tokens (MBT; SSW60 section 4.1, equations 3 and 4).
 
     Attributes:
@@ -52,7 +52,6 @@ class Bottleneck(Kind, frozen=True, tag="bottleneck"):
     head: Literal["mean", "concat"] = "mean"
     project: bool = False
     attention: str = "auto"
-    modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
 
     @property
     def tower_heads(self) -> bool:
@@ -85,6 +84,12 @@ class Bottleneck(Kind, frozen=True, tag="bottleneck"):
         enter_blocks(audio, self.start, "joint", self.attention, last_needs_bottleneck=False)
         layers = depths[0] - self.start
         return BottleneckFusion(self, (video.width, audio.width), layers, num_classes, num_frames)
+
+    def describe_attention(self, fusion: Any, video: Any, num_frames: int, device: str, dtype: str) -> str:
+        """See `FusionKind.describe_attention`."""
+        num_tokens = video.num_prefix + video.num_patches
+        segments = Segments(1, num_frames, num_tokens, fusion.bottleneck.shape[1], self.frames)
+        return describe_attention(self.attention, video, segments, device, dtype)
 
 
 class BottleneckFusion(nn.Module):

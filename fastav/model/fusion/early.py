@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor, nn
 
-from fastav.core.config import Kind
 from fastav.core.errors import UserError
-from fastav.data.clip import Modality
 from fastav.model.fusion.inputs import (
     FusionInputs,
     both,
@@ -19,19 +15,17 @@ from fastav.model.fusion.inputs import (
     over_present,
     over_windows,
 )
+from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, block_flops
 
 
-class Early(Kind, frozen=True, tag="early"):
+class Early(FusionKind, frozen=True, tag="early"):
     """Joint self-attention of all tokens from the first layer, in one encoder (MBT's vanilla self-attention).
 
     Each modality has its own patch, class-token and position embedding, the frames a learned one of their
     time besides; blocks, final norm and head are the video tower's, and the audio tower keeps nothing else.
     The head sees the mean of what is pooled of each modality's tokens.
     """
-
-    modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
-    tower_heads: ClassVar[bool] = True
 
     def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module and removes the audio tower's blocks.

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
-from fastav.core.config import Kind
-from fastav.data.clip import Modality
 from fastav.model.fusion.inputs import (
     FusionInputs,
     audio_features,
@@ -16,14 +12,17 @@ from fastav.model.fusion.inputs import (
     side_by_side,
     video_features,
 )
+from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, linear_flops
 
 
-class Late(Kind, frozen=True, tag="late"):
+class Late(FusionKind, frozen=True, tag="late"):
     """A linear layer on both towers' features side by side (SSW60 section 4.1), zeros for a missing modality."""
 
-    modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
-    tower_heads: ClassVar[bool] = False
+    @property
+    def tower_heads(self) -> bool:
+        """None: the linear layer is the head."""
+        return False
 
     def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module with its linear head; the towers need none."""

@@ -11,23 +11,26 @@ The authors' defaults are those of `launch/recipes/mbt_b.toml`; their checkpoint
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastav.core.config import Kind, NonNegativeInt, PositiveInt
+from fastav.core.config import NonNegativeInt, PositiveInt
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Modality
-from fastav.model.bottleneck_block import BottleneckBlock, enter_blocks
+from fastav.model.bottleneck_block import BottleneckBlock, describe_attention, enter_blocks
 from fastav.model.fusion.inputs import FusionInputs, over_windows, present
+from fastav.model.fusion.kind import FusionKind
 from fastav.model.fusion.mbt_init import start_from_image_vit
-from fastav.model.tower import Tower, block_flops, linear_flops
-from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS
+from fastav.model.tower import Tower, TowerConfig, block_flops, linear_flops
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments
 
 
-class MBT(Kind, frozen=True, tag="mbt"):
+class MBT(FusionKind, frozen=True, tag="mbt"):
     """MBT as its authors coded it: tubelets, joint space-time tokens, one head for both modalities.
 
     Attributes:
@@ -65,8 +68,11 @@ class MBT(Kind, frozen=True, tag="mbt"):
     image_vit: str = ""
     frame_kernel: Literal["central", "average"] = "central"
     attention: str = "auto"
-    modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
-    tower_heads: ClassVar[bool] = False
+
+    @property
+    def tower_heads(self) -> bool:
+        """None: one head serves both modalities."""
+        return False
 
     def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module; of the towers only the blocks are left.
@@ -74,7 +80,7 @@ class MBT(Kind, frozen=True, tag="mbt"):
         Raises:
             UserError: where a tower is no plain ViT, the two do not fit together, or sizes are no whole patches.
         """
-        self.check(video, audio, num_frames)
+        self._check_built(video, audio, num_frames)
         frames_size = (num_frames, *video.input_size)
         mel_size = (audio.input_size[1], audio.input_size[0])
         fusion = MBTFusion(self, video.width, num_classes, frames_size, mel_size, depth=len(video.blocks))
@@ -83,7 +89,7 @@ class MBT(Kind, frozen=True, tag="mbt"):
             start_from_image_vit(fusion, {"video": video, "audio": audio}, self.image_vit)
         return fusion
 
-    def check(self, video: Tower, audio: Tower, num_frames: int) -> None:
+    def _check_built(self, video: Tower, audio: Tower, num_frames: int) -> None:
         """Raises a UserError where towers and sizes do not fit together."""
         for tower in (video, audio):
             tower.require_blocks("mbt")
@@ -107,6 +113,29 @@ class MBT(Kind, frozen=True, tag="mbt"):
                 f"sampling.frames: {num_frames} given, a multiple of model.fusion.tubelet {self.tubelet} expected, or "
                 f"at least model.fusion.sampled {self.sampled}"
             )
+
+    def check(self, towers: Mapping[Modality, TowerConfig], classes: Sequence[str]) -> None:
+        """Refuses towers of which more is wanted than their blocks, which is all that is kept of them."""
+        for name, tower in towers.items():
+            if self.image_vit and (tower.weights or tower.init_from):
+                raise UserError(
+                    f"model.fusion.image_vit and a start of model.{name} are both given, one of them expected"
+                )
+            if tower.freeze:
+                raise UserError(
+                    f'model.{name}.freeze: {tower.freeze} given, 0 expected by kind "mbt" (its embeddings learn)'
+                )
+
+    def without_sources(self) -> Self:
+        """Returns the config without `image_vit`."""
+        return msgspec.structs.replace(self, image_vit="")
+
+    def describe_attention(self, fusion: Any, video: Any, num_frames: int, device: str, dtype: str) -> str:
+        """See `FusionKind.describe_attention`."""
+        if not hasattr(fusion, "bottleneck"):
+            return "PyTorch's"
+        segments = Segments(1, 1, fusion.position["video"].shape[1], fusion.bottleneck.shape[1], "joint")
+        return describe_attention(self.attention, video, segments, device, dtype)
 
 
 class MBTFusion(nn.Module):

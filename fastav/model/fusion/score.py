@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, logsigmoid
 
-from fastav.core.config import Kind
+from fastav.core.errors import UserError
 from fastav.data.clip import Modality
 from fastav.model.fusion.inputs import FusionInputs, audio_features, over_windows, present_shares, video_features
-from fastav.model.tower import Tower
+from fastav.model.fusion.kind import FusionKind
+from fastav.model.tower import Tower, TowerConfig
+from fastav.model.weights import model_folder, read_description
 
 
-class Score(Kind, frozen=True, tag="score"):
+class Score(FusionKind, frozen=True, tag="score"):
     """A weighted sum of two finished models' predictions (SSW60 section 4.1). It trains nothing.
 
     Attributes:
@@ -27,8 +31,6 @@ class Score(Kind, frozen=True, tag="score"):
 
     weight: Annotated[float, Meta(gt=0, lt=1)] = 0.5
     of: Literal["probabilities", "sigmoids", "logits"] = "probabilities"
-    modalities: ClassVar[tuple[Modality, ...]] = ("video", "audio")
-    tower_heads: ClassVar[bool] = True
 
     def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module and freezes both towers."""
@@ -36,6 +38,24 @@ class Score(Kind, frozen=True, tag="score"):
             tower.requires_grad_(False)
             tower.settle()
         return ScoreFusion(self)
+
+    def check(self, towers: Mapping[Modality, TowerConfig], classes: Sequence[str]) -> None:
+        """Refuses a tower that starts from nothing, or from a run of other classes: this fusion trains nothing."""
+        for modality in self.modalities:
+            tower = towers[modality]
+            if not tower.init_from and tower.weights in ("", "timm"):
+                raise UserError(
+                    f'model.{modality}.init_from: absent; a finished run expected by fusion kind "score", which trains '
+                    "nothing"
+                )
+            if tower.init_from:
+                where = f"model.{modality}.init_from"
+                given = tuple(read_description(model_folder(Path(tower.init_from)), where).get("classes", ()))
+                if given != tuple(classes):
+                    raise UserError(
+                        f'{where}: the model in "{tower.init_from}" was trained on {len(given)} classes other than '
+                        f'these {len(classes)} (or in another order); the same expected by fusion kind "score"'
+                    )
 
 
 class ScoreFusion(nn.Module):

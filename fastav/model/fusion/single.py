@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor, nn
 
-from fastav.core.config import Kind
 from fastav.data.clip import Modality
 from fastav.model.fusion.inputs import FusionInputs, audio_features, over_windows, video_features
+from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower
 
 
-class Video(Kind, frozen=True, tag="video"):
+class Video(FusionKind, frozen=True, tag="video"):
     """Frames alone (TSN, SSW60 section 4.1): the features of a clip's frames are averaged, then the head."""
 
-    modalities: ClassVar[tuple[Modality, ...]] = ("video",)
-    tower_heads: ClassVar[bool] = True
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """The video alone."""
+        return ("video",)
 
     def build(self, video: Tower, audio: None, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module; the head is the tower's."""
         return VideoOnly()
 
 
-class Audio(Kind, frozen=True, tag="audio"):
+class Audio(FusionKind, frozen=True, tag="audio"):
     """Sound alone (SSW60 section 4.1): logits of each window, averaged over the real ones."""
 
-    modalities: ClassVar[tuple[Modality, ...]] = ("audio",)
-    tower_heads: ClassVar[bool] = True
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """The audio alone."""
+        return ("audio",)
 
     def build(self, video: None, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
         """Returns the module; the head is the tower's."""
