@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from fastav.recipe.schema import Recipe as Recipe
 
 _WHERE = {
-    "Batch": "clip",
-    "Clip": "clip",
-    "ClipPlan": "clip",
-    "FastavError": "errors",
-    "MediaError": "errors",
-    "UserError": "errors",
-    "Frontend": "frontend",
-    "Loader": "loader",
-    "Manifest": "manifest",
-    "write_manifest": "manifest",
-    "AVModel": "model",
-    "Plan": "plan",
-    "Recipe": "recipe",
+    "Batch": "loader.batch",
+    "Clip": "data.clip",
+    "ClipPlan": "data.clip",
+    "FastavError": "core.errors",
+    "MediaError": "core.errors",
+    "UserError": "core.errors",
+    "Frontend": "media.spectrogram",
+    "Loader": "loader.loader",
+    "Manifest": "data.manifest",
+    "write_manifest": "data.manifest",
+    "AVModel": "model.av_model",
+    "Plan": "data.plan",
+    "Recipe": "recipe.schema",
 }
 
 __all__ = sorted(_WHERE)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import SHARED
+
 # Files of minutes each, the longest first: two processes share the files out in this order, and end together.
 LONG = ("readme", "pack", "graph", "index", "train", "benchmarks_train", "fuzz", "benchmarks", "launch", "kernels")
 
@@ -20,7 +22,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def realdata() -> Path:
     """The folder of real media; tests that want it skip where it is absent."""
-    folder = Path(os.environ.get("FASTAV_REALDATA") or Path(__file__).parents[2] / "shared" / "realdata")
+    folder = Path(os.environ.get("FASTAV_REALDATA") or SHARED / "realdata")
     if not folder.is_dir():
         pytest.skip("no real media here (set FASTAV_REALDATA)")
     return folder

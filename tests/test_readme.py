@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.make_media import write_media
+from tests import ROOT
+from tests.helpers.media import write_media
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SHORT = ["--train.epochs", "0.5", "--train.eval_every", "0", "--train.batch", "4"]
 # `make` is what runs this test; several GPUs are not at hand.

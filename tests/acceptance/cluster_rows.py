@@ -106,7 +106,7 @@ def _leg(strategy: str, ranks: int, stop: str, words: list[str], run: Path, reco
     """Starts or resumes a run that stops before a step, or ends where that is -1."""
     expected = 0 if stop == "-1" else 75 if ranks == 1 else 1  # accelerate turns 75 into 1
     environment = _ALONE | {"FASTAV_RECORD": str(record), "FASTAV_STOP_AT": stop, "PYTHONPATH": _paths()}
-    start = launched(strategy, ranks, "tests.recorded")
+    start = launched(strategy, ranks, "tests.ranks.recorded")
     call(*start, *words, *asked(strategy, ranks), "--out", str(run), env=environment, expect=expected)
     state = json.loads((run / "status.json").read_text())["state"]
     if state != ("done" if stop == "-1" else "stopped"):
@@ -220,7 +220,8 @@ def async_save(work: Path) -> Result:
     """150 MB of state on 2 ranks: the training is held up <= 0.2 of a synchronous save, and the snapshot is exact."""
     fresh(work)
     done = call(
-        str(_BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "tests/async_save.py", str(work / "saved"),
+        str(_BIN / "torchrun"), "--standalone", "--nproc-per-node", "2",
+        "tests/ranks/async_save.py", str(work / "saved"),
         env=_ALONE | {"PYTHONPATH": _paths()},
     )  # fmt: skip
     shutil.rmtree(work / "saved")

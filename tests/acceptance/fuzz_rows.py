@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests import fuzz
 from tests.acceptance.rows import Result, fresh
+from tests.helpers import fuzz
 
 _ROUTES = {"raw": (fuzz.fuzz_raw, 1000), "stale": (fuzz.fuzz_stale, 400), "packed": (fuzz.fuzz_pack, 600)}
 

@@ -35,7 +35,7 @@ _RUN = (
     "--hostname",
     "localhost",
 )  # the name that buildah gives resolves to nothing, and ranks want one that does
-_TESTS = ("tests/test_image.py", "tests/test_launch.py", "tests/test_benchmarks.py")
+_TESTS = ("tests/launch/test_image.py", "tests/launch/test_scripts.py", "tests/benchmarks/test_suites.py")
 _REVISION = "f" * 40  # what an image is told of its commit
 _TOLD = Path("runs/told")
 _FIND_TOOLS = "for tool in g++ c++ clang make cmake git; do command -v $tool; done; true"
@@ -194,8 +194,8 @@ def image(work: Path) -> Result:
         made = mount / "opt/fastav/data/synth"
         figures["files"] = len(list(made.rglob("*.mp4")))  # two of them are broken from the start, and in no manifest
         figures["clips"] = len(Manifest.open(made / "manifest.parquet"))
-        figures["triton"] = inside("python", "-m", "tests.launcher_stub").strip()
-        inside("sh", "-c", 'python -m tests.launcher_stub && touch "$HOME/mine" data.txt', user=_ALIEN)
+        figures["triton"] = inside("python", "-m", "tests.helpers.launcher_stub").strip()
+        inside("sh", "-c", 'python -m tests.helpers.launcher_stub && touch "$HOME/mine" data.txt', user=_ALIEN)
         figures["build_tools"] = inside("sh", "-c", _FIND_TOOLS).split()
         figures["index_in_a_layer"] = (mount / "etc/pip.conf").exists()
         figures["sigterm"] = _told_to_end(images, name, mount, work)

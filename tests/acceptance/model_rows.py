@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.acceptance.rows import RUNS, Failed, Result, call, fastav, fresh, top1
-from tests.attention_cases import KINDS
+from tests.helpers.attention_cases import KINDS
 
 CHANCE = 25.0  # four classes
 
@@ -55,7 +55,7 @@ def interpreter(work: Path) -> Result:
     are not run again.
     """
     digest = hashlib.sha256()
-    for file in sorted([*Path("kernels").rglob("*.py"), *Path("tests/interpreted").glob("*.py")]):
+    for file in sorted([*Path("kernels").rglob("*.py"), *Path("tests/kernels/interpreted").glob("*.py")]):
         digest.update(file.read_bytes())
     kept = work / f"{digest.hexdigest()[:16]}.json"
     if not kept.exists():
@@ -72,7 +72,7 @@ def interpreter(work: Path) -> Result:
         names = [f"test_every_size[{tokens}-{frames}-{z}-{kind}]" for z in (0, 1, 4, 5) for kind in KINDS]
         call(
             sys.executable, "-m", "pytest", *common, f"--junitxml={report}",
-            *(f"tests/interpreted/test_attention.py::{name}" for name in names), env=environment, timeout=7200,
+            *(f"tests/kernels/interpreted/test_attention.py::{name}" for name in names), env=environment, timeout=7200,
         )  # fmt: skip
         told = re.findall(r'<property name="(float\w+)" value="([^"]+)"', report.read_text())
         errors = [[float(value) for name, value in told if name == dtype] for dtype in ("float32", "float16")]
@@ -80,7 +80,9 @@ def interpreter(work: Path) -> Result:
             raise Failed(f"{tokens} tokens, {frames} frames: {[len(one) for one in errors]} of {len(names)} sizes")
         found[f"{tokens}-{frames}"] = errors
         kept.write_text(json.dumps(found))
-    rest = call(sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/interpreted", "-m", "not slow", env=environment)
+    rest = call(
+        sys.executable, "-m", "pytest", "-q", "-n", "2", "tests/kernels/interpreted", "-m", "not slow", env=environment
+    )
     worst = [max(max(errors[n]) for errors in found.values()) for n in (0, 1)]
     figures = {
         "sizes": sum(len(errors[0]) for errors in found.values()), "largest error in float32": worst[0],
@@ -92,13 +94,22 @@ def interpreter(work: Path) -> Result:
 def gate(work: Path) -> Result:
     """Every tile plan compiled for sm_80, sm_90 and sm_100, with what it may use."""
     words = ["-k", "compiles or sm_90 or architectures", "-m", "slow or not slow"]
-    done = call(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_kernels.py", *words)
+    done = call(
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/kernels/test_bottleneck_attention.py",
+        *words,
+    )
     return {"pytest": done.stdout.strip().splitlines()[-1]}, " passed" in done.stdout
 
 
 def parity(work: Path) -> Result:
     """The authors' outputs: 15 cases in float64 and float32, gradients, and both starts from an image ViT."""
-    words = ["tests/test_mbt.py", "-k", "authors", "-p", "no:cacheprovider"]
+    words = ["tests/model/fusion/test_mbt.py", "-k", "authors", "-p", "no:cacheprovider"]
     done = call(sys.executable, "-m", "pytest", "-q", *words)
     return {"pytest": done.stdout.strip().splitlines()[-1]}, " passed" in done.stdout and "skipped" not in done.stdout
 

@@ -87,13 +87,13 @@ def real_packs(work: Path) -> Result:
     """Real media through index, pack and load: each file right, against a straight PyAV decode, or named."""
     if not REALDATA.is_dir():
         raise Failed("no real media here (set FASTAV_REALDATA)")
-    done = call(sys.executable, "-m", "pytest", "-q", "tests/test_real_pack.py", "-p", "no:cacheprovider")
+    done = call(sys.executable, "-m", "pytest", "-q", "tests/pack/test_real_media.py", "-p", "no:cacheprovider")
     return {"pytest": done.stdout.strip().splitlines()[-1]}, " passed" in done.stdout and "skipped" not in done.stdout
 
 
 def dali_cpu(work: Path) -> Result:
     """DALI's graph on the CPU against PyAV batches of one plan: frames <= 2 levels, mel <= 1e-4 relative."""
-    done = call(sys.executable, "-m", "pytest", "-q", "tests/test_loader_dali.py", "-p", "no:cacheprovider")
+    done = call(sys.executable, "-m", "pytest", "-q", "tests/loader/test_loader_dali.py", "-p", "no:cacheprovider")
     return {"pytest": done.stdout.strip().splitlines()[-1]}, " passed" in done.stdout and "skipped" not in done.stdout
 
 

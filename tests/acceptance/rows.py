@@ -16,8 +16,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from tests import SHARED
+
 Result = tuple[dict[str, object], bool]
-REALDATA = Path(os.environ.get("FASTAV_REALDATA", Path(__file__).parents[3] / "shared" / "realdata"))
+REALDATA = Path(os.environ.get("FASTAV_REALDATA", SHARED / "realdata"))
 LONG_CLIPS = (
     "nasa_13013.mp4", "flipping_a_pancake.mkv", "big_buck_bunny_0_30.webm", "chaplin.mp4", "bigbuckbunny_720p.mp4",
     "bikes.mp4", "sample.avi", "av1_video.mkv",
