@@ -71,7 +71,11 @@ def _digits(value: float) -> int:
 
 
 def interleave(
-    variants: Mapping[str, Callable[[], int | Turn]], rounds: int, *, told: Callable[[str], None] = lambda text: None
+    variants: Mapping[str, Callable[[], int | Turn]],
+    rounds: int,
+    *,
+    told: Callable[[str], None] = lambda text: None,
+    warm: bool = True,
 ) -> dict[str, list[Turn]]:
     """Lets every variant make its clips once a round, in turning order, after one round that is thrown away.
 
@@ -80,10 +84,11 @@ def interleave(
             comes before and after, and returns the turn.
         rounds: How many count.
         told: Is told of each round.
+        warm: Whether there is that round before; without it all is made cold, and only whether it runs is seen.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in variants}
     names = list(variants)
-    for number in range(-1, rounds):
+    for number in range(-1 if warm else 0, rounds):
         for name in names if number % 2 else names[::-1]:
             cpu, wall = time.process_time(), time.perf_counter()
             made = variants[name]()
@@ -136,15 +141,23 @@ def grouped_ratio(one: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np
         other: Likewise, of another.
     """
     rng = np.random.default_rng(0)
-
-    def draw(groups: Sequence[NDArray[np.float64]]) -> float:
-        chosen = [groups[i] for i in rng.integers(0, len(groups), len(groups))]
-        return float(np.median(np.concatenate([rng.choice(group, len(group)) for group in chosen])))
-
-    ratios = [draw(one) / draw(other) for _ in range(RESAMPLES // 4)]
+    ratios = _drawn_medians(one, rng) / _drawn_medians(other, rng)
     low, high = np.percentile(ratios, [2.5, 97.5])
     middle = float(np.median(np.concatenate(one)) / np.median(np.concatenate(other)))
     return MedianInterval(middle, float(low), float(high), min(len(one), len(other)))
+
+
+def _drawn_medians(groups: Sequence[NDArray[np.float64]], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Medians of resamples: as many groups as there are, drawn again, and of each as many turns as it has."""
+    sizes = np.array([len(group) for group in groups])
+    padded_GT = np.full((len(groups), sizes.max()), np.nan)
+    for place, group in enumerate(groups):
+        padded_GT[place, : len(group)] = group
+    chosen_RG1 = rng.integers(0, len(groups), (RESAMPLES // 4, len(groups), 1))
+    size_RG1, place_T = sizes[chosen_RG1], np.arange(sizes.max())
+    turn_RGT = rng.integers(0, np.broadcast_to(size_RG1, (*size_RG1.shape[:2], len(place_T))))
+    drawn_RGT = np.where(place_T < size_RG1, padded_GT[chosen_RG1, turn_RGT], np.nan)
+    return np.nanmedian(drawn_RGT.reshape(len(drawn_RGT), -1), axis=1)
 
 
 def verdict(found: MedianInterval) -> str:

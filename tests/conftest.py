@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests import SHARED
+from tests import ROOT, SHARED
+
+# Threads of PyTorch that wait for one another at full speed take the cores from the other test processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Files of minutes each, the longest first: two processes share the files out in this order, and end together.
-LONG = ("readme", "pack", "graph", "index", "train", "benchmarks_train", "fuzz", "benchmarks", "launch", "kernels")
+LONG = (
+    "test_readme", "pack/test_build", "model/test_compiled_graph", "datasets/test_build_manifest", "test_train",
+    "benchmarks/test_train_and_scale", "media/test_fuzz", "benchmarks/test_suites", "launch/test_scripts",
+    "kernels/test_bottleneck_attention",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the files that take long first; the order within each stays."""
-    places = {f"test_{name}": place for place, name in enumerate(LONG)}
-    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+    places = {ROOT / "tests" / f"{name}.py": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path, len(LONG)))
 
 
 @pytest.fixture(scope="session")
@@ -28,14 +38,41 @@ def realdata() -> Path:
     return folder
 
 
+def shared(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path], None]) -> Path:
+    """Returns a folder that the first test process to come makes, and that all of them use."""
+    base = temporary.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # each of the processes has a folder of its own in it
+    folder, done = base / name, base / f"{name}.done"
+    with (base / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a process that failed over it
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The manifest of a small made data set: 48 training and 16 test clips of real H.264 and AAC."""
     from fastav.__main__ import main
 
-    folder = tmp_path_factory.mktemp("made")
-    assert main(["synth", str(folder), "--train", "48", "--test", "16", "--workers", "2"]) == 0
-    return folder / "manifest.parquet"
+    def make(folder: Path) -> None:
+        assert main(["synth", str(folder), "--train", "48", "--test", "16", "--workers", "2"]) == 0
+
+    return shared(tmp_path_factory, "made", make) / "manifest.parquet"
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory, made: Path) -> Path:
+    """The manifest of a pack of that data set: as good to train on, and read at a fraction of the cost."""
+    from fastav.__main__ import main
+
+    def make(folder: Path) -> None:
+        assert main(["pack", str(made), str(folder), "--workers", "2"]) == 0
+
+    return shared(tmp_path_factory, "packed", make) / "manifest.parquet"
 
 
 # A model of some ten thousand parameters: the tests are about what happens around it.
@@ -52,12 +89,23 @@ TINY = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def tiny(made: Path):
-    """Returns the overrides of a tiny run: `tiny("late", out)` plus any others."""
+def tiny_words(manifest: Path) -> Callable[..., list[str]]:
+    """Returns a function that makes the overrides of a tiny run: `words("late", out)` plus any others."""
 
     def words(kind: str, out: Path, *more: str) -> list[str]:
         fusion = ["--model.fusion.kind", kind, *(["--model.fusion.start", "1"] if kind == "bottleneck" else [])]
-        return [*TINY, *fusion, "--data.manifest", str(made), "--out", str(out), *more]
+        return [*TINY, *fusion, "--data.manifest", str(manifest), "--out", str(out), *more]
 
     return words
+
+
+@pytest.fixture
+def tiny(made: Path) -> Callable[..., list[str]]:
+    """Returns `tiny_words` of the made files themselves."""
+    return tiny_words(made)
+
+
+@pytest.fixture
+def tiny_packed(packed: Path) -> Callable[..., list[str]]:
+    """Returns `tiny_words` of their pack, for tests that are not about decoding."""
+    return tiny_words(packed)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import random
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from benchmarks.__main__ import SUITES
+from benchmarks.__main__ import main as benchmarks_main
+from fastav.recipe.parse import load_recipe
 from tests import ROOT
+from tests.helpers import in_process
 from tests.helpers.media import write_media
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,51 +48,109 @@ def test_the_readme_has_commands():
     assert any(line.startswith("torchrun") for line in commands())
 
 
+class Page:
+    """Runs the lines of a page in a folder with a few clips of one's own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("owl", "wren"):
+            for number in range(2):
+                wave_CS = np.random.default_rng(number).normal(0, 0.1, (2, 7 * 16_000)).astype(np.float32)
+                file = folder / "my" / "clips" / name / f"{number}.mp4"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_media(file, frames=175, wave=wave_CS, rate=16_000)
+        (folder / "launch").symlink_to(ROOT / "launch")
+
+    def run(self, line: str) -> None:
+        """Runs verbs in this process, launchers in theirs; of benchmarks, which have tests of their own, the words."""
+        words = shlex.split(line)
+        if words[0] == "fastav":
+            assert in_process.call([*words[1:], *(SHORT if words[1] == "train" else [])], self.folder) == 0, line
+        elif words[:3] == ["python", "-m", "benchmarks"]:
+            with in_process.restored():
+                os.chdir(self.folder)
+                read_benchmark(words[3:])
+        else:
+            self.start([*words, *(SHORT if "fastav.train" in words else [])])
+
+    def start(self, words: list[str]) -> None:
+        """Runs a line in a process, as a shell does."""
+        scripts = Path(sys.executable).parent
+        env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        env["PYTHONPATH"] = str(ROOT)  # the suites are run from the repository, and are not installed
+        done = subprocess.run(
+            ["env", *words], cwd=self.folder, capture_output=True, text=True, timeout=240, env=env
+        )  # `env` reads settings before the command
+        assert done.returncode == 0, f"{shlex.join(words)}\n{done.stderr[-2000:]}"
+
+
+def read_benchmark(words: list[str]) -> None:
+    """Reads a suite's options and recipe; on paper it is so quick that it is run."""
+    args = importlib.import_module(SUITES[words[0]][0]).arguments(words[1:])
+    if "--paper" in words:
+        assert benchmarks_main(words) == 0
+    else:
+        assert Path(load_recipe(args.recipe, args.overrides).data.manifest).is_file()
+
+
 @pytest.fixture
-def call(tmp_path):
-    """Runs a line in a folder with a few clips of one's own."""
-    for name in ("owl", "wren"):
-        for number in range(2):
-            wave_CS = np.random.default_rng(number).normal(0, 0.1, (2, 7 * 16_000)).astype(np.float32)
-            file = tmp_path / "my" / "clips" / name / f"{number}.mp4"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_media(file, frames=175, wave=wave_CS, rate=16_000)
-    (tmp_path / "launch").symlink_to(ROOT / "launch")
-    scripts = Path(sys.executable).parent
-    env = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = str(ROOT)  # the suites are run from the repository, and are not installed
+def page(tmp_path):
+    return Page(tmp_path)
 
-    def run(line: str) -> None:
-        words = ["env", *shlex.split(line)]
-        if "train" in words or "fastav.train" in words:
-            words += SHORT
-        if "benchmarks" in words and "--paper" not in words:
-            words += ["--quick", "--out", str(tmp_path / "result.json")]
-        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=env)
-        assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
 
-    return run
+def test_a_command_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(in_process, "main", lambda words: change(words) or 5)
+    before = state()
+    assert in_process.call(["train"], tmp_path) == 5
+    assert state() == before
+
+
+def change(words):
+    """Does to the process whatever a verb may do."""
+    os.environ["FASTAV_LEFT_BEHIND"] = "1"
+    os.environ.pop("PATH")
+    Path("here").mkdir()
+    os.chdir("here")
+    sys.argv.append("more")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(11)
+    np.random.seed(11)
+    random.seed(11)
+    assert state() != words
+
+
+def state():
+    """What a verb might change."""
+    return (
+        dict(os.environ), Path.cwd(), list(sys.argv), signal.getsignal(signal.SIGTERM), torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(), torch.get_rng_state().tolist(), random.getstate(),
+        np.random.get_state()[1].tolist(),
+    )  # fmt: skip
 
 
 @pytest.mark.timeout(600)
-def test_every_command_of_the_readme_runs(call, tmp_path):
+def test_every_command_of_the_readme_runs(page, tmp_path):
     for line in commands():
-        call(line)
+        page.run(line)
+    page.start(["fastav", "recipe", "show", "launch/recipes/small.toml"])  # the installed script is the same command
     for block in blocks("python"):
-        done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-        assert done.returncode == 0, done.stderr
+        with in_process.restored():
+            os.chdir(tmp_path)
+            exec(compile(block, "README.md", "exec"), {"__name__": "__main__"})
     assert (tmp_path / "runs" / "mine" / "report.html").exists()
 
 
 @pytest.mark.timeout(900)
-def test_every_command_of_the_page_on_clusters_runs(call, tmp_path):
-    call(next(line for line in commands() if line.startswith("fastav index")))
-    page = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
-    assert len(commands(page)) >= 3
-    for line in commands(page):
-        call(line)
+def test_every_command_of_the_page_on_clusters_runs(page, tmp_path):
+    page.run(next(line for line in commands() if line.startswith("fastav index")))
+    text = (ROOT / "docs" / "cluster.md").read_text(encoding="utf-8")
+    assert len(commands(text)) >= 3
+    for line in commands(text):
+        page.run(line)
     assert list((tmp_path / "runs" / "fsdp" / "exported").iterdir())
-    for file in re.findall(r"launch/[\w/.-]+\.(?:yaml|sbatch|toml|json)", page + README):
+    for file in re.findall(r"launch/[\w/.-]+\.(?:yaml|sbatch|toml|json)", text + README):
         assert (ROOT / file).is_file(), file
 
 

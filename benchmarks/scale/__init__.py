@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="what to train")
     parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a turn (8)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each mode in one start of the ranks (5)")
+    parser.add_argument("--quick", action="store_true", help="one short start of 1 and 2 ranks: whether it runs")
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
@@ -71,7 +72,6 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="keep clips and files of the ranks here; default: a temporary one")
     parser.add_argument("--files", nargs="+", type=Path, metavar="FILE", help="take what ranks have measured already")
     parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
-    parser.add_argument("--quick", action="store_true", help="one short start of 1 and 2 ranks: whether it runs")
     paper = parser.add_argument_group("on paper alone")
     paper.add_argument("--paper", action="store_true", help="measure nothing, compute")
     paper.add_argument("--step-ms", type=float, help="of one rank without others")
@@ -136,6 +136,7 @@ def launch(args: argparse.Namespace, folder: Path, console: Console) -> list[Pat
             out = folder / f"ranks_{count}_{number}.json"
             rank = ["-m", "benchmarks.scale.rank", str(path), *words, "--steps", str(args.steps)]
             rank += ["--turns", str(args.turns), "--folder", str(folder / f"runs_{number}"), "--out", str(out)]
+            rank += ["--quick"] if args.quick else []
             _start(count, rank, args.config if count > 1 else None, folder / f"ranks_{count}_{number}.log")
             console.log(f"round {number + 1} of {args.rounds}: {count} ranks")
             files.append(out)
@@ -281,7 +282,7 @@ def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any
         return {"weak": {}, "strong": {}, "inputs": None}
     group = next(one for one in measured if one["world"] == counts[1])
     per_node, on_cpu = max(one["per_node"] for one in measured), first["device"] == "cpu"
-    link, outside = _links(measured, counts, per_node, between)
+    link, outside = links(measured, counts, per_node, between)
     cluster = Cluster(link, outside, per_node, cores=first["cores"] / first["threads"] if on_cpu else None)
     compute = float(np.median(np.concatenate(_starts(measured, 1, "weak: model"))))
     halves = _starts(measured, 1, "half: model")
@@ -310,8 +311,15 @@ def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any
     return {**made, "inputs": {key: float(f"{value:.4g}") for key, value in inputs.items()}, "all_reduce": sent}
 
 
-def _links(measured: Sequence[dict[str, Any]], counts: Sequence[int], per_node: int, between: str) -> tuple[Link, Link]:
-    """The link inside a node and the one between nodes: given, or what the smallest groups show."""
+def links(measured: Sequence[dict[str, Any]], counts: Sequence[int], per_node: int, between: str) -> tuple[Link, Link]:
+    """The link inside a node and the one between nodes: given, or what the smallest groups show.
+
+    Args:
+        measured: What the files of ranks hold.
+        counts: Their numbers of ranks, ascending.
+        per_node: Ranks of a node.
+        between: The link between nodes as `GB/S,US`; `0,0` where it is to be found.
+    """
     inside = fitted(_all_reduces(measured, counts[1]), counts[1])
     if between != "0,0":
         return inside, _link("--between", between)

@@ -48,14 +48,14 @@ def main(words: Sequence[str]) -> int:
     args = parser.parse_args(own)
     recipe = load_recipe(args.recipe, [*overrides, "--data.test", "", "--train.eval_every", "0"])
     with tempfile.TemporaryDirectory() as scratch:
-        found = measure(recipe, args.folder or Path(scratch), args.steps, args.turns)
+        found = measure(recipe, args.folder or Path(scratch), args.steps, args.turns, warm=not args.quick)
     if os.environ.get("RANK", "0") == "0":
         write_text(args.out, json.dumps(found, indent=1) + "\n")
     shutdown()
     return 0
 
 
-def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, Any]:
+def measure(recipe: Recipe, folder: Path, steps: int, turns: int, *, warm: bool = True) -> dict[str, Any]:
     """Runs all turns; returns what a file of one world size holds.
 
     Raises:
@@ -84,7 +84,7 @@ def measure(recipe: Recipe, folder: Path, steps: int, turns: int) -> dict[str, A
             modes[f"{kind}: apart"] = bench.apart
         if kind != "half":
             modes[f"{kind}: end to end"] = bench.end_to_end
-    made = interleave(modes, turns)
+    made = interleave(modes, turns, warm=warm)
     first = benches["weak"]
     found: dict[str, Any] = {
         "world": world, "per_node": int(os.environ.get("LOCAL_WORLD_SIZE", "1")), "device": first.device.type,

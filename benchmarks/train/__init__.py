@@ -100,7 +100,7 @@ def main(words: Sequence[str] | None = None) -> int:
             # Variants of a mode are neighbours, as they are compared in pairs.
             turns = {_label(name, mode): run for mode in (*MODES, APART) for name, one in benches.items()
                      if (run := one.modes().get(mode))}  # fmt: skip
-            made = interleave(turns, args.rounds, told=lambda text: console.log(text))
+            made = interleave(turns, args.rounds, told=lambda text: console.log(text), warm=not args.quick)
             for name, one in benches.items():
                 _report(found, console, name, one, {mode: made[_label(name, mode)] for mode in one.modes()})
             _verdicts(found, console, list(benches), made)
@@ -148,14 +148,19 @@ def variants(args: argparse.Namespace, folder: Path) -> dict[str, Recipe]:
     path, words = prepared(args.recipe, args.overrides, args.footage, folder)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     found = {}
-    for number, (name, chosen) in enumerate(_choices(args.vary)):
+    for number, (name, chosen) in enumerate(choices(args.vary)):
         recipe = load_recipe(path, [*words, *chosen])
         run = f"run_{number}_{os.getpid()}" if alone else f"run_{number}"  # the same folder for all ranks
         found[name] = msgspec.structs.replace(recipe, out=str(folder / run))
     return found
 
 
-def _choices(vary: str | None) -> list[tuple[str, list[str]]]:
+def choices(vary: str | None) -> list[tuple[str, list[str]]]:
+    """The variants that `--vary` asks for: (name, keys of the recipe); one without a name where it is not given.
+
+    Raises:
+        UserError: The words are not KEY=A,B, or the key cannot differ within a process.
+    """
     if vary is None:
         return [("", [])]
     key, equals, values = vary.partition("=")

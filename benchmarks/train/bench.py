@@ -90,6 +90,7 @@ class Bench:
         steps: Optimizer steps that a turn times, after those in which the loader gets into its stride.
 
     Attributes:
+        lead: Batches before a turn is timed: those that lie ready, and one to settle.
         start_s: Seconds from nothing to the end of the first step.
     """
 
@@ -105,10 +106,10 @@ class Bench:
         self.loader = make_loader(
             self.state.recipe, self.state.source, self.state.skip, pin_memory=choose_pin_memory(self.device)
         )
-        self._lead = recipe.loading.prefetch + 1  # batches that lie ready, and one to settle
+        self.lead = recipe.loading.prefetch + 1
         self._at, self._waits = 0, Waits(self.device)
         self._steps_s: list[float] = []
-        with self._batches() as batches:
+        with self.batches() as batches:
             self._resident = next(batches).to(self.device)
         self.trainer.step(itertools.repeat(self._resident))
         self.wait()
@@ -134,8 +135,8 @@ class Bench:
         """Batches from the files to the device, and no model."""
         copies: list[tuple[Any, Any]] = []
         stages: dict[str, float] = {}
-        with self._batches() as batches:
-            for _ in range(self._lead):
+        with self.batches() as batches:
+            for _ in range(self.lead):
                 next(batches).to(self.device)
 
             def work() -> None:
@@ -176,9 +177,9 @@ class Bench:
             waits.forward()
             return joined(last=last)
 
-        with self._batches() as batches, self._parted(noted):
+        with self.batches() as batches, self._parted(noted):
             watched = waits.watched(batches)
-            for _ in range(self._lead):
+            for _ in range(self.lead):
                 self.trainer.step(watched)
             if self.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(self.device)
@@ -197,8 +198,8 @@ class Bench:
     def beside(self) -> Turn:
         """Optimizer steps on the resident batch, while a thread takes batches to the device and throws them away."""
         resident, end, failed, thrown = itertools.repeat(self._resident), threading.Event(), list[BaseException](), [0]
-        with self._batches() as batches:
-            for _ in range(self._lead):
+        with self.batches() as batches:
+            for _ in range(self.lead):
                 next(batches)
 
             def throw_away() -> None:
@@ -237,9 +238,9 @@ class Bench:
             strategy.part = joined
 
     @contextlib.contextmanager
-    def _batches(self) -> Iterator[Iterator[Batch]]:
+    def batches(self) -> Iterator[Iterator[Batch]]:
         """This rank's micro-batches of the plan, others in each turn, without end: at its own it would be idle."""
-        first, self._at = self._at, self._at + self._lead + self.steps
+        first, self._at = self._at, self._at + self.lead + self.steps
         requests = self.state.shares.requests(first, first + _FOREVER)
         with contextlib.closing(self.loader.batches(requests)) as batches:
             yield batches

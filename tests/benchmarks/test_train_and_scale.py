@@ -35,9 +35,11 @@ from tests import ROOT
 
 
 @pytest.fixture
-def bench(tiny, tmp_path):
+def bench(tiny_packed, tmp_path):
     """A bench of a tiny recipe, two steps a turn."""
-    recipe = load_recipe(None, tiny("bottleneck", tmp_path / "run", "--data.test", "", "--train.micro_batch", "4"))
+    recipe = load_recipe(
+        None, tiny_packed("bottleneck", tmp_path / "run", "--data.test", "", "--train.micro_batch", "4")
+    )
     made = Bench(recipe, 2)
     yield made
     made.close()
@@ -56,7 +58,7 @@ def test_turns_take_what_they_say(bench, monkeypatch):
 
     turn = bench.data()
     assert next(steps) == 0
-    assert len(taken) >= bench._lead + 2 * accumulation
+    assert len(taken) >= bench.lead + 2 * accumulation
     assert turn.clips == 2 * bench.state.recipe.train.batch
     assert 0 < turn.facts["stages"]["decode"] <= 100
     assert "wait" not in turn.facts["stages"]
@@ -71,14 +73,14 @@ def test_turns_take_what_they_say(bench, monkeypatch):
     assert sum(turn.facts["steps_ms"]) == pytest.approx(1e3 * turn.wall_s, rel=0.1)
 
     turn = bench.end_to_end()
-    assert bench.state.step == before + 2 + bench._lead + 2
-    assert len(taken) > (bench._lead + 2) * accumulation, "the loader works on to the end of the turn, as in a run"
+    assert bench.state.step == before + 2 + bench.lead + 2
+    assert len(taken) > (bench.lead + 2) * accumulation, "the loader works on to the end of the turn, as in a run"
     assert 0 < turn.facts["host_wait_pct"] <= 100
     assert turn.facts["device_idle_pct"] is None, "a CPU is host and device"
 
     taken.clear()
     turn = bench.beside()
-    assert len(taken) > bench._lead, "batches were made meanwhile"
+    assert len(taken) > bench.lead, "batches were made meanwhile"
     assert turn.facts["data_step_ms"] > 0
     assert not list(bench.state.run.checkpoints.glob("*"))
     samples = [sample for _, sample, _ in taken]
@@ -89,7 +91,7 @@ def test_a_loader_that_dies_beside_the_model_ends_the_turn(bench, monkeypatch):
     real = bench.loader.batches
 
     def short(requests):
-        yield from itertools.islice(real(requests), bench._lead + 1)
+        yield from itertools.islice(real(requests), bench.lead + 1)
         raise FastavError("the disk is gone")
 
     monkeypatch.setattr(bench.loader, "batches", short)
@@ -138,13 +140,13 @@ def test_how_busy_stages_are():
 def test_turns_read_other_samples_each_time(bench):
     seen = []
     for _ in range(2):
-        with bench._batches() as batches:
+        with bench.batches() as batches:
             seen.append({id for _ in range(3) for id in next(batches).ids})
     assert seen[0] != seen[1]
 
 
-def test_the_suite_runs_with_variants(tiny, tmp_path, capsys):
-    words = tiny("bottleneck", tmp_path / "ignored")
+def test_the_suite_runs_with_variants(tiny_packed, tmp_path, capsys):
+    words = tiny_packed("bottleneck", tmp_path / "ignored")
     keep = [w for pair in zip(words[::2], words[1::2], strict=True) if pair[0] != "--out" for w in pair]
     out = tmp_path / "r.json"
     quick = ["--quick", "--folder", str(tmp_path), "--out", str(out), "--vary", "train.micro_batch=4,8"]
@@ -252,7 +254,7 @@ def test_the_parts_are_medians_of_the_turns():
 
 
 def test_values_that_are_given_twice_are_two_variants():
-    choices = suite._choices("optim.lr=1,1,2")
+    choices = suite.choices("optim.lr=1,1,2")
     assert [name for name, _ in choices] == ["optim.lr=1", "optim.lr=1 (2)", "optim.lr=2"]
 
 
@@ -432,17 +434,17 @@ def test_the_link_between_nodes_is_found_again(nodes, per_node):
     assert fitted_between(no_cost, nodes, per_node, inside) == inside
 
 
-def test_links_are_those_that_the_smallest_groups_show():
+def testlinks_are_those_that_the_smallest_groups_show():
     cluster, sizes = Cluster(Link(100.0, 4.0), Link(12.5, 15.0), 8), (0.004, 0.25, 1.0, 4.0, 30.0)
     files = [
         {"world": world, "all_reduce_s": [(mb, [all_reduce_s(mb, world, cluster)]) for mb in sizes]}
         for world in (8, 16, 64)
     ]
-    inside, between = scale._links(files, [1, 8, 16, 64], 8, "0,0")
+    inside, between = scale.links(files, [1, 8, 16, 64], 8, "0,0")
     assert (inside.gb_per_s, between.gb_per_s) == pytest.approx((100.0, 12.5))
-    assert scale._links(files, [1, 8, 16, 64], 8, "40,10")[1] == Link(40.0, 10.0)
-    assert scale._links(files, [1, 8], 8, "0,0") == (inside, inside), "one node shows nothing of others"
-    blend, same = scale._links(files, [1, 16, 64], 8, "0,0")
+    assert scale.links(files, [1, 8, 16, 64], 8, "40,10")[1] == Link(40.0, 10.0)
+    assert scale.links(files, [1, 8], 8, "0,0") == (inside, inside), "one node shows nothing of others"
+    blend, same = scale.links(files, [1, 16, 64], 8, "0,0")
     assert blend == same, "no run on one node tells the two apart"
 
 
@@ -480,25 +482,12 @@ def test_paper_on_the_command_line(capsys):
     assert "--between 0,0: expected a bandwidth above 0" in capsys.readouterr().err
 
 
-def test_scaling_is_measured_and_held_against_paper(tiny, tmp_path, capsys):
-    words = tiny("bottleneck", tmp_path / "ignored")
+def test_scaling_is_measured_and_held_against_paper(tiny_packed, tmp_path, capsys):
+    words = tiny_packed("bottleneck", tmp_path / "ignored")
     keep = [w for pair in zip(words[::2], words[1::2], strict=True) if pair[0] != "--out" for w in pair]
     out, folder = tmp_path / "r.json", tmp_path / "files"
     folder.mkdir()
-    few = [
-        "--ranks",
-        "1,2",
-        "--rounds",
-        "1",
-        "--steps",
-        "1",
-        "--turns",
-        "2",
-        "--folder",
-        str(folder),
-        "--out",
-        str(out),
-    ]
+    few = ["--quick", "--folder", str(folder), "--out", str(out)]
     assert main(["scale", "launch/recipes/small.toml", *few, *keep]) == 0
     found = json.loads(out.read_text())
     result.check(found)
@@ -547,9 +536,9 @@ def test_tasks_of_srun_that_do_not_know_each_other_are_refused(monkeypatch, tmp_
         rank.measure(load_recipe(None, []), tmp_path, 1, 1)
 
 
-def test_unsent_gradients_stay_on_their_rank(tiny, tmp_path):
+def test_unsent_gradients_stay_on_their_rank(tiny_packed, tmp_path):
     """The steps that tell what sending costs: without it ranks drift apart, with it they stay together."""
-    words = tiny("bottleneck", tmp_path / "run", "--data.test", "")
+    words = tiny_packed("bottleneck", tmp_path / "run", "--data.test", "")
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*ranks, "-m", "tests.ranks.drifting", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)

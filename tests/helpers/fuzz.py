@@ -17,6 +17,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import av
@@ -25,6 +26,7 @@ import av.logging
 import numpy as np
 from PIL import Image, ImageOps
 
+from fastav.__main__ import main
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
@@ -182,24 +184,61 @@ def judge(files: Sequence[Path], manifest: Path, pack: Path, seen: Mapping[str, 
     return {"files": len(files), **counts, "untouched": len(seen), "silent": silent, "changed": changed}
 
 
-def digests(manifest: Path, pack: Path) -> dict[str, str]:
-    """Packs and loads whole files; returns the digests for `judge`."""
-    fastav("pack", manifest, pack, "--max-broken", 1)
-    raw, packed = load(manifest), load(pack / "manifest.parquet", manifest)
+def digests(raw: Mapping[str, Mapping[str, str]], packed: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """The digests for `judge` of what whole files and their pack have loaded as."""
     assert all(len(found) == 2 for found in (*raw.values(), *packed.values())), (raw, packed)
     return {name: found["frames"] for name, found in raw.items()} | {
         f"pack/{name}": found["frames"] for name, found in packed.items()
     }
 
 
-def fuzz_raw(work: Path, count: int, seed: int) -> dict[str, object]:
+@dataclass(frozen=True)
+class Whole:
+    """Whole files, their manifest and pack, and what they load as: made once, as any number of fuzzings compare to it.
+
+    Attributes:
+        files: Of the folder `whole` in the folder that was indexed.
+        manifest: Of the files.
+        pack: Folder of their pack.
+        raw: What `load` finds of the manifest.
+        packed: What `load` finds of the pack.
+    """
+
+    files: list[Path]
+    manifest: Path
+    pack: Path
+    raw: dict[str, dict[str, str]]
+    packed: dict[str, dict[str, str]]
+
+
+def make_whole(work: Path, count: int = 0) -> Whole:
+    """Writes, indexes, packs and loads whole files in this process: of them none can crash it.
+
+    Args:
+        work: Folder for all of it.
+        count: Copies of the seeds, in turn; 0 for one of each.
+    """
+    seeds = write_seeds(work / "seeds")
+    folder, manifest, pack = work / "raw" / "whole", work / "whole.parquet", work / "pack_whole"
+    folder.mkdir(parents=True)
+    for number in range(count or len(seeds)):
+        source = seeds[number % len(seeds)]
+        shutil.copyfile(source, folder / f"{number:04d}_{source.stem}{source.suffix}")
+    words = ["index", "folder", work / "raw", "--classes", "folder", "--out", manifest]
+    assert main([str(word) for word in words]) == 0
+    assert main(["pack", str(manifest), str(pack), "--shard-mib", "1"]) == 0
+    opened, packed = Manifest.open(manifest), Manifest.open(pack / "manifest.parquet")
+    return Whole(sorted(folder.iterdir()), manifest, pack, load_all(opened), load_all(packed, opened))
+
+
+def fuzz_raw(work: Path, count: int, seed: int, whole: Whole | None = None) -> dict[str, object]:
     """Damages files, and then indexes, packs and loads them beside whole ones."""
-    seeds = write_seeds(work / "raw" / "whole")
-    fastav("index", "folder", work / "raw", "--classes", "folder", "--out", work / "whole.parquet")
-    seen = digests(work / "whole.parquet", work / "pack_whole")
-    files = write_damaged(seeds, work / "raw" / "damaged", count, seed)
-    fastav("index", "folder", work / "raw", "--classes", "folder", "--out", work / "raw.parquet")
-    return judge(files, work / "raw.parquet", work / "pack", seen)
+    whole = whole or make_whole(work)
+    folder = work / "mixed"
+    shutil.copytree(whole.files[0].parent, folder / "whole")
+    files = write_damaged(whole.files, folder / "damaged", count, seed)
+    fastav("index", "folder", folder, "--classes", "folder", "--out", work / "raw.parquet")
+    return judge(files, work / "raw.parquet", work / "pack", digests(whole.raw, whole.packed))
 
 
 def fuzz_stale(work: Path, count: int, seed: int) -> dict[str, object]:
@@ -210,26 +249,22 @@ def fuzz_stale(work: Path, count: int, seed: int) -> dict[str, object]:
     broken = [file.read_bytes() for file in files]
     for number, file in enumerate(files):
         shutil.copyfile(seeds[number % len(seeds)], file)
-    fastav("index", "folder", work / "raw", "--classes", "folder", "--out", work / "raw.parquet")
-    seen = digests(work / "raw.parquet", work / "pack_whole")
+    manifest, pack = work / "raw.parquet", work / "pack_whole"
+    fastav("index", "folder", work / "raw", "--classes", "folder", "--out", manifest)
+    fastav("pack", manifest, pack, "--max-broken", 1)
+    seen = digests(load(manifest), load(pack / "manifest.parquet", manifest))
     for file, data in zip(files, broken, strict=True):
         file.write_bytes(data)
     whole = {name: digest for name, digest in seen.items() if damaged.name not in name}
-    return judge(files, work / "raw.parquet", work / "pack", whole)
+    return judge(files, manifest, work / "pack", whole)
 
 
-def fuzz_pack(work: Path, count: int, seed: int) -> dict[str, object]:
-    """Packs whole files, and then damages clips in the shards, and cuts some shards off."""
-    seeds = write_seeds(work / "seeds")
-    folder = work / "raw" / "whole"
-    folder.mkdir(parents=True)
-    for number in range(2 * count):
-        source = seeds[number % len(seeds)]
-        shutil.copyfile(source, folder / f"{number:04d}_{source.stem}{source.suffix}")
-    fastav("index", "folder", work / "raw", "--classes", "folder", "--out", work / "raw.parquet")
-    fastav("pack", work / "raw.parquet", work / "pack", "--shard-mib", "1", "--max-broken", 1)
+def fuzz_pack(work: Path, count: int, seed: int, whole: Whole | None = None) -> dict[str, object]:
+    """Damages `count` clips of a pack of at least twice as many whole files, and cuts some shards off."""
+    whole = whole or make_whole(work, 2 * count)
+    before = whole.packed
+    shutil.copytree(whole.pack, work / "pack")
     manifest = Manifest.open(work / "pack" / "manifest.parquet")
-    before = load(manifest.path)
     rng = np.random.default_rng(seed)
     shards = sorted((work.absolute() / "pack" / "shards").iterdir())
     clips = manifest.clips(range(len(manifest)))
@@ -273,7 +308,7 @@ def _damage_in_place(clip: Clip, rng: np.random.Generator) -> None:
             file.write(bytes(min(int(rng.integers(1, 256)), begin + size - file.tell())))
 
 
-def _load_all(manifest: Manifest, raw: Manifest | None) -> dict[str, dict[str, str]]:
+def load_all(manifest: Manifest, raw: Manifest | None = None) -> dict[str, dict[str, str]]:
     """Loads all clips as an evaluation does, and holds what loads against what FFmpeg, or the source, shows."""
     frontend = Frontend()
     sampling = Sampling(frames=4, image_size=SIZE, window=WINDOW, eval_windows=(0,), eval_crop=1.0)
@@ -336,7 +371,7 @@ def altered(clip: Clip) -> str:
     except MediaError:
         return ""
     shown = defaultdict(set)
-    for pts, digest in _shown(str(clip.video)):
+    for pts, digest in shown_by_ffmpeg(str(clip.video)):
         shown[pts].add(digest)
     wrong = [number for number, (pts, digest) in film.seen.items() if digest not in shown[pts]]
     return f"frames {wrong[:5]} of {clip.num_frames}" if wrong else ""
@@ -360,7 +395,7 @@ def _altered_picture(clip: Clip) -> str:
     return f"differs from Pillow's by up to {off.max()} levels" if off.max() > 2 else ""
 
 
-def _shown(path: str) -> list[tuple[int | None, str]]:
+def shown_by_ffmpeg(path: str) -> list[tuple[int | None, str]]:
     """Times and digests of what FFmpeg decodes, packet by packet from the first on, passing over what it refuses."""
     shown = []
     with av.open(path, metadata_errors="ignore") as container:
@@ -383,4 +418,4 @@ def _digest(array: np.ndarray) -> str:
 if __name__ == "__main__":
     av.logging.set_level(None)
     opened = [Manifest.open(path) for path in sys.argv[2:]]
-    Path(sys.argv[1]).write_text(json.dumps(_load_all(opened[0], opened[1] if len(opened) > 1 else None)))
+    Path(sys.argv[1]).write_text(json.dumps(load_all(opened[0], opened[1] if len(opened) > 1 else None)))

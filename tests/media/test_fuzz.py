@@ -11,10 +11,18 @@ from tests.helpers import fuzz
 from tests.helpers.media import numbered, write_media
 from tests.helpers.plans import clip_of
 
+COUNT = 20
 
-@pytest.fixture(scope="module")
-def seeds(tmp_path_factory):
-    return {path.name: path for path in fuzz.write_seeds(tmp_path_factory.mktemp("seeds"))}
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """Whole files, indexed, packed and loaded."""
+    return fuzz.make_whole(tmp_path_factory.mktemp("whole"), 2 * COUNT)
+
+
+@pytest.fixture(scope="session")
+def seeds(whole):
+    return {path.name.partition("_")[2]: path for path in whole.files}
 
 
 def test_damage_is_never_none_and_always_the_same(seeds):
@@ -32,15 +40,16 @@ def test_other_pictures_than_ffmpeg_shows_are_seen(seeds, tmp_path, monkeypatch)
     assert fuzz.unlike(clip, replace(clip, video=seeds["silent.mp4"])) == ""  # the same pictures in another coding
     other = write_media(tmp_path / "other.mp4", frames=24, picture=lambda *of: 255 - numbered(*of))
     assert "off by up to" in fuzz.unlike(clip, clip_of(other))
-    shown = fuzz._shown(str(other))
-    monkeypatch.setattr(fuzz, "_shown", lambda path: shown)
+    shown = fuzz.shown_by_ffmpeg(str(other))
+    monkeypatch.setattr(fuzz, "shown_by_ffmpeg", lambda path: shown)
     assert "of 24" in fuzz.altered(clip)
 
 
 @pytest.mark.parametrize("route", [fuzz.fuzz_raw, fuzz.fuzz_pack])
-def test_damaged_ones_are_named_or_right(route, tmp_path):
-    found = route(tmp_path, 20, 0)
-    assert found["files"] >= 20
+def test_damaged_ones_are_named_or_right(route, whole, tmp_path):
+    found = route(tmp_path, COUNT, 0, whole)
+    assert found["files"] >= COUNT
+    assert found["untouched"] > 0
     assert not found["silent"]
     assert not found["changed"]
     assert found.get("verify", 1) == 1
