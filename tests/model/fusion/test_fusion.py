@@ -350,7 +350,9 @@ def test_frozen_blocks_stay_frozen_in_fusion():
 
 def test_towers_of_different_width():
     narrow = {"args": TINY | {"embed_dim": 16}}
-    with pytest.raises(UserError, match=r"model\.fusion\.project: towers of width 32 and 16 need project = true"):
+    with pytest.raises(
+        UserError, match=r"model\.fusion\.project: the video tower has width 32, the audio tower 16; set project = true"
+    ):
         Fused(Bottleneck(start=1), audio=narrow)
     model = Fused(Bottleneck(start=1, project=True), audio=narrow)
     assert model.fusion.to_audio.weight.shape == (16, 32)
@@ -358,7 +360,9 @@ def test_towers_of_different_width():
     assert model.fusion.to_video.weight.grad.norm() > 0
     # With one fusion layer nothing goes back, so that nothing is there to go unused.
     assert isinstance(Fused(Bottleneck(start=2, project=True), audio=narrow).fusion.to_video, nn.Identity)
-    with pytest.raises(UserError, match=r"model\.audio: width 16 and 1 class and register tokens given"):
+    with pytest.raises(
+        UserError, match=r"model\.audio: width 16 and 1 class and register tokens, the video tower has 32"
+    ):
         Fused(Early(), audio=narrow)
     assert Fused(Late(), audio=narrow)(feed()).shape == (B, K)
 
@@ -366,11 +370,19 @@ def test_towers_of_different_width():
 def test_what_does_not_fit_is_named():
     resnet = {"name": "resnet18", "args": {}}
     for config, changes, message in [
-        (Bottleneck(), {}, r"model\.fusion\.start: 8 given, at most the towers' 3 layers"),
-        (Bottleneck(start=1), {"audio": {"args": TINY | {"depth": 2}}}, "towers of 3 and 2 layers given"),
-        (Bottleneck(start=1), {"audio": resnet}, r'model\.audio\.name: "resnet18" given.*kind "bottleneck"'),
-        (Early(), {"video": resnet}, r'model\.video\.name: "resnet18" given.*kind "early"'),
-        (Bottleneck(start=1), {"video": {"args": TINY | {"qk_norm": True}}}, r"block 1 .* plain attention expected"),
+        (Bottleneck(), {}, r"model\.fusion\.start = 8: the towers have only 3 layers"),
+        (
+            Bottleneck(start=1),
+            {"audio": {"args": TINY | {"depth": 2}}},
+            "the video tower has 3 layers, the audio tower 2",
+        ),
+        (
+            Bottleneck(start=1),
+            {"audio": resnet},
+            r'model\.audio\.name: "resnet18" is not a plain timm ViT, which fusion "bottleneck"',
+        ),
+        (Early(), {"video": resnet}, r'model\.video\.name: "resnet18" is not a plain timm ViT, which fusion "early"'),
+        (Bottleneck(start=1), {"video": {"args": TINY | {"qk_norm": True}}}, r"block 1 .* needs plain attention"),
         (Bottleneck(start=1, attention="refrence"), {}, r'attention: "refrence" is unknown; did you mean "reference"'),
     ]:
         with pytest.raises(UserError, match=message):
