@@ -84,7 +84,7 @@ class DecoderProcesses:
             self._idle.put(process)
             raise decoded
         memory_N = np.frombuffer(process.memory, np.uint8)
-        # The tensors below are views of this array and keep it alive. When the last is freed, the process is idle again.
+        # The tensors below are views of this array and keep it alive. The process is idle again when all are freed.
         weakref.finalize(memory_N, self._idle.put, process).atexit = False
         return [Sample(_tensor_at(memory_N, frames), _tensor_at(memory_N, mel)) for frames, mel in decoded.samples]
 
