@@ -52,11 +52,11 @@ def evaluate(
         Stopped: A rank was asked to stop.
         TooManyBroken: More than `loading.max_broken` of the clips cannot be read.
     """
-    requests = evaluation_shares(recipe, ranks).evaluation(source.num_clips)
+    requests = evaluation_split(recipe, ranks).evaluation(source.num_clips)
     metrics = Metrics(source.classes)
     was_training = model.training
     model.eval()
-    ranks.share_buffers(model)
+    ranks.broadcast_buffers(model)
     precision = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
     with (
         make_loader(recipe, source, on_broken, pin_memory=choose_pin_memory(ranks.device)) as loader,
@@ -95,7 +95,7 @@ def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return model(batch.frames_BTCHW, batch.mel_BWCML, batch.window_BW, batch.has_video_B, batch.has_audio_B, *mixing)
 
 
-def evaluation_shares(recipe: Recipe, ranks: Ranks) -> BatchSplit:
+def evaluation_split(recipe: Recipe, ranks: Ranks) -> BatchSplit:
     """Batches of evaluation: a rank's micro-batch, whatever mixup and repeats ask of training."""
     micro = recipe.train.micro_batch or max(recipe.train.batch // ranks.world, 1)
     return BatchSplit(micro * ranks.world, micro, 1, ranks.rank, ranks.world)

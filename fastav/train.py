@@ -82,7 +82,7 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> Evaluation | No
         trainer.fit()
         return trainer.finish()
     except BaseException as error:
-        trainer.note_failure(error)
+        trainer.record_failure(error)
         raise
     finally:
         trainer.state.ranks.end()
@@ -112,7 +112,7 @@ class Trainer:
             return
         pin_memory = choose_pin_memory(state.ranks.device)
         loader = make_loader(state.recipe, state.source, state.skip, pin_memory=pin_memory)
-        requests = state.shares.requests(state.step, state.total_steps)
+        requests = state.batch_split.requests(state.step, state.total_steps)
         state.model.train()
         with loader, contextlib.closing(loader.batches(requests)) as batches:
             state.meter.restart()
@@ -145,11 +145,11 @@ class Trainer:
         loss /= recipe.train.batch
         if unsaved:
             state.checkpoint_writer.wait()  # raises, on every rank
-        kind, grad_norm = state.guard.judge(loss), float("nan")
-        if state.guard.takes(kind):
+        kind, grad_norm = state.guard.classify(loss), float("nan")
+        if state.guard.allows_step(kind):
             grad_norm = state.strategy.step(recipe.optim.clip_norm)
         else:
-            state.strategy.discard()
+            state.strategy.discard_gradients()
         kind, taken = state.guard.record(kind, loss, grad_norm)
         if kind:
             state.incident(kind, loss, grad_norm, ids)
@@ -164,13 +164,13 @@ class Trainer:
         """Backward passes of one step; returns (loss, broken, seen, decoded) sums, seconds waited, and clip ids."""
         state, recipe, world = self.state, self.state.recipe, self.state.ranks.world
         sums, waited, ids, begun = [0.0] * 4, 0.0, list[str](), time.perf_counter()
-        for part in range(state.shares.accumulation):
+        for part in range(state.batch_split.accumulation):
             before = time.perf_counter()
             host = next(batches)
             waited += time.perf_counter() - before
             ids += host.ids
             batch = host.to(state.ranks.device)
-            with state.strategy.part(last=part == state.shares.accumulation - 1):
+            with state.strategy.micro_batch(last=part == state.batch_split.accumulation - 1):
                 with state.autocast():
                     logits_BK = forward(state.strategy.network, batch)
                 loss = recipe.task.loss(logits_BK, batch.targets_BK, batch.weight_B, batch.mix_B, batch.partner_B)
@@ -214,7 +214,7 @@ class Trainer:
         if evaluation is None or metric not in evaluation.metrics:
             return False
         value = evaluation.metrics[metric]
-        state.schedule.note_metric(value)
+        state.schedule.record_metric(value)
         if state.best and value <= state.best["value"]:
             return False
         state.best = {"step": state.step, "metric": metric, "value": value}
@@ -262,7 +262,7 @@ class Trainer:
         state.ranks.accelerator.wait_for_everyone()
         return evaluation
 
-    def note_failure(self, error: BaseException) -> None:
+    def record_failure(self, error: BaseException) -> None:
         """Leaves the reason of an early end in `status.json`, which launch scripts read."""
         state, stopped = self.state, isinstance(error, Stopped)
         facts: dict[str, Any] = {"step": state.step, "total_steps": state.total_steps, "reason": str(error)}

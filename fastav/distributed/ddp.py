@@ -39,7 +39,7 @@ class Single:
         if world != 1:
             raise UserError(f"{world} processes are in force, but nothing joins their gradients")
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """See `Strategy`."""
         return nullcontext()
 
@@ -52,37 +52,37 @@ class Single:
         norm = _whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or float("inf")))
         if math.isfinite(norm):
             self.optimizer.step()
-        self.discard()
+        self.discard_gradients()
         return norm
 
-    def discard(self) -> None:
+    def discard_gradients(self) -> None:
         """See `Strategy`."""
         self.optimizer.zero_grad(set_to_none=True)
 
-    def shards(self) -> dict[str, Tensor]:
+    def trainable_shards(self) -> dict[str, Tensor]:
         """See `Strategy`."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def state(self) -> dict[str, Tensor]:
+    def model_shards(self) -> dict[str, Tensor]:
         """See `Strategy`."""
         return self.model.state_dict()
 
-    def refresh(self) -> None:
+    def sync_from_shards(self) -> None:
         """See `Strategy`."""
 
-    def saved(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def tensors_to_save(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """See `Strategy`."""
         yield from shards.items()
 
-    def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    def empty_target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         """See `Strategy`."""
         return torch.empty(size, dtype=dtype)
 
-    def sharded(self, name: str, whole: Tensor) -> Tensor:
+    def shard_of(self, name: str, whole: Tensor) -> Tensor:
         """See `Strategy`."""
         return whole
 
-    def saved_optimizer(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+    def optimizer_to_save(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
         """See `Strategy`."""
         tensors, meta = optimizer_tensors(self.optimizer)
         return iter(tensors.items()), meta
@@ -135,7 +135,7 @@ class DDP(Single):
         if found != world:
             raise UserError(f"{world} processes are in force, but gradients are averaged over {found}")
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """See `Strategy`."""
         return nullcontext() if last else self._ddp.no_sync()
 

@@ -58,14 +58,14 @@ class FSDP(Single):
                 + (f", and {len(whole)} of them are whole, such as {whole[0]}" if whole else "")
             )
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """See `Strategy`."""
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
-    def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    def empty_target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         """See `Strategy`."""
         own = self._parameters.get(name)
         if own is None or own.shape != size:
-            return super().target(name, size, dtype)
+            return super().empty_target(name, size, dtype)
         return torch.empty_like(own, dtype=dtype, requires_grad=False)

@@ -39,11 +39,11 @@ class HostGroup:
         torch.distributed.all_gather_object(found, item, group=self.group)
         return found
 
-    def share(self, items: Sequence[Value]) -> Sequence[Value]:
+    def own_part(self, items: Sequence[Value]) -> Sequence[Value]:
         """This rank's part of something that all have."""
         return items[self.rank :: self.world]
 
-    def together(self, do: Callable[[], Value], catch: tuple[type[BaseException], ...]) -> tuple[Value | None, str]:
+    def run_all(self, do: Callable[[], Value], catch: tuple[type[BaseException], ...]) -> tuple[Value | None, str]:
         """Does something on every rank.
 
         Args:

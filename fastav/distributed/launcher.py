@@ -53,7 +53,7 @@ class Requested:
 
 
 @dataclass(frozen=True, slots=True)
-class SpreadOptions:
+class WrapOptions:
     """What the recipe says of it.
 
     Attributes:
@@ -170,9 +170,7 @@ def without_wrappers() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def spread_model(
-    wanted: Requested, model: nn.Module, make_optimizer: MakeOptimizer, options: SpreadOptions
-) -> Strategy:
+def wrap_model(wanted: Requested, model: nn.Module, make_optimizer: MakeOptimizer, options: WrapOptions) -> Strategy:
     """Spreads a model over the ranks.
 
     Args:

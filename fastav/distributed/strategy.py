@@ -42,7 +42,7 @@ class Strategy(Protocol):
             UserError: It is not; the message says which setting.
         """
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """Surrounds forward and backward pass of a micro-batch; gradients are reduced in the last of a step only."""
 
     def backward(self, loss: Tensor) -> None:
@@ -58,31 +58,31 @@ class Strategy(Protocol):
             The norm before clipping, the same on every rank.
         """
 
-    def discard(self) -> None:
+    def discard_gradients(self) -> None:
         """Forgets the gradient without a step."""
 
-    def shards(self) -> dict[str, Tensor]:
+    def trainable_shards(self) -> dict[str, Tensor]:
         """What this rank keeps of each trainable parameter, by its name; the tensors themselves, no copies."""
 
-    def state(self) -> dict[str, Tensor]:
+    def model_shards(self) -> dict[str, Tensor]:
         """Shards of all that a checkpoint holds of the model: trainable and frozen parameters, and buffers."""
 
-    def refresh(self) -> None:
+    def sync_from_shards(self) -> None:
         """Makes the model see what was written into the shards."""
 
-    def saved(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def tensors_to_save(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yields what a checkpoint holds of tensors that are sharded as parameters are; every rank must exhaust it.
 
         Whole tensors are the same on every rank.
         """
 
-    def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    def empty_target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         """An empty tensor to be filled with the saved tensor of a parameter or of its optimizer state."""
 
-    def sharded(self, name: str, whole: Tensor) -> Tensor:
+    def shard_of(self, name: str, whole: Tensor) -> Tensor:
         """Returns this rank's shard of a filled target."""
 
-    def saved_optimizer(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+    def optimizer_to_save(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
         """Yields the optimizer's saved tensors, as `parameter:key`, and returns the rest as JSON; see `saved`."""
 
     def restore_optimizer(self, filled: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:

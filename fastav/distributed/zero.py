@@ -95,7 +95,7 @@ class Zero:
         if self.name == "zero3" and whole:
             raise UserError(f"DeepSpeed's ZeRO-3 has left {len(whole)} parameters whole, such as {whole[0]}")
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         """See `Strategy`; the engine counts the micro-batches itself."""
         return nullcontext()
 
@@ -111,7 +111,7 @@ class Zero:
         self.engine.step()
         return float("nan") if self._zero.overflow else float(self.engine.get_global_grad_norm())
 
-    def discard(self) -> None:
+    def discard_gradients(self) -> None:
         """See `Strategy`; DeepSpeed leaves out a step whose norm is infinite, and clears up after it."""
         infinite = patch.object(type(self._zero), *_NORM[self.name])
         with infinite:
@@ -119,11 +119,11 @@ class Zero:
         if not self._zero.overflow:
             raise FastavError(f"DeepSpeed took a step of {self.name} that it was to leave out")
 
-    def shards(self) -> dict[str, Tensor]:
+    def trainable_shards(self) -> dict[str, Tensor]:
         """See `Strategy`."""
         return {name: getattr(p, "ds_tensor", p) for name, p in self._parameters.items() if p.requires_grad}
 
-    def state(self) -> dict[str, Tensor]:
+    def model_shards(self) -> dict[str, Tensor]:
         """See `Strategy`."""
         return {
             name: getattr(self._parameters.get(name), "ds_tensor", tensor)
@@ -131,31 +131,31 @@ class Zero:
         }
 
     @torch.no_grad()
-    def refresh(self) -> None:
+    def sync_from_shards(self) -> None:
         """See `Strategy`; small parameters stay gathered in ZeRO-3, and are gathered anew."""
         kept = getattr(self._zero, "persistent_parameters", [])
         if kept:
             kept[0].partition(kept)
             kept[0].all_gather(kept)
 
-    def saved(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def tensors_to_save(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """See `Strategy`."""
         for name, shard in shards.items():
             parameter = self._parameters.get(name)
             yield name, shard if parameter is None or self.name != "zero3" else _gathered(shard, parameter)
 
-    def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+    def empty_target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         """See `Strategy`."""
         return torch.empty(size, dtype=dtype)
 
-    def sharded(self, name: str, whole: Tensor) -> Tensor:
+    def shard_of(self, name: str, whole: Tensor) -> Tensor:
         """See `Strategy`."""
         parameter = self._parameters.get(name)
         return whole if parameter is None or self.name != "zero3" else _piece(whole, parameter)
 
-    def saved_optimizer(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+    def optimizer_to_save(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
         """See `Strategy`."""
-        meta = {"optimizer": type(self.optimizer).__name__, "parameters": list(self.shards()), "others": {}}
+        meta = {"optimizer": type(self.optimizer).__name__, "parameters": list(self.trainable_shards()), "others": {}}
         return self._optimizer_tensors(), meta
 
     def _optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -163,7 +163,7 @@ class Zero:
 
         self._link()
         state: dict[str, Any] = next(iter(self.optimizer.state.values()), {})
-        for name in self.shards():
+        for name in self.trainable_shards():
             for key, value in sorted(state.items()):  # all ranks together, whatever order each has them in
                 if isinstance(value, Tensor) and value.ndim:
                     yield f"{name}:{key}", safe_get_full_optimizer_state(self._parameters[name], key)

@@ -60,14 +60,14 @@ class LossGuard:
         self.config, self.skipped, self._in_a_row = config, 0, 0
         self._losses: deque[float] = deque(maxlen=config.window)
 
-    def judge(self, loss: float) -> LossFault:
+    def classify(self, loss: float) -> LossFault:
         """Says what a step's loss is, before the optimizer steps."""
         if not math.isfinite(loss):
             return "non-finite"
         full = self.config.spike and len(self._losses) == self.config.window
         return "spike" if full and loss > self.config.spike * statistics.median(self._losses) else ""
 
-    def takes(self, kind: LossFault) -> bool:
+    def allows_step(self, kind: LossFault) -> bool:
         """Whether the optimizer may step."""
         return not kind or (kind == "spike" and self.config.on_spike == "log")
 
@@ -82,9 +82,9 @@ class LossGuard:
         Returns:
             What it was after all, and whether it was taken.
         """
-        if self.takes(kind) and not math.isfinite(grad_norm):
+        if self.allows_step(kind) and not math.isfinite(grad_norm):
             kind = "non-finite"
-        taken = self.takes(kind)
+        taken = self.allows_step(kind)
         self._in_a_row = 0 if taken else self._in_a_row + 1
         self.skipped += not taken
         if taken:
@@ -109,7 +109,7 @@ class LossGuard:
                 f"{self.config.window}, {statistics.median(self._losses):g}; {clips_told}"
             )
 
-    def slow(self, seconds: Sequence[float]) -> list[tuple[int, float]]:
+    def slow_ranks(self, seconds: Sequence[float]) -> list[tuple[int, float]]:
         """Returns which ranks are slow, and how many times as long they take as the median one.
 
         Args:

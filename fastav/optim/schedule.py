@@ -78,7 +78,7 @@ class Schedule(Protocol):
     def set_step(self, step: int) -> float:
         """Sets the groups' rates for optimizer step `step` (0 is the first); returns the rate of factor 1."""
 
-    def note_metric(self, value: float) -> None:
+    def record_metric(self, value: float) -> None:
         """Takes the result of an evaluation, higher is better."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class TimmSchedule:
         self._scheduler.step_update(step)
         return _rate(self._optimizer)
 
-    def note_metric(self, value: float) -> None:
+    def record_metric(self, value: float) -> None:
         """Nothing: the course is fixed."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,7 +157,7 @@ class PlateauSchedule:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         return rate
 
-    def note_metric(self, value: float) -> None:
+    def record_metric(self, value: float) -> None:
         """Counts an evaluation; one that is not above the best so far is bad, as is one that is not finite."""
         if math.isfinite(value) and (self._best is None or value > self._best):
             self._best, self._bad = value, 0

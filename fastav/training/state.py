@@ -16,7 +16,7 @@ from fastav.core.console import Console
 from fastav.core.errors import MediaError, UserError, did_you_mean
 from fastav.core.machine import peak_flops
 from fastav.data.clip import Clip
-from fastav.distributed.launcher import Single, SpreadOptions, Strategy, checkpoint_activations, spread_model
+from fastav.distributed.launcher import Single, Strategy, WrapOptions, checkpoint_activations, wrap_model
 from fastav.distributed.rank_log import RankLog
 from fastav.model.av_model import AVModel
 from fastav.optim.ema import Ema
@@ -28,11 +28,11 @@ from fastav.training.checkpoint import Checkpoint, Checkpoints, check_resumable
 from fastav.training.checkpoint_writer import CheckpointWriter, TensorSplit
 from fastav.training.inputs import (
     describe_decoder,
+    describe_unknown_classes,
     evaluation_source,
     measured_frontend,
     modalities,
     training_source,
-    unmapped,
 )
 from fastav.training.preflight_gate import before_training
 from fastav.training.ranks import Ranks
@@ -130,7 +130,7 @@ class TrainState:
     def _build(self, found: Checkpoint | None) -> None:
         recipe, training, device = self.recipe, self.recipe.train, self.ranks.device
         pairs = 2 if recipe.sampling.mixup else 1
-        self.shares = self.ranks.shares(training, pairs * recipe.sampling.repeat)
+        self.batch_split = self.ranks.split_batch(training, pairs * recipe.sampling.repeat)
         epoch_size = self.source.num_clips * recipe.sampling.repeat
         self.steps_per_epoch = max(1, -(-epoch_size // training.batch))
         self.total_steps = -(-round(training.epochs * epoch_size) // training.batch)
@@ -144,7 +144,9 @@ class TrainState:
         self.strategy = self._spread()
         self.ema = None
         if recipe.optim.ema:
-            self.ema = Ema(self.model, recipe.optim.ema, self.strategy.shards(), self.strategy.refresh)
+            self.ema = Ema(
+                self.model, recipe.optim.ema, self.strategy.trainable_shards(), self.strategy.sync_from_shards
+            )
         self.guard = LossGuard(recipe.guard)
         self.meter = Meter(self.total_steps, 3 * flops, self._peak_flops())
 
@@ -161,13 +163,13 @@ class TrainState:
 
         if not self.total_steps:  # nothing is trained: score fusion
             return Single(self.model, make_optimizer)
-        options = SpreadOptions(
-            micro_batch=self.shares.micro_batch, accumulation=self.shares.accumulation,
+        options = WrapOptions(
+            micro_batch=self.batch_split.micro_batch, accumulation=self.batch_split.accumulation,
             clip_norm=recipe.optim.clip_norm, bf16=training.precision == "bf16", compiled=training.compile,
             bucket_mb=training.bucket_mb, reduce_dtype=training.reduce_dtype,
         )  # fmt: skip
-        strategy = spread_model(self.ranks.requested, self.model, make_optimizer, options)
-        strategy.check(self.ranks.world, self.shares.accumulation)
+        strategy = wrap_model(self.ranks.requested, self.model, make_optimizer, options)
+        strategy.check(self.ranks.world, self.batch_split.accumulation)
         return strategy
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -194,7 +196,7 @@ class TrainState:
             f"{self.source.num_clips} clips, {len(self.source.classes)} classes, {'+'.join(modalities(recipe))}, "
             f"model {kind}, {self.total_steps} steps of {recipe.train.batch}{at}"
         )
-        unknown = unmapped(self.source)
+        unknown = describe_unknown_classes(self.source)
         if unknown:
             log(unknown)
         self.log.record(f"step {self.step}/{self.total_steps}{at}, strategy {self.strategy.name}")
@@ -225,7 +227,7 @@ class TrainState:
         """Tells of ranks that are slow, by the seconds of each for its own part since the last call."""
         every = [0.0] * self.ranks.world
         every[self.ranks.rank] = seconds
-        for rank, times in self.guard.slow(self.ranks.total(every)):
+        for rank, times in self.guard.slow_ranks(self.ranks.total(every)):
             self.run.append_incident({"step": self.step, "kind": "slow rank", "rank": rank, "times": times})
             self.console.log(f"step {self.step}: rank {rank} takes {times:.1f} times as long as the median rank")
 
@@ -235,20 +237,20 @@ class TrainState:
         Raises:
             FastavError: The one before could not be written; older checkpoints are untouched.
         """
-        optimizer, meta = self.strategy.saved_optimizer()
-        kinds = {"model": self.strategy.saved(self.strategy.state()), "optimizer": optimizer}
+        optimizer, meta = self.strategy.optimizer_to_save()
+        kinds = {"model": self.strategy.tensors_to_save(self.strategy.model_shards()), "optimizer": optimizer}
         if self.ema:
-            kinds["ema"] = self.strategy.saved(self.ema.state_dict())
-        shares, tensors = TensorSplit(self.ranks.host_group), dict[str, Tensor]()
+            kinds["ema"] = self.strategy.tensors_to_save(self.ema.state_dict())
+        split, tensors = TensorSplit(self.ranks.host_group), dict[str, Tensor]()
         for kind, named in kinds.items():
-            tensors |= shares.own((f"{kind}/{name}", tensor) for name, tensor in named)
+            tensors |= split.select((f"{kind}/{name}", tensor) for name, tensor in named)
         state = {
             "recipe": to_table(self.recipe), "data": self.data_digest, "optimizer": meta,
             "schedule": self.schedule.state_dict(), "guard": self.guard.state_dict(), "best": dict(self.best),
             "broken": self.broken, "seen": self.seen, "threads": torch.get_num_threads(),
             "classes": list(self.source.classes), "world": self.ranks.world, "strategy": self.strategy.name,
         }  # fmt: skip
-        self.checkpoint_writer.start(self.step, tensors, state, best=dict(self.best), order=shares.order)
+        self.checkpoint_writer.start(self.step, tensors, state, best=dict(self.best), order=split.order)
         self.collect_skipped()
 
     def weights(self) -> dict[str, Tensor]:
@@ -256,7 +258,7 @@ class TrainState:
         averaged = self.ema.swap() if self.ema else nullcontext()
         found = {}
         with averaged, torch.no_grad():
-            for name, tensor in self.strategy.saved(self.strategy.state()):
+            for name, tensor in self.strategy.tensors_to_save(self.strategy.model_shards()):
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 if self.ranks.main:
                     found[name] = whole.detach().to("cpu", copy=True)
@@ -264,7 +266,7 @@ class TrainState:
 
     def collect_skipped(self) -> None:
         """Brings what other ranks could not read into the run's list; every rank must call it."""
-        for rows in self.ranks.gather(self.run.take_skipped()):
+        for rows in self.ranks.gather(self.run.pop_skipped()):
             self.run.add_skipped(rows)
 
     def _restore(self, found: Checkpoint) -> None:
@@ -272,20 +274,20 @@ class TrainState:
         self.strategy.restore_optimizer(self._filled(found, "optimizer"), found.state["optimizer"])
         if self.ema:
             averages = self._filled(found, "ema")
-            self.ema.load_state_dict({name: self.strategy.sharded(name, one) for name, one in averages.items()})
+            self.ema.load_state_dict({name: self.strategy.shard_of(name, one) for name, one in averages.items()})
         self.schedule.load_state_dict(found.state["schedule"])
         self.guard.load_state_dict(found.state["guard"])
         self.step, self.best = found.step, found.state["best"]
         self.broken, self.seen = found.state["broken"], found.state["seen"]
         if not self.recipe.train.threads and self.ranks.device.type == "cpu":
             torch.set_num_threads(found.state["threads"])  # sums on a CPU differ from one number of threads to another
-        self.run.cut_back(self.step)
-        self.run.cut_back_skipped(self.step)
+        self.run.drop_rows_after(self.step)
+        self.run.drop_skipped_after(self.step)
 
     def _filled(self, found: Checkpoint, kind: str) -> dict[str, Tensor]:
         """What this rank needs of the saved tensors of a kind."""
         targets = {
-            name: self.strategy.target(name.partition(":")[0], size, dtype)
+            name: self.strategy.empty_target(name.partition(":")[0], size, dtype)
             for name, (size, dtype) in found.sizes(kind).items()
         }
         found.load(kind, targets)

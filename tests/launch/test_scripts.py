@@ -38,15 +38,19 @@ def refused(monkeypatch):
 
 
 def test_a_world_of_another_size(refused):
-    refused("train.num_processes = 2, but 1 are in force: .* MULTI_CPU without mpirun", "--train.num_processes", "2")
+    refused(
+        "train.num_processes = 2, but the launcher started 1; .* MULTI_CPU without mpirun", "--train.num_processes", "2"
+    )
 
 
 def test_a_strategy_that_is_not_in_force(refused):
-    refused('train.strategy = "fsdp", but "single" is in force; launch/accelerate', "--train.strategy", "fsdp")
+    refused(
+        'train.strategy = "fsdp", but the launcher requests "single"; launch/accelerate', "--train.strategy", "fsdp"
+    )
 
 
 def test_accumulation_that_is_set_twice(refused):
-    refused("gradient accumulation is set .* (4); set train.micro_batch".replace("(4)", r"\(4\)"),
+    refused("gradient accumulation is set .* (4); remove it there and set train.micro_batch".replace("(4)", r"\(4\)"),
             ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")  # fmt: skip
 
 
@@ -66,8 +70,8 @@ def test_accumulation_in_deepspeeds_file(refused, tmp_path):
 def test_a_batch_that_ranks_cannot_share(monkeypatch):
     ranks = Ranks(load_recipe(None, ["--train.batch", "10"]).train)
     monkeypatch.setattr(type(ranks), "world", 4)
-    with pytest.raises(UserError, match=r"train\.batch = 10 does not divide by the 4 processes"):
-        ranks.shares(load_recipe(None, ["--train.batch", "10"]).train)
+    with pytest.raises(UserError, match=r"train\.batch = 10 is not divisible by the 4 processes"):
+        ranks.split_batch(load_recipe(None, ["--train.batch", "10"]).train)
     shutdown()
 
 

@@ -16,8 +16,8 @@ from fastav.optim.loss_guard import GuardConfig, LossGuard
 
 def step(guard, loss, grad_norm=1.0, number=0, clips=()):
     """A step as the trainer takes it; returns what it was and whether it was taken."""
-    kind = guard.judge(loss)
-    kind, taken = guard.record(kind, loss, grad_norm if guard.takes(kind) else math.nan)
+    kind = guard.classify(loss)
+    kind, taken = guard.record(kind, loss, grad_norm if guard.allows_step(kind) else math.nan)
     if kind:
         guard.check(kind, number, loss, grad_norm, clips)
     return kind, taken
@@ -53,7 +53,7 @@ def test_a_spike_is_measured_against_the_last_losses(rule, taken):
     assert guard.skipped == (not taken)
     resumed = LossGuard(GuardConfig(spike=2.0, window=4, on_spike=rule))
     resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    assert resumed.judge(2.4) == guard.judge(2.4)
+    assert resumed.classify(2.4) == guard.classify(2.4)
 
 
 def test_a_spike_may_end_the_run_and_names_the_clips():
@@ -66,11 +66,11 @@ def test_a_spike_may_end_the_run_and_names_the_clips():
 
 def test_slow_ranks_are_named():
     guard = LossGuard(GuardConfig())
-    assert guard.slow([1.0, 1.1, 1.7, 1.0]) == [(2, pytest.approx(1.7))]
-    assert guard.slow([1.0, 1.6]) == [(1, pytest.approx(1.6))]
-    assert guard.slow([1.0, 1.4]) == []
-    assert guard.slow([1.0]) == []
-    assert LossGuard(GuardConfig(slow_rank=0)).slow([1.0, 9.0]) == []
+    assert guard.slow_ranks([1.0, 1.1, 1.7, 1.0]) == [(2, pytest.approx(1.7))]
+    assert guard.slow_ranks([1.0, 1.6]) == [(1, pytest.approx(1.6))]
+    assert guard.slow_ranks([1.0, 1.4]) == []
+    assert guard.slow_ranks([1.0]) == []
+    assert LossGuard(GuardConfig(slow_rank=0)).slow_ranks([1.0, 9.0]) == []
 
 
 def test_the_rank_that_failed_first_is_named(tmp_path):

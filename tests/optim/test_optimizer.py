@@ -224,7 +224,7 @@ def test_plateau_falls_after_patience_and_resumes():
     _, schedule = config.build(Net(), 100)
     found = []
     for metric in (10, 20, 20, 15, 30, 29, math.nan, 28, 27, 26, 25):
-        schedule.note_metric(metric)
+        schedule.record_metric(metric)
         found.append(schedule.set_step(50))
         _, fresh = config.build(Net(), 100)
         fresh.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
