@@ -60,7 +60,9 @@ def test_a_spike_may_end_the_run_and_names_the_clips():
     guard = LossGuard(GuardConfig(spike=2.0, window=2, on_spike="stop"))
     step(guard, 1.0)
     step(guard, 1.0)
-    with pytest.raises(FastavError, match=r"step 7: loss 3 is more than 2 times the median of the last 2, 1; .*: a, b"):
+    with pytest.raises(
+        FastavError, match=r"step 7: loss 3 is more than 2 times the median of the last 2 losses, 1; .* a, b"
+    ):
         step(guard, 3.0, number=7, clips=["a", "b"])
 
 

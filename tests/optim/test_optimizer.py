@@ -290,7 +290,7 @@ def test_a_changed_recipe_keeps_its_own_settings():
 
 def test_state_of_another_optimizer_or_model_is_refused():
     tensors, meta = optimizer_tensors(Optim(name="sgd").build(Net(), 10)[0])
-    with pytest.raises(FastavError, match="saved optimizer is SGD, not AdamW"):
+    with pytest.raises(FastavError, match="saved optimizer is SGD, expected AdamW"):
         restore_optimizer(Optim().build(Net(), 10)[0], tensors, meta)
     with pytest.raises(FastavError, match=r'another model: "audio\.net\.blocks\.0\.attn\.proj\.bias" is missing'):
         restore_optimizer(Optim(name="sgd").build(Model(), 10)[0], tensors, meta)
