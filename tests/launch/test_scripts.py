@@ -62,7 +62,7 @@ def test_accumulation_in_deepspeeds_file(refused, tmp_path):
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 8}')
     refused(
-        "zero.json: gradient_accumulation_steps = 8: the recipe sets it",
+        "zero.json: gradient_accumulation_steps = 8: the recipe sets this",
         ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file),
     )  # fmt: skip
 
@@ -171,8 +171,8 @@ def test_a_dead_rank_ends_the_job_at_once_and_is_named(tiny, tmp_path):
     assert job.returncode != 0
     status = json.loads((out / "status.json").read_text())
     assert status["state"] == "failed"
-    assert status["first"].startswith("rank 0 left no last words"), status
-    assert "rank 0 left no last words" in told
+    assert status["first"].startswith("rank 0 exited without an error record"), status
+    assert "rank 0 exited without an error record" in told
     assert "Traceback" in (out / "logs" / "rank_00001.log").read_text()
 
 

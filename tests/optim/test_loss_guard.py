@@ -80,7 +80,7 @@ def test_the_rank_that_failed_first_is_named(tmp_path):
     logs[2].fail(ValueError("the first"))
     logs[1].fail(RuntimeError("Connection closed by peer"))
     told, mine = logs[1].first_failure()
-    assert told.startswith("rank 0 left no last words: killed, or out of memory; see ")
+    assert told.startswith("rank 0 exited without an error record (killed or out of memory); see ")
     assert mine, "the lowest rank that is left tells it"
     assert not logs[2].first_failure()[1]
     logs[0].fail(RuntimeError("Connection closed by peer"))
@@ -89,8 +89,8 @@ def test_the_rank_that_failed_first_is_named(tmp_path):
     assert "rank 2 on " in told
     assert told.endswith("failed first: ValueError: the first")
     assert "ValueError: the first" in (tmp_path / "rank_00002.log").read_text()
-    again = RankLog(tmp_path, 2, 3)  # a restart forgets last words
-    assert "rank 2 left no last words" in logs[0].first_failure()[0]
+    again = RankLog(tmp_path, 2, 3)  # a restart removes its error record
+    assert "rank 2 exited without an error record" in logs[0].first_failure()[0]
     for log in [*logs, again]:
         log.close()
 
