@@ -55,8 +55,8 @@ class Loading(Config, frozen=True):
         prefetch: Maximum number of batches per training process that are loaded ahead of the training step.
         watchdog_s: Seconds without a batch after which a warning names the stage and the files that are waited for. The
             warning repeats.
-        max_broken: Largest allowed share of samples that cannot be read, 0 to 1. Above it the run ends with exit code
-            3. Checked from 50 samples on.
+        max_broken: Largest allowed share of samples that cannot be read. Above it the run ends with exit code 3. It is
+            checked from 50 samples on.
         shards: How shards of packed clips are read.
     """
 

@@ -25,13 +25,13 @@ class GuardConfig(Config, frozen=True):
             `stop` ends the run.
         limit: Number of skipped optimizer steps in a row after which the run ends.
         spike: A loss above this multiple of the median of the last `window` losses is a spike; 0 disables the check.
-        window: Number of recent losses in the median for `spike`. No spike is detected before there are as many.
+        window: Number of recent losses in the median for `spike`. No spike is detected before that many steps.
         on_spike: What happens at a spike: `log` continues, `skip` omits the optimizer step, `stop` ends the run.
         slow_rank: A rank is slow if its loading and forward passes take more than this multiple of the time of the
             median rank, over at least 20 steps; 0 disables the check. Slow ranks are logged only.
         preflight: Whether to measure devices and network before the first step: `auto` in jobs on more than one node,
             `always`, or `never`.
-        slow_device: In the preflight, a rank is slow below this share of the median rate, 0 to 1; 0 disables the check.
+        slow_device: In the preflight, a rank is slow below this share of the median rate; 0 disables the check.
         on_slow_device: What happens to a run with a slow rank in the preflight: `log` continues, `stop` ends the run.
             On CPUs slow ranks are only logged, because other programs share the cores. A device that gives wrong
             results or does not answer always ends the run.

@@ -36,21 +36,19 @@ class Optim(Config, frozen=True):
     """Optimizer and learning-rate schedule.
 
     Attributes:
-        name: torch's `adamw`, `sgd`, `adam`, `rmsprop` or `adagrad`. The weight decay of adamw is decoupled; that of
-            the others is added to the gradient.
+        name: Optimizer of torch. The weight decay of adamw is decoupled; that of the others is added to the gradient.
         lr: Peak learning rate for the global batch `train.batch`. It is not scaled by the batch size or the number of
             processes.
         weight_decay: Weight decay. Biases, norms, position embeddings and tokens are not decayed.
-        betas: The two beta coefficients of adamw and adam, each 0 or more and below 1; other optimizers ignore them.
-        momentum: Momentum of sgd and rmsprop, 0 or more and below 1; other optimizers ignore it.
+        betas: The two beta coefficients of adamw and adam; other optimizers ignore them.
+        momentum: Momentum of sgd and rmsprop; other optimizers ignore it.
         nesterov: Whether sgd uses Nesterov momentum.
         eps: Constant added to the denominator for numerical stability, in all optimizers but sgd. If absent, the
             default of the optimizer.
-        layer_decay: Factor of the learning rate from each block of a tower to the block below it, above 0 and at most
-            1; 1 disables it.
+        layer_decay: Factor of the learning rate from each block of a tower to the block below it; 1 disables it.
         clip_norm: Largest global gradient norm; larger gradients are scaled down to it. 0 disables clipping.
-        ema: Decay of the exponentially averaged weights, which are evaluated and saved instead of the trained ones. 0
-            or more and below 1; 0 disables averaging.
+        ema: Decay of the exponentially averaged weights, which are evaluated and saved instead of the trained ones; 0
+            disables averaging.
         schedule: Learning-rate schedule: `cosine`, `plateau`, `constant` or `step`.
     """
 

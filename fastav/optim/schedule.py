@@ -34,8 +34,8 @@ class Plateau(Kind, frozen=True, tag="plateau"):
     """Linear warm-up, then a learning rate that drops when the evaluation metric stops improving.
 
     Attributes:
-        factor: Factor of the learning rate at each drop, above 0 and below 1.
-        patience: Number of evaluations without improvement before the learning rate drops; one more triggers the drop.
+        factor: Factor of the learning rate at each drop.
+        patience: The learning rate drops after more than this number of evaluations in a row without improvement.
         warmup: Length of the linear warm-up: a share of all optimizer steps if below 1, else a number of steps.
         min_lr: Lower bound of the learning rate.
     """
@@ -61,7 +61,7 @@ class Step(Kind, frozen=True, tag="step"):
 
     Attributes:
         every: Interval between drops: a share of all optimizer steps if below 1, else a number of steps.
-        factor: Factor of the learning rate at each drop, above 0 and at most 1.
+        factor: Factor of the learning rate at each drop.
         warmup: Length of the linear warm-up: a share of all optimizer steps if below 1, else a number of steps.
     """
 

@@ -26,7 +26,7 @@ class AnyTask(Kind, frozen=True):
     """Base of both tasks.
 
     Attributes:
-        label_smoothing: Share s of a target that is spread over all K classes: t (1 - s) + s / K.
+        label_smoothing: Share s of each target t that is spread over all K classes: t (1 - s) + s / K.
     """
 
     name: ClassVar[TaskName]
@@ -77,7 +77,7 @@ class SingleLabel(AnyTask, frozen=True, tag="single_label"):
     """Exactly one class per clip: softmax and cross-entropy.
 
     Attributes:
-        label_smoothing: Share s of a target that is spread over all K classes: t (1 - s) + s / K.
+        label_smoothing: Share s of each target t that is spread over all K classes: t (1 - s) + s / K.
     """
 
     name: ClassVar[TaskName] = "single_label"
@@ -100,7 +100,7 @@ class MultiLabel(AnyTask, frozen=True, tag="multi_label"):
     """Any number of classes per clip: a sigmoid and a binary cross-entropy for each class.
 
     Attributes:
-        label_smoothing: Share s of a target that is spread over all K classes: t (1 - s) + s / K, as in MBT.
+        label_smoothing: Share s of each target t that is spread over all K classes: t (1 - s) + s / K, as in MBT.
         reduce: How the losses of a clip's classes are combined: `sum` (as in MBT's code) or `mean`.
     """
 
