@@ -229,8 +229,8 @@ def test_a_full_disk_while_saving_is_one_clear_error_and_loses_nothing(tmp_path)
         import pathlib, resource, signal, torch
         from fastav.training.checkpoint import Checkpoints
         from fastav.core.errors import FastavError
-        from fastav.training.checkpoint_writer import Saver
-        checkpoint_writer = Saver(Checkpoints(pathlib.Path({str(tmp_path)!r})))
+        from fastav.training.checkpoint_writer import CheckpointWriter
+        checkpoint_writer = CheckpointWriter(Checkpoints(pathlib.Path({str(tmp_path)!r})))
         checkpoint_writer.start(1, {{"model/a": torch.ones(10)}}, {{}})
         checkpoint_writer.wait()
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
