@@ -134,10 +134,10 @@ class Preflight:
     """
 
     def __init__(self, crew: Crew, device: torch.device, seconds: float, patience_s: float) -> None:
-        self._crew, self._device, self._seconds, self._patience_s = crew, device, seconds, patience_s
+        self._crew, self.device, self._seconds, self._patience_s = crew, device, seconds, patience_s
         name, serial = gauges.identity(device)
         where = str(device) if device.type == "cuda" else device.type  # accelerate numbers CPUs
-        told = crew.gather((_node(os.environ), socket.gethostname(), where, name, serial))
+        told = crew.gather((node_of(os.environ), socket.gethostname(), where, name, serial))
         keys = list(dict.fromkeys(node for node, *_ in told))
         self.places = [Place(rank, host, keys.index(node), *rest) for rank, (node, host, *rest) in enumerate(told)]
         self._check_kinds()
@@ -173,7 +173,7 @@ class Preflight:
             if self._hung:  # a library that hangs may hang at the end of the process as well
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(_GRACE_S)
-        if self._device.type == "cuda" and not self._hung:
+        if self.device.type == "cuda" and not self._hung:
             with contextlib.suppress(Exception):  # of a broken device, which is yet to be told
                 torch.cuda.empty_cache()
         facts = zip(self.places, self._rates, self._broken, strict=True)
@@ -181,8 +181,8 @@ class Preflight:
 
     def _local(self) -> Iterator[tuple[str, Callable[[], Rates]]]:
         measures = {"product": gauges.product, "copy": gauges.copy, "host": gauges.from_host}
-        for key in measures if self._device.type == "cuda" else ("product", "copy"):
-            yield key, lambda do=measures[key], key=key: {key: do(self._device, self._seconds)}  # type: ignore[misc]
+        for key in measures if self.device.type == "cuda" else ("product", "copy"):
+            yield key, lambda do=measures[key], key=key: {key: do(self.device, self._seconds)}  # type: ignore[misc]
 
     def _collective(self) -> Iterator[tuple[str, list[list[int]]]]:
         """Yields who is to measure what together: within the nodes, between them, and all."""
@@ -213,8 +213,8 @@ class Preflight:
 
         def work() -> None:
             try:
-                if self._device.type == "cuda":
-                    torch.cuda.set_device(self._device)  # each thread has its own
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # each thread has its own
                 done.append((do(), ""))
             except Exception as error:  # whatever a broken device raises
                 done.append(({}, f"{what}: {reason_of(error)[:500]}"))
@@ -272,10 +272,10 @@ class Preflight:
             if not team:
                 return {}
             make = gauges.Exchange if key == "exchange" else gauges.AllReduce
-            talk = make(team, groups[teams.index(team)], rank, self._device)
+            talk = make(team, groups[teams.index(team)], rank, self.device)
             kept.append(talk)
             talk.run()
-            once_s = gauges.took_s(self._device, talk.run)
+            once_s = gauges.took_s(self.device, talk.run)
             talk.check()  # last: whoever finds fault leaves nobody waiting
             return {"once_s": once_s}
 
@@ -283,7 +283,7 @@ class Preflight:
             if not team:
                 return {}
             (talk,) = kept
-            rate = talk.num_bytes / gauges.median_s(self._device, talk.run, calls) / 1e9
+            rate = talk.num_bytes / gauges.median_s(self.device, talk.run, calls) / 1e9
             talk.check()
             if talk.group is not None:
                 dist.destroy_process_group(talk.group)
@@ -298,7 +298,7 @@ class Preflight:
         return not any(self._broken)
 
 
-def _node(environment: Mapping[str, str]) -> str:
+def node_of(environment: Mapping[str, str]) -> str:
     """Tells nodes apart: torchrun's number, SLURM's for ranks that srun started, or else the host's name."""
     if "TORCHELASTIC_RUN_ID" in environment and "GROUP_RANK" in environment:
         return environment["GROUP_RANK"]

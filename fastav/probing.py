@@ -24,7 +24,7 @@ def probe_all(jobs: Sequence[Job], workers: int = 0) -> Iterator[Found]:
         jobs: Each file once.
         workers: Processes; 0 for one a core.
     """
-    for done in each(jobs, _look, max(1, min(workers or num_cores(), len(jobs)))):
+    for done in each(jobs, probe_one, max(1, min(workers or num_cores(), len(jobs)))):
         path, found = done.job[0], done.result
         if done.died or found is None:
             yield path, MediaError(path, "the decoder crashed on it", "probe")
@@ -32,7 +32,7 @@ def probe_all(jobs: Sequence[Job], workers: int = 0) -> Iterator[Found]:
             yield path, MediaError(path, *found) if isinstance(found, tuple) else found
 
 
-def _look(job: Job) -> MediaInfo | tuple[str, str]:
+def probe_one(job: Job) -> MediaInfo | tuple[str, str]:
     """Probes one file; returns reason and stage where it cannot be read (an error with three arguments is not sent)."""
     path, wanted = job
     try:

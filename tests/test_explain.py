@@ -25,7 +25,7 @@ def test_every_key_is_explained_and_takes_the_default_that_is_told(key: Key) -> 
 
 def test_all_keys_of_a_default_recipe_are_there() -> None:
     have = {key.name for key in keys()}
-    leaves = {name for name, _ in recipe._leaves(recipe.to_table(recipe.Recipe()))}
+    leaves = {name for name, _ in recipe.leaves(recipe.to_table(recipe.Recipe()))}
     assert leaves <= have
 
 

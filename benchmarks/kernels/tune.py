@@ -61,7 +61,7 @@ def tune(console: Console, rounds: int, only: str = "", folder: Path | None = No
             console.print(told[-1], highlight=False)
         write_plans(file, _measured(), plans, known.wins)  # what is found is kept, whatever comes
     wins = [win for win in known.wins if only not in _win_name(win.frames, win.head_dim)]
-    with patch.object(launch, "plan_for", functools.partial(_planned, tuple(plans))):
+    with patch.object(launch, "plan_for", functools.partial(plan_among, tuple(plans))):
         for found in _wins(console, rounds, only):
             wins.append(found)
             write_plans(file, _measured(), plans, wins)
@@ -85,7 +85,7 @@ def reachable(plans: Sequence[Plan]) -> list[Plan]:
     return kept
 
 
-def _planned(plans: Sequence[Plan], kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> Plan | None:
+def plan_among(plans: Sequence[Plan], kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> Plan | None:
     """As `plan_for`, of plans that are not in a file yet."""
     fitting = (p for p in plans if (p.kernel, p.head_dim, p.num_bytes) == (kernel, head_dim, num_bytes))
     return next((p for p in fitting if keys <= p.max_keys and p.shared_bytes <= chip.shared_bytes), None)
@@ -148,11 +148,12 @@ def _compiled(wanted: Sequence[Plan], case: Case, chip: Chip) -> list[Plan]:
     """Returns the plans that compile without spilling and fit into shared memory, with what they take of it."""
     jobs = [(plan, chip.architecture, case.segments, case.heads) for plan in wanted]
     # A compiler that crashes, or hangs, takes its process along and no other candidate.
-    found = [done.result for done in each(jobs, _usage, num_cores(), patience_s=60.0)]
+    found = [done.result for done in each(jobs, tried, num_cores(), patience_s=60.0)]
     return [plan for plan in found if plan is not None and plan.shared_bytes <= chip.shared_bytes]
 
 
-def _usage(job: tuple[Plan, str, Segments, int]) -> Plan | None:
+def tried(job: tuple[Plan, str, Segments, int]) -> Plan | None:
+    """Compiles a plan; returns it with the shared memory that it takes, None where it is of no use."""
     plan, architecture, segments, heads = job
     try:
         usage = usage_of(plan, architecture, segments, torch.bfloat16, heads)
@@ -200,10 +201,10 @@ def _wins(console: Console, rounds: int, only: str) -> Iterator[Win]:
             interval = paired_ratio(per_second(made["triton"]), per_second(made["sdpa"]))
             console.print(f"{case.name}, heads of {dim}: triton / sdpa: {interval}", highlight=False)
             ratios.append((tokens, interval.low, interval.median))
-        yield from _ranges(frames, dim, asks, ratios)
+        yield from winning_ranges(frames, dim, asks, ratios)
 
 
-def _ranges(frames: str, dim: int, asks: bool, ratios: Sequence[tuple[int, float, float]]) -> Iterator[Win]:
+def winning_ranges(frames: str, dim: int, asks: bool, ratios: Sequence[tuple[int, float, float]]) -> Iterator[Win]:
     """Neighbouring measured shapes that all win are one range."""
     for wins, group in itertools.groupby(ratios, key=lambda one: one[1] > 1):
         if wins:

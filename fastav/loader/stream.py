@@ -14,7 +14,8 @@ import torch
 from fastav.clip import Batch, Clip
 from fastav.loader.assemble import Assembler, Job, Request, Task
 
-_JOIN_S = 5.0
+JOIN_S = 5.0
+"""Seconds that closing waits for the threads."""
 
 log = logging.getLogger("fastav.loader")
 
@@ -105,7 +106,7 @@ class Stream:
                 condition.notify_all()
         if threading.current_thread() in self._threads:
             return
-        deadline = time.perf_counter() + _JOIN_S
+        deadline = time.perf_counter() + JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.perf_counter()))
         if any(thread.is_alive() for thread in self._threads):
