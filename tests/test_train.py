@@ -335,7 +335,7 @@ def test_two_processes_that_never_met_are_refused(tiny, tmp_path, monkeypatch):
 
     recipe = load_recipe(None, tiny("video", tmp_path / "run"))
     with pytest.raises(UserError, match="each would train alone"):
-        Ranks(recipe.train)._check(recipe.train)
+        Ranks(recipe.train)
 
 
 def test_tensorboard_gets_the_numbers(tiny, tmp_path):

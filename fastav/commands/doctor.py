@@ -124,12 +124,12 @@ def _examine(
         per_cpu = "" if speed.clips_per_cpu_s is None else f"{speed.clips_per_cpu_s:.1f}"
         table.add_row(speed.stage, f"{speed.clips_per_s:.1f}", per_cpu)
     console.print(table)
-    advice = list(_advice(clips, clip_stats, speeds, model, speed_of_disk, recipe))
-    for line in advice:
+    advised = list(advice(clips, clip_stats, speeds, model, speed_of_disk, recipe))
+    for line in advised:
         console.print(f"- {escape(line)}", highlight=False, soft_wrap=True)
     return {
         "clip_stats": dict(clip_stats.codecs), "disk": asdict(speed_of_disk) if speed_of_disk else None,
-        "speeds": [asdict(speed) for speed in speeds], "model": asdict(model) if model else None, "advice": advice,
+        "speeds": [asdict(speed) for speed in speeds], "model": asdict(model) if model else None, "advice": advised,
     }  # fmt: skip
 
 
@@ -226,7 +226,7 @@ def _model_speed(recipe: Recipe, source: SplitSource, seconds: float) -> Speed:
     return _timed(f"model, forward and backward, {device.type}", seconds, step)
 
 
-def _advice(
+def advice(
     clips: Sequence[Clip],
     clip_stats: ClipStats,
     speeds: Sequence[Speed],

@@ -15,7 +15,8 @@ from fastav.data.clip import Clip
 from fastav.loader.batch import Batch
 from fastav.loader.collate import BatchJob, Collator, DecodeTask, Request
 
-_JOIN_S = 5.0
+JOIN_S = 5.0
+"""Seconds that closing waits for the threads."""
 
 log = logging.getLogger("fastav.loader.loader")
 
@@ -109,7 +110,7 @@ class BatchStream:
                 condition.notify_all()
         if threading.current_thread() in self._threads:
             return
-        deadline = time.perf_counter() + _JOIN_S
+        deadline = time.perf_counter() + JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.perf_counter()))
         if any(thread.is_alive() for thread in self._threads):

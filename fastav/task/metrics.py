@@ -34,8 +34,8 @@ RANKING: dict[str, tuple[str, ...]] = {
 }
 """Metrics of each task that can rank models, for `saving.best`; higher is better."""
 MAIN: dict[str, str] = {"single_label": "top1_micro_pct", "multi_label": "map_macro_pct"}
-# Resampled counts held in memory at a time: limits the bootstrap to tens of MiB.
-_BOOTSTRAP_CELLS = 2_000_000
+BOOTSTRAP_CELLS = 2_000_000
+"""Resampled counts held at a time: bounds the memory of the bootstrap to tens of MiB."""
 
 
 @dataclass(slots=True)
@@ -424,7 +424,7 @@ def bootstrap_map(
     present = np.flatnonzero(targets_NK.sum(axis=0) > 0)
     rng = np.random.default_rng(seed)
     found: list[NDArray[np.float64]] = []
-    chunk = max(1, min(resamples, _BOOTSTRAP_CELLS // max(num_clips, 1)))
+    chunk = max(1, min(resamples, BOOTSTRAP_CELLS // max(num_clips, 1)))
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         drawn = rng.integers(0, num_clips, size=(size, num_clips)) + num_clips * np.arange(size)[:, None]

@@ -437,7 +437,8 @@ def compare(case: Case) -> Result:
     shards = len(list((case.made / "pack").glob("shards/*.tar")))
     figures = {
         "made_by": OLD[:7], "checks": len(CHECKS), "failed": failed,
-        "stopped_after_step": f"{status['step']} of {status['total_steps']}", "half_pack": f"{parts} of {shards} shards",
+        "stopped_after_step": f"{status['step']} of {status['total_steps']}",
+        "half_pack": f"{parts} of {shards} shards",
     }  # fmt: skip
     return figures, not failed
 

@@ -336,7 +336,7 @@ def test_other_errors_surface_too(where: str) -> None:
 
     plan = FakePlan(make_clips(4))
     if where == "plan":
-        plan._at = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        plan.plan_at = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign,assignment,return-value]
     act: Any = {"on_broken": refuse(1), "count": lambda clip, plans: []}.get(where)
     expected = {"requests": OSError, "plan": ZeroDivisionError, "kind": KeyError, "on_broken": OSError}
     loader = make_loader(plan, FakeDecoder(act), **({"on_broken": tell} if where == "on_broken" else {}))
@@ -391,7 +391,7 @@ def test_a_used_up_stream_leaves_nothing_and_the_loader_goes_on() -> None:
 def test_a_clip_that_hangs_does_not_hold_up_the_end(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastav.loader.threads._JOIN_S", 0.1)
+    monkeypatch.setattr("fastav.loader.threads.JOIN_S", 0.1)
     held = threading.Event()
     loader = make_loader(FakePlan(make_clips(4)), FakeDecoder(lambda clip, plans: held.wait(5) and None))
     batches = loader.batches(train_requests(2, 2))

@@ -18,7 +18,7 @@ from fastav.data.plan import Sampling
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import AVModel, Inputs, Model
 from fastav.model.fusion import MBT, Audio, Bottleneck, Early, Late, Score, Video
-from fastav.model.tower import TowerConfig
+from fastav.model.tower import ClipDropPath, TowerConfig
 
 B, T, W = 4, 2, 3
 ARGS = {"patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -365,7 +365,10 @@ def test_copies_stand_on_their_own():
     twin = copy.deepcopy(model).train()
     ours, theirs = ({id(m) for m in each.modules()} for each in (model, twin))
     assert not ours & theirs
-    assert {id(drop) for drop in twin.video._drop_paths} < theirs
+    twin.video.rows_per_clip(7)
+    told, untold = ({m.rows_per_clip for m in each.modules() if isinstance(m, ClipDropPath)} for each in (twin, model))
+    assert 7 in told
+    assert 7 not in untold
     torch.manual_seed(1)
     out = twin(*batch())
     torch.manual_seed(1)

@@ -297,16 +297,30 @@ def test_clips_do_not_touch_one_another(config):
     close(model(swapped), model(streams)[order])
 
 
-@pytest.mark.parametrize("config", ALL, ids=NAMES)
+def own_parameters(model):
+    """Those of towers and fusion, without the towers' copies that tests compare to."""
+    return {name: p for name, p in model.named_parameters() if not name.startswith("plain")}
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(c, id=n) for c, n in zip(ALL, NAMES, strict=True) if not isinstance(c, Score)]
+)
 def test_every_parameter_learns(config):
     """No parameter is left without a gradient, which distributed training would wait for."""
     model = Fused(config, dtype=torch.float32).train()
-    if isinstance(config, Score):
-        return
     model(feed(dtype=torch.float32)).square().sum().backward()
-    idle = [name for name, p in model.named_parameters() if not name.startswith("plain") and p.grad is None]
-    still = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.norm() == 0]
+    idle = [name for name, p in own_parameters(model).items() if p.grad is None]
+    still = [name for name, p in own_parameters(model).items() if p.grad is not None and p.grad.norm() == 0]
     assert (idle, still) == ([], [])
+
+
+def test_score_fusion_learns_nothing():
+    """It sums what two finished models say, and has nothing that distributed training could wait for."""
+    model = Fused(Score(), dtype=torch.float32).train()
+    parameters = own_parameters(model)
+    assert {name.partition(".")[0] for name in parameters} == {"video", "audio"}
+    assert not [name for name, p in parameters.items() if p.requires_grad]
+    assert not model(feed(dtype=torch.float32)).requires_grad
 
 
 @pytest.mark.parametrize("frames", ["mean", "shared", "joint"])
