@@ -73,7 +73,7 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         overrides: list[str] = []
         if getattr(module, "OVERRIDES", False):
             parser.epilog = (
-                "Any key of the recipe is an option too: --optim.lr 1e-4; `fastav recipe explain` tells of them."
+                "Any key of the recipe is an option too: --optim.lr 1e-4; `fastav recipe explain` describes them."
             )
             words, overrides = split_overrides(words, lambda word: word != "--help")
         args = parser.parse_args(words)

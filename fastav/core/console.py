@@ -16,7 +16,7 @@ class Console:
     Args:
         stream: Where to print; stderr unless given, so that stdout stays clean for results.
         quiet: Prints nothing (ranks other than 0).
-        plain_every_s: On a stream that is no terminal, seconds between progress lines.
+        plain_every_s: On a stream that is not a terminal, seconds between progress lines.
     """
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False, plain_every_s: float = 10.0) -> None:

@@ -32,7 +32,7 @@ Table = dict[str, Any]
 CHANGEABLE = (
     "out",
     "data.manifest",  # may move; its digest is compared instead
-    "data.aliases",  # likewise
+    "data.aliases",  # may move; its content is compared instead
     "data.shards",
     "train.micro_batch",
     "train.eval_every",

@@ -185,12 +185,12 @@ def without(name):
     [
         (b"PK\x03\x04 not msgpack at all", [], "no checkpoint of flax"),
         ({"encoder/kernel": np.zeros(3)}, [], "no parameters with a Transformer in it; it holds: optimizer"),
-        (without("embedding_spectrogram/kernel"), [], "an MBT of frames and spectrogram expected"),
+        (without("embedding_spectrogram/kernel"), [], "expected an MBT of frames and spectrogram"),
         (made(), ["--image-size", "24"], "--image-size 24: its patches of 8 do not divide the 8 positions"),
         (made(), ["--num-mels", "40"], "--num-mels 40: its patches of 8 do not divide the 12 positions"),
         (made(), ["--start", "4"], "model.fusion.start = 4: the towers have only 3 layers"),
-        (made(), ["--mean", "1"], "--mean, --std: one of them given"),
-        (made(), ["--classes", "{tmp}/two.txt"], "2 distinct names given, the checkpoint's 5 expected"),
+        (made(), ["--mean", "1"], "--mean, --std: expected both or neither"),
+        (made(), ["--classes", "{tmp}/two.txt"], "has 2 distinct names, expected the checkpoint's 5"),
         (made(), ["--classes", "{tmp}/none.txt"], "cannot be read"),
         (without("output_projection/bias"), [], "has no 'output_projection/bias', which every MBT has"),
         (without("Transformer/encoder_norm/bias"), [], "1 missing (fusion.norm.bias)"),
@@ -222,7 +222,7 @@ def test_an_old_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "precious").write_text("x")
     assert convert(write(tmp_path / "c", made()), tmp_path / "m") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_model_starts_from_a_converted_one(tmp_path):
