@@ -26,7 +26,7 @@ class BottleneckBlock(nn.Module):
     of its own (`frames` mean, shared) or the clip is one (joint, or a single frame).
 
     Args:
-        block: timm's block; its attention is plain (`enter_blocks` checks that).
+        block: timm's block; its attention is plain (`use_bottleneck_blocks` checks that).
         frames: How frames meet the bottleneck, see `fastav_kernels.bottleneck_attention`. With `mean` each
             frame's copy of the bottleneck passes the whole layer before the copies are averaged.
         attention: Implementation of the attention, `auto` for the best one.
@@ -118,7 +118,9 @@ class BottleneckBlock(nn.Module):
         return block_flops(self, T * N + Z, T * N + asked, T * N * (N + Z) + asked * keys)
 
 
-def enter_blocks(tower: Tower, start: int, frames: Frames, attention: str, last_needs_bottleneck: bool) -> None:
+def use_bottleneck_blocks(
+    tower: Tower, start: int, frames: Frames, attention: str, last_needs_bottleneck: bool
+) -> None:
     """Replaces a ViT's blocks from number `start` on by `BottleneckBlock`s.
 
     Args:

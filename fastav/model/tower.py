@@ -202,7 +202,7 @@ class Tower(nn.Module):
     def replace_block(self, number: int, block: nn.Module) -> None:
         """Puts another block in the place of one of a ViT's."""
         self.net.blocks[number] = block
-        self.settle()
+        self.update_frozen()
 
     def require_blocks(self, fusion: str) -> None:
         """Raises a UserError, which names this tower, where `fusion` cannot enter its blocks."""
@@ -251,7 +251,7 @@ class Tower(nn.Module):
         self.net.blocks = nn.Sequential()
         self.net.norm, self.net.fc_norm, self.net.head = nn.Identity(), nn.Identity(), nn.Identity()
         self.net.attn_pool = None
-        self.settle()
+        self.update_frozen()
 
     def keep_blocks(self, count: int) -> None:
         """Removes all of a ViT but its first so many blocks."""
@@ -259,7 +259,7 @@ class Tower(nn.Module):
         for name in ("patch_embed", "norm", "fc_norm", "head"):
             setattr(self.net, name, nn.Identity())
         self.net.cls_token = self.net.reg_token = self.net.pos_embed = self.net.attn_pool = None
-        self.settle()
+        self.update_frozen()
 
     def rescale(self, kept: bool) -> None:
         """Says whether stochastic depth scales up the branches that it keeps."""
@@ -281,9 +281,9 @@ class Tower(nn.Module):
         for name, parameter in self.net.named_parameters():
             if name in names:
                 parameter.requires_grad_(False)
-        self.settle()
+        self.update_frozen()
 
-    def settle(self) -> None:
+    def update_frozen(self) -> None:
         """Puts the parts whose parameters are all frozen into evaluation mode, where they stay."""
         frozen = []
         for module in self.net.modules():

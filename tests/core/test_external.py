@@ -26,7 +26,7 @@ from fastav.data.manifest import Manifest
 from fastav.datasets.listing import Listing
 from fastav.media.pyav import PyAV
 from fastav.model.fusion.kind import FusionKind
-from fastav.model.fusion.inputs import audio_features, over_windows, video_features
+from fastav.model.fusion.inputs import audio_features, mean_over_windows, video_features
 
 
 class Product(FusionKind, frozen=True):
@@ -43,7 +43,7 @@ class ProductFusion(nn.Module):
 
     def forward(self, video, audio, streams):
         video_BK = video.head(video_features(video, streams))
-        audio_BK = over_windows(audio.head(audio_features(audio, streams)), streams.window_BW)
+        audio_BK = mean_over_windows(audio.head(audio_features(audio, streams)), streams.window_BW)
         return self.power * (video_BK + audio_BK)
 
     def flops(self, video, audio, frames, windows):
@@ -147,7 +147,7 @@ def test_a_kind_from_outside_is_written_short_and_kept_whole(tmp_path):
 )  # fmt: skip
 def test_mistakes_name_the_key_and_the_code(name, args, message):
     with pytest.raises(UserError) as caught:
-        ExternalFusion(name, args).made()
+        ExternalFusion(name, args).make()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from fastav.core.config import NonNegativeInt
 from fastav.core.errors import UserError, did_you_mean
-from fastav.model.bottleneck_block import BottleneckBlock, describe_attention, enter_blocks
+from fastav.model.bottleneck_block import BottleneckBlock, describe_attention, use_bottleneck_blocks
 from fastav.model.fusion.inputs import (
     FusionInputs,
-    both,
     clip_sequence,
-    each_window,
+    concat_features,
+    mean_over_modalities,
+    mean_over_windows,
     new_linear,
-    over_present,
-    over_windows,
-    present,
-    side_by_side,
+    presence,
+    repeat_for_windows,
+    require_both,
 )
 from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, block_flops, linear_flops
@@ -80,8 +80,10 @@ class Bottleneck(FusionKind, frozen=True, tag="bottleneck"):
             near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])
             raise UserError(f'model.fusion.attention: "{self.attention}" is unknown{near}')
         # Behind the last layer nobody reads the bottleneck, but its audio half reads what the video half made of it.
-        enter_blocks(video, self.start, self.frames, self.attention, last_needs_bottleneck=self.update == "sequential")
-        enter_blocks(audio, self.start, "joint", self.attention, last_needs_bottleneck=False)
+        use_bottleneck_blocks(
+            video, self.start, self.frames, self.attention, last_needs_bottleneck=self.update == "sequential"
+        )
+        use_bottleneck_blocks(audio, self.start, "joint", self.attention, last_needs_bottleneck=False)
         layers = depths[0] - self.start
         return BottleneckFusion(self, (video.width, audio.width), layers, num_classes, num_frames)
 
@@ -129,16 +131,16 @@ class BottleneckFusion(nn.Module):
         if config.head == "concat":
             self.head = new_linear(sum(widths), num_classes)
 
-    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
+    def forward(self, video: Tower, audio: Tower, inputs: FusionInputs) -> Tensor:
         """Returns logits [B, K]."""
-        frames_BTCHW, mel_BWCML = both(streams)
+        frames_BTCHW, mel_BWCML = require_both(inputs)
         clips, windows = mel_BWCML.shape[:2]
-        x_v = each_window(self._seen(video, frames_BTCHW), windows)
+        x_v = repeat_for_windows(self._seen(video, frames_BTCHW), windows)
         x_a = self._heard(audio, mel_BWCML)
         z = self.bottleneck.expand(clips * windows, -1, -1)
-        has = present(streams)
+        has = presence(inputs)
         if has is not None:
-            has = each_window(has[0].view(-1, 1, 1), windows), each_window(has[1].view(-1, 1, 1), windows)
+            has = repeat_for_windows(has[0].view(-1, 1, 1), windows), repeat_for_windows(has[1].view(-1, 1, 1), windows)
         layers = list(zip(video.blocks, audio.blocks, strict=True))[self.config.start :]
         for number, (video_block, audio_block) in enumerate(layers, 1):
             x_v, z_v = video_block(x_v, z, clips)
@@ -150,7 +152,7 @@ class BottleneckFusion(nn.Module):
                 z = self._updated(z, read, z_v, self.to_video(z_a), has)
         video_BWF = video.pool(x_v.flatten(0, 1)).unflatten(0, (clips, windows, -1)).mean(2)
         audio_BWF = audio.pool(x_a.squeeze(1)).unflatten(0, (clips, windows))
-        return self._logits(video, audio, video_BWF, audio_BWF, streams)
+        return self._logits(video, audio, video_BWF, audio_BWF, inputs)
 
     def _updated(self, z: Tensor, read: Tensor, z_v: Tensor, z_a: Tensor, has: tuple[Tensor, Tensor] | None) -> Tensor:
         """Returns the next layer's bottleneck; a missing modality has no part in it."""
@@ -182,15 +184,13 @@ class BottleneckFusion(nn.Module):
             x = block(x)
         return x.unflatten(0, (clips, frames))
 
-    def _logits(
-        self, video: Tower, audio: Tower, video_BWF: Tensor, audio_BWF: Tensor, streams: FusionInputs
-    ) -> Tensor:
+    def _logits(self, video: Tower, audio: Tower, video_BWF: Tensor, audio_BWF: Tensor, inputs: FusionInputs) -> Tensor:
         """Returns logits [B, K] of each window's features."""
-        video_BF = over_windows(video_BWF, streams.window_BW)  # the heads are linear
-        audio_BF = over_windows(audio_BWF, streams.window_BW)
+        video_BF = mean_over_windows(video_BWF, inputs.window_BW)  # the heads are linear
+        audio_BF = mean_over_windows(audio_BWF, inputs.window_BW)
         if self.config.head == "concat":
-            return self.head(side_by_side(video_BF, audio_BF, streams))
-        return over_present(video.head(video_BF), audio.head(audio_BF), streams)
+            return self.head(concat_features(video_BF, audio_BF, inputs))
+        return mean_over_modalities(video.head(video_BF), audio.head(audio_BF), inputs)
 
     def flops(self, video: Tower, audio: Tower, frames: int, windows: int) -> int:
         """Operations of one clip."""

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from fastav.core.config import NonNegativeInt, PositiveInt
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Modality
-from fastav.model.bottleneck_block import BottleneckBlock, describe_attention, enter_blocks
-from fastav.model.fusion.inputs import FusionInputs, over_windows, present
+from fastav.model.bottleneck_block import BottleneckBlock, describe_attention, use_bottleneck_blocks
+from fastav.model.fusion.inputs import FusionInputs, mean_over_windows, presence
 from fastav.model.fusion.kind import FusionKind
 from fastav.model.fusion.mbt_init import start_from_image_vit
 from fastav.model.tower import Tower, TowerConfig, block_flops, linear_flops
@@ -226,7 +226,9 @@ class MBTFusion(nn.Module):
                 kept = min(kept, self.config.start)  # the joint layers are the video tower's
             tower.keep_blocks(kept)
             if self.fuses and not shares:
-                enter_blocks(tower, self.config.start, "joint", self.config.attention, last_needs_bottleneck=False)
+                use_bottleneck_blocks(
+                    tower, self.config.start, "joint", self.config.attention, last_needs_bottleneck=False
+                )
             tower.rescale(self.config.rescale)
 
     @property
@@ -235,41 +237,43 @@ class MBTFusion(nn.Module):
         names = [f"{kind}.{n}" for kind in ("position", "class_token") for n in getattr(self, kind)]
         return [*names, *(["bottleneck"] if self.fuses else [])]
 
-    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
+    def forward(self, video: Tower, audio: Tower, inputs: FusionInputs) -> Tensor:
         """Returns logits [B, K]; in training with head `token` those of each modality, [B, 2, K].
 
         Each modality then has a loss of its own; one that a clip lacks has the other one's logits.
         """
-        x = {name: self._embedded(name, streams) for name in self.used}
-        windows = 1 if streams.mel_BWCML is None else streams.mel_BWCML.shape[1]
+        x = {name: self._embedded(name, inputs) for name in self.used}
+        windows = 1 if inputs.mel_BWCML is None else inputs.mel_BWCML.shape[1]
         clips = next(iter(x.values())).shape[0] // windows
-        has = self._present(streams, windows)
+        has = self._present(inputs, windows)
         x = self._encoded(x, {"video": video, "audio": audio}, clips, windows, has)
         encoded = {name: self.norm(tokens) for name, tokens in x.items()}
         if self.prefix:
-            return self._by_token(encoded, clips, windows, has, streams)
-        return over_windows(self._logits(self._pooled(encoded, has)).unflatten(0, (clips, windows)), streams.window_BW)
+            return self._by_token(encoded, clips, windows, has, inputs)
+        return mean_over_windows(
+            self._logits(self._pooled(encoded, has)).unflatten(0, (clips, windows)), inputs.window_BW
+        )
 
-    def _embedded(self, name: Modality, streams: FusionInputs) -> Tensor:
+    def _embedded(self, name: Modality, inputs: FusionInputs) -> Tensor:
         """Returns a modality's tokens with their positions, [B * W, (1 +) N, D]."""
         embed = self.embed[name]
         if name == "audio":
-            assert streams.mel_BWCML is not None
-            patches = embed(streams.mel_BWCML.flatten(0, 1).transpose(2, 3))  # time is the first axis
+            assert inputs.mel_BWCML is not None
+            patches = embed(inputs.mel_BWCML.flatten(0, 1).transpose(2, 3))  # time is the first axis
         else:
-            patches = self._frames(streams, embed)
+            patches = self._frames(inputs, embed)
         tokens = patches.flatten(2).transpose(1, 2)
         if self.prefix:
             tokens = torch.cat([self.class_token[name].expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = tokens + self.position[name]
-        if name == "video" and streams.mel_BWCML is not None:
-            tokens = tokens.repeat_interleave(streams.mel_BWCML.shape[1], dim=0)
+        if name == "video" and inputs.mel_BWCML is not None:
+            tokens = tokens.repeat_interleave(inputs.mel_BWCML.shape[1], dim=0)
         return tokens
 
-    def _frames(self, streams: FusionInputs, embed: nn.Module) -> Tensor:
+    def _frames(self, inputs: FusionInputs, embed: nn.Module) -> Tensor:
         """Returns the patches of frames or tubelets, [B, D, time, height, width]."""
-        assert streams.frames_BTCHW is not None
-        frames_BCTHW = streams.frames_BTCHW.transpose(1, 2)
+        assert inputs.frames_BTCHW is not None
+        frames_BCTHW = inputs.frames_BTCHW.transpose(1, 2)
         if not self.config.sampled:
             return embed(frames_BCTHW)
         frames = frames_BCTHW.shape[2]
@@ -277,9 +281,9 @@ class MBTFusion(nn.Module):
         picked = frames_BCTHW[:, :, chosen].transpose(1, 2)
         return embed(picked.flatten(0, 1)).unflatten(0, picked.shape[:2]).transpose(1, 2)
 
-    def _present(self, streams: FusionInputs, windows: int) -> dict[str, Tensor] | None:
+    def _present(self, inputs: FusionInputs, windows: int) -> dict[str, Tensor] | None:
         """Returns which sequences have a modality (both where a clip has neither), [B * W, 1, 1] each; None: all."""
-        has = present(streams) if len(self.used) > 1 else None
+        has = presence(inputs) if len(self.used) > 1 else None
         if has is None:
             return None
         neither_B = ~(has[0] | has[1])
@@ -358,7 +362,7 @@ class MBTFusion(nn.Module):
         clips: int,
         windows: int,
         has: dict[str, Tensor] | None,
-        streams: FusionInputs,
+        inputs: FusionInputs,
     ) -> Tensor:
         """Logits of the class tokens."""
         by_modality = [self._logits(encoded[name][:, 0]) for name in self.used]
@@ -369,7 +373,7 @@ class MBTFusion(nn.Module):
         logits_BWMK = torch.stack(by_modality, dim=1).unflatten(0, (clips, windows))
         if self.training and len(self.used) > 1:
             return logits_BWMK[:, 0]
-        return over_windows(logits_BWMK.mean(2), streams.window_BW)
+        return mean_over_windows(logits_BWMK.mean(2), inputs.window_BW)
 
     def _pooled(self, encoded: dict[Modality, Tensor], has: dict[str, Tensor] | None) -> Tensor:
         """Mean, maximum or sum of all tokens of the modalities that a clip has."""
