@@ -1,4 +1,4 @@
-"""A trained model over a split: predictions, metrics and what could not be read."""
+"""Evaluation of a model on a split: predictions and metrics."""
 
 from __future__ import annotations
 
@@ -31,43 +31,43 @@ def evaluate(
     on_broken: Callable[[Clip, MediaError], None],
     stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[Evaluation, Predictions]:
-    """Runs a model over every clip of a source once, spread over the ranks.
+    """Runs a model over every clip of a source once, distributed over the ranks. Collective.
 
-    Every rank reads equally many full batches; padding and clips that two ranks share count once.
+    Every rank reads the same number of full batches. Padding is not scored, and each clip is scored once.
 
     Args:
-        model: On the rank's device.
-        recipe: Sampling, loading, task and batch size.
-        source: What to evaluate on.
-        ranks: The processes.
-        console: For the progress line.
-        split: Name to file the figures under.
+        model: The model, on the device of this rank.
+        recipe: Recipe with sampling, loading, task and batch size.
+        source: Data to evaluate on.
+        ranks: The processes of the run.
+        console: Console for the progress line.
+        split: Name of the split in the results.
         on_broken: Called for every clip that cannot be read.
-        stopping: Whether a signal need_bottleneck this rank to stop.
+        stopping: Returns whether this rank has received a signal to stop.
 
     Returns:
-        Figures and predictions, the same on every rank.
+        Metrics and predictions, the same on every rank.
 
     Raises:
-        Stopped: A rank was asked to stop.
-        TooManyBroken: More than `loading.max_broken` of the clips cannot be read.
+        Stopped: A rank received a signal to stop.
+        TooManyBroken: More than `loading.max_broken` of the samples cannot be read.
     """
-    requests = evaluation_shares(recipe, ranks).evaluation(source.num_clips)
+    requests = evaluation_split(recipe, ranks).evaluation(source.num_clips)
     metrics = Metrics(source.classes)
     was_training = model.training
     model.eval()
-    ranks.share_buffers(model)
+    ranks.broadcast_buffers(model)
     precision = torch.autocast(ranks.device.type, torch.bfloat16, enabled=recipe.train.precision == "bf16")
     with (
         make_loader(recipe, source, on_broken, pin_memory=choose_pin_memory(ranks.device)) as loader,
         closing(loader.batches(requests)) as batches,
-        torch.no_grad(),  # not inference_mode: parameters that are gathered for a moment need their version counters
+        torch.no_grad(),  # not inference_mode: sharded parameters that are gathered temporarily need version counters
         precision,
     ):
         for number, host in enumerate(batches, 1):
             batch = host.to(ranks.device)
             probabilities_BK = recipe.task.probabilities(forward(model, batch))
-            has_video_B, has_audio_B = _present(source, host)
+            has_video_B, has_audio_B = _modalities_of(source, host)
             metrics.update(host.ids, probabilities_BK, host.targets_BK, host.weight_B, has_video_B, has_audio_B)
             console.progress(f"evaluating {split}: {number}/{len(requests)} batches", last=number == len(requests))
             if ranks.total([float(stopping())])[0]:
@@ -82,29 +82,29 @@ def evaluate(
     return recipe.task.evaluate(predictions, split, seed=recipe.train.seed), predictions
 
 
-def _present(source: SplitSource, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the clips of an evaluation batch have, also where the model does not look at it."""
+def _modalities_of(source: SplitSource, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns whether each clip has video and audio in the manifest, also for modalities the model does not use."""
     manifest, _ = source.manifests[0]
     has = manifest.columns(batch.row_B.numpy(), ["has_video", "has_audio"])
     return torch.from_numpy(has["has_video"]), torch.from_numpy(has["has_audio"])
 
 
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Calls a model with what it takes of a batch; the mixup fields only in training."""
+    """Calls a model with the tensors of a batch; masking and mixup are passed in training only. Returns the logits."""
     mixing = (batch.band_B2, batch.mix_B, batch.partner_B) if model.training else (None, None, None)
     return model(batch.frames_BTCHW, batch.mel_BWCML, batch.window_BW, batch.has_video_B, batch.has_audio_B, *mixing)
 
 
-def evaluation_shares(recipe: Recipe, ranks: Ranks) -> BatchSplit:
-    """Batches of evaluation: a rank's micro-batch, whatever mixup and repeats ask of training."""
+def evaluation_split(recipe: Recipe, ranks: Ranks) -> BatchSplit:
+    """Returns the batch split of an evaluation: the rank's micro-batch, without the constraints of training."""
     micro = recipe.train.micro_batch or max(recipe.train.batch // ranks.world, 1)
     return BatchSplit(micro * ranks.world, micro, 1, ranks.rank, ranks.world)
 
 
 def summary(evaluation: Evaluation) -> str:
-    """The main metric with its interval, in one line."""
+    """Formats the main metric and its interval in one line."""
     if evaluation.value is None:
-        return f"nothing to score in split {evaluation.split}"
+        return f"split {evaluation.split} has no labelled clip to score"
     ends = evaluation.interval
     interval = f" (95 % interval {ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
     return f"{evaluation.main} {evaluation.value:.2f}{interval} on {evaluation.split}"

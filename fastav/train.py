@@ -1,7 +1,7 @@
-"""`fastav train RECIPE`, or `accelerate launch -m fastav.train RECIPE`: build, loop, evaluate, save.
+"""`fastav train RECIPE`, or `accelerate launch -m fastav.train RECIPE`: build, train, evaluate, save.
 
-A run resumes by itself from the newest checkpoint in its folder. The input side is one integer, the step: sample
-`step * batch + i` of the plan's stream is the same for any number of ranks.
+A run resumes from the newest checkpoint in its run folder. The state of the input pipeline is one integer, the step:
+sample `step * batch + i` of the plan is the same for any number of ranks.
 """
 
 from __future__ import annotations
@@ -32,25 +32,27 @@ from fastav.training.state import TrainState
 from fastav.training.throughput import tracker_values
 
 OVERRIDES = True
-WATCH_EVERY = 20  # steps at least over which ranks are compared: a single one may wait for anything
+WATCH_EVERY = 20  # minimum number of steps over which ranks are compared: a single step may be slow by chance
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options; every recipe key can be given as well: `--optim.lr 1e-4`."""
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe file; several train one after another")
+    """Adds the arguments of `fastav train`. Every recipe key is an option too: `--optim.lr 1e-4`."""
+    parser.add_argument(
+        "recipes", nargs="+", metavar="RECIPE", help="recipe file; several are trained one after another"
+    )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Trains each recipe."""
-    read = [load_recipe(path, args.overrides) for path in args.recipes]
-    folders = [recipe.out for recipe in read]
+    """Trains the recipes one after another."""
+    recipes = [load_recipe(path, args.overrides) for path in args.recipes]
+    folders = [recipe.out for recipe in recipes]
     if len(set(folders)) < len(folders):
         raise UserError(
             f"several recipes share the run folder {max(folders, key=folders.count)}; train them one by one"
         )
     try:
         with StopSignals() as signals:
-            for recipe in read:
+            for recipe in recipes:
                 train(recipe, signals)
     finally:
         shutdown()
@@ -62,16 +64,19 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> Evaluation | No
 
     Args:
         recipe: The resolved recipe.
-        signals: Watches for a signal to stop; None watches for none.
+        signals: Records signals that stop the run; None if no signal does.
 
     Returns:
-        The evaluation on the test split; None without one.
+        The evaluation on the test split; None without a test split.
 
     Raises:
-        UserError: The recipe, the data and the run folder do not fit together (exit 2).
-        TooManyBroken: More than `loading.max_broken` of the clips cannot be read (exit 3).
-        Stopped: A signal came; a checkpoint of the last step is on disk (exit 75).
-        FastavError: The disk is full, or the loss stayed non-finite (exit 1).
+        UserError: Recipe, data, run folder and launcher contradict each other (exit 2).
+        TooManyBroken: More than `loading.max_broken` of the samples cannot be read (exit 3).
+        Stopped: A signal stopped the run; a checkpoint of the last step is on disk (exit 75).
+        FastavError: For example a full disk, or a loss that stays non-finite (exit 1).
+
+    Example:
+        train(load_recipe("launch/recipes/small.toml", ["--data.manifest", "my/manifest.parquet", "--out", "runs/a"]))
     """
     try:
         trainer = Trainer(recipe, signals or StopSignals())
@@ -82,37 +87,37 @@ def train(recipe: Recipe, signals: StopSignals | None = None) -> Evaluation | No
         trainer.fit()
         return trainer.finish()
     except BaseException as error:
-        trainer.note_failure(error)
+        trainer.record_failure(error)
         raise
     finally:
         trainer.state.ranks.end()
 
 
 class Trainer:
-    """The loop over one state.
+    """The training loop.
 
     Args:
         recipe: The resolved recipe.
-        signals: Watches for a signal to stop.
+        signals: Records signals that stop the run.
     """
 
     def __init__(self, recipe: Recipe, signals: StopSignals) -> None:
         self.signals, self.started = signals, time.perf_counter()
         self.state = TrainState(recipe)
         if self.state.ranks.total([float(bool(signals.name))])[0]:
-            raise Stopped(f"{recipe.out}: stopped by a signal before the first step; the same command starts it")
-        self._own_s, self._watched = 0.0, self.state.step
+            raise Stopped(f"{recipe.out}: stopped by a signal before the first step; run the same command to start it")
+        self._own_s, self._compared_at = 0.0, self.state.step
         self._save_every = recipe.saving.every or self.state.steps_per_epoch
         self._evaluate_every = round(recipe.train.eval_every * self.state.steps_per_epoch)
 
     def fit(self) -> None:
-        """Runs the remaining steps, with evaluations and checkpoints in between."""
+        """Runs the remaining steps, with evaluations and checkpoints in between; returns after the last checkpoint."""
         state = self.state
         if state.step >= state.total_steps:
             return
         pin_memory = choose_pin_memory(state.ranks.device)
         loader = make_loader(state.recipe, state.source, state.skip, pin_memory=pin_memory)
-        requests = state.shares.requests(state.step, state.total_steps)
+        requests = state.batch_split.requests(state.step, state.total_steps)
         state.model.train()
         with loader, contextlib.closing(loader.batches(requests)) as batches:
             state.meter.restart()
@@ -134,22 +139,22 @@ class Trainer:
                     raise Stopped(f"{reason} after step {state.step}/{state.total_steps}; the same command resumes")
 
     def step(self, batches: Iterator[Batch]) -> dict[str, Any]:
-        """One optimizer step; returns its loss, learning rate, gradient norm and whether to stop."""
+        """Runs one optimizer step; returns `loss`, `lr`, `grad_norm` and whether to `stop`."""
         state, recipe = self.state, self.state.recipe
         state.ranks.seed(recipe.train.seed, state.step)
         lr = state.schedule.set_step(state.step)
         sums, waited, ids = self._accumulate(batches)
-        # One small reduction carries the loss, the counts and the wish to stop, so that no rank leaves alone.
+        # One small all-reduce carries the loss, the counts and the stop flag, so that all ranks stop at the same step.
         flags = [float(bool(self.signals.name)), float(state.checkpoint_writer.failed)]
-        loss, broken, seen, unique, stop, unsaved = state.ranks.total([*sums, *flags])
+        loss, broken, seen, unique, stop, save_failed = state.ranks.total([*sums, *flags])
         loss /= recipe.train.batch
-        if unsaved:
-            state.checkpoint_writer.wait()  # raises, on every rank
-        kind, grad_norm = state.guard.judge(loss), float("nan")
-        if state.guard.takes(kind):
+        if save_failed:
+            state.checkpoint_writer.wait()  # raises the error on every rank
+        kind, grad_norm = state.guard.classify(loss), float("nan")
+        if state.guard.allows_step(kind):
             grad_norm = state.strategy.step(recipe.optim.clip_norm)
         else:
-            state.strategy.discard()
+            state.strategy.discard_gradients()
         kind, taken = state.guard.record(kind, loss, grad_norm)
         if kind:
             state.incident(kind, loss, grad_norm, ids)
@@ -161,21 +166,28 @@ class Trainer:
         return {"loss": loss, "lr": lr, "grad_norm": grad_norm, "stop": stop > 0}
 
     def _accumulate(self, batches: Iterator[Batch]) -> tuple[list[float], float, list[str]]:
-        """Backward passes of one step; returns (loss, broken, seen, decoded) sums, seconds waited, and clip ids."""
+        """Runs the forward and backward passes of one step.
+
+        Returns:
+            Sums of (loss, broken, seen, decoded clips) of this rank, seconds waited for the loader, and clip ids.
+        """
         state, recipe, world = self.state, self.state.recipe, self.state.ranks.world
         sums, waited, ids, begun = [0.0] * 4, 0.0, list[str](), time.perf_counter()
-        for part in range(state.shares.accumulation):
+        for part in range(state.batch_split.accumulation):
             before = time.perf_counter()
             host = next(batches)
             waited += time.perf_counter() - before
             ids += host.ids
             batch = host.to(state.ranks.device)
-            with state.strategy.part(last=part == state.shares.accumulation - 1):
+            with state.strategy.micro_batch(last=part == state.batch_split.accumulation - 1):
                 with state.autocast():
                     logits_BK = forward(state.strategy.network, batch)
                 loss = recipe.task.loss(logits_BK, batch.targets_BK, batch.weight_B, batch.mix_B, batch.partner_B)
-                self._own_s += time.perf_counter() - begun  # loading and forward pass: nobody waits for others in them
-                # The nominal batch divides, not the weights' sum: exact for any ranks. They average, hence the world.
+                self._own_s += (
+                    time.perf_counter() - begun
+                )  # loading and forward pass, in which no rank waits for others
+                # Divide by the nominal batch, not by the sum of weights: exact for any number of ranks. The strategies
+                # average gradients over ranks, so multiply by the world size.
                 state.strategy.backward(loss * (world / recipe.train.batch))
                 begun = time.perf_counter()
             counts = (loss.item(), host.num_broken, len(host), host.num_unique)
@@ -190,9 +202,9 @@ class Trainer:
         speed = {name: getattr(rates, name) for name in rates.__slots__}
         counts = {"broken": state.broken, "skipped_steps": state.guard.skipped}
         self._log({"epoch": state.step / state.steps_per_epoch, **kept, **speed, **counts})
-        if state.step - self._watched >= WATCH_EVERY:
+        if state.step - self._compared_at >= WATCH_EVERY:
             state.watch_ranks(self._own_s)
-            self._own_s, self._watched = 0.0, state.step
+            self._own_s, self._compared_at = 0.0, state.step
         eta_s = state.meter.eta_s(state.step)
         state.run.write_status("running", step=state.step, total_steps=state.total_steps, eta_s=eta_s)
 
@@ -203,25 +215,25 @@ class Trainer:
             state.ranks.accelerator.log(tracker_values(values), step=state.step)
 
     def _evaluate_between(self) -> bool:
-        """Evaluates during training; returns whether the model is the best so far."""
+        """Evaluates during training; returns whether the model is the best one so far."""
         state = self.state
         try:
             evaluation = self._evaluate()
-        except Stopped:  # the next step sees the signal too, and saves
+        except Stopped:  # the next step handles the signal and saves
             return False
         state.meter.restart()
         metric = state.recipe.saving.best or state.recipe.task.main
         if evaluation is None or metric not in evaluation.metrics:
             return False
         value = evaluation.metrics[metric]
-        state.schedule.note_metric(value)
+        state.schedule.record_metric(value)
         if state.best and value <= state.best["value"]:
             return False
         state.best = {"step": state.step, "metric": metric, "value": value}
         return True
 
     def _evaluate(self, *, final: bool = False) -> Evaluation | None:
-        """Evaluates the (averaged) model on the test split; the final one is written to the run folder."""
+        """Evaluates the model, with EMA the averaged one, on the test split; writes files if `final`."""
         state = self.state
         split = state.recipe.data.test
         if not split:
@@ -247,23 +259,23 @@ class Trainer:
         return evaluation
 
     def finish(self) -> Evaluation | None:
-        """Writes `model/`, evaluates on the test split and marks the run as done."""
+        """Writes `model/`, evaluates on the test split, and sets the status of the run to `done`."""
         state = self.state
         weights = state.weights()
         if state.ranks.main:
             state.model.save(state.run.model, weights)
         evaluation = self._evaluate(final=True)
         state.collect_skipped()
-        found = {} if evaluation is None else {evaluation.main: evaluation.value}
-        state.run.write_status("done", step=state.step, total_steps=state.total_steps, **found)
+        result = {} if evaluation is None else {evaluation.main: evaluation.value}
+        state.run.write_status("done", step=state.step, total_steps=state.total_steps, **result)
         if state.broken:
-            state.console.log(f"{state.broken} of {state.seen} reads failed; {state.run.skipped} names the clips")
+            state.console.log(f"{state.broken} of {state.seen} samples could not be read; see {state.run.skipped}")
         state.console.log(f"{state.run.path}: done in {clock_time(time.perf_counter() - self.started)}")
         state.ranks.accelerator.wait_for_everyone()
         return evaluation
 
-    def note_failure(self, error: BaseException) -> None:
-        """Leaves the reason of an early end in `status.json`, which launch scripts read."""
+    def record_failure(self, error: BaseException) -> None:
+        """Writes the reason of an early end to `status.json`, which launch scripts read."""
         state, stopped = self.state, isinstance(error, Stopped)
         facts: dict[str, Any] = {"step": state.step, "total_steps": state.total_steps, "reason": str(error)}
         if not stopped:
@@ -276,7 +288,7 @@ class Trainer:
 
 
 def record_failed_start(recipe: Recipe, error: FastavError) -> None:
-    """Leaves the reason in `status.json`, unless a finished run was only asked for again."""
+    """Writes the reason of a failed start to `status.json`, unless the run folder holds a finished run."""
     with contextlib.suppress(OSError, UserError):
         run = RunFolder(recipe.out, writer=os.environ.get("RANK", "0") == "0")
         if run.read_status().get("state") != "done":

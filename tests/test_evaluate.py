@@ -133,4 +133,4 @@ def test_a_run_without_a_model_is_not_looked_for_anywhere_else(trained, tmp_path
 def test_a_malformed_alias_file_names_the_line(trained, tmp_path, capsys):
     (tmp_path / "aliases.csv").write_text("a,b\na,b,c\n")
     assert fastav(["evaluate", str(trained), "--data.aliases", str(tmp_path / "aliases.csv")]) == 2
-    assert "aliases.csv:2: 3 columns given" in capsys.readouterr().err
+    assert "aliases.csv:2: got 3 columns, expected two" in capsys.readouterr().err

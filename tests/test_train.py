@@ -313,10 +313,10 @@ def test_a_loss_that_stays_non_finite_stops_the_run(tiny, tmp_path):
         (["--data.manifest", "no.parquet"], "no.parquet"),
         (["--data.test", "tset"], 'no split "tset"; it has: train, test'),
         (["--data.train", "trian"], 'no split "trian"; it has: train, test'),
-        (["--train.micro_batch", "3"], "does not divide"),
-        (["--sampling.mixup", "0.2", "--train.micro_batch", "1"], "must be a multiple of 2"),
-        (["--train.num_processes", "2"], "train.num_processes = 2, but 1"),
-        (["--train.strategy", "ddp"], '"single" is in force'),
+        (["--train.micro_batch", "3"], "expected a divisor of the"),
+        (["--sampling.mixup", "0.2", "--train.micro_batch", "1"], "expected a multiple of 2"),
+        (["--train.num_processes", "2"], "train.num_processes = 2, but the launcher started 1"),
+        (["--train.strategy", "ddp"], 'the launcher requests "single"'),
         (["--log.trackers", "tensorbord"], "log.trackers"),
         (["--data.aliases", "no.csv"], "no.csv"),
         (["--saving.best", "top1_micro"], 'did you mean "top1_micro_pct"'),
@@ -335,7 +335,7 @@ def test_two_processes_that_never_met_are_refused(tiny, tmp_path, monkeypatch):
 
     recipe = load_recipe(None, tiny("video", tmp_path / "run"))
     with pytest.raises(UserError, match="each would train alone"):
-        Ranks(recipe.train)._check(recipe.train)
+        Ranks(recipe.train)
 
 
 def test_tensorboard_gets_the_numbers(tiny, tmp_path):

@@ -200,11 +200,11 @@ def peers_of(path: Path, clip: Clip) -> dict[str, Callable[[], Peer]]:
         "decord": ("decord", lambda: Decord(path)),
         "PyAV linear": ("av", lambda: PyAVLinear(path)),
     }
-    return {name: make for name, (module, make) in readers.items() if _loads(module)}
+    return {name: make for name, (module, make) in readers.items() if loads(module)}
 
 
 @functools.cache
-def _loads(module: str) -> bool:
+def loads(module: str) -> bool:
     """Whether a module works here: torchcodec and SPDL need FFmpeg's libraries installed on the system."""
     try:
         loaded = importlib.import_module(module)

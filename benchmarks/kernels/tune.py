@@ -61,7 +61,7 @@ def tune(console: Console, rounds: int, only: str = "", folder: Path | None = No
             console.print(told[-1], highlight=False)
         write_plans(file, _measured(), plans, known.wins)  # what is found is kept, whatever comes
     wins = [win for win in known.wins if only not in _win_name(win.frames, win.head_dim)]
-    with patch.object(launch, "plan_for", functools.partial(_planned, tuple(plans))):
+    with patch.object(launch, "plan_for", functools.partial(plan_among, tuple(plans))):
         for found in _wins(console, rounds, only):
             wins.append(found)
             write_plans(file, _measured(), plans, wins)
@@ -85,7 +85,7 @@ def reachable(plans: Sequence[LaunchPlan]) -> list[LaunchPlan]:
     return kept
 
 
-def _planned(
+def plan_among(
     plans: Sequence[LaunchPlan], kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int
 ) -> LaunchPlan | None:
     """As `plan_for`, of plans that are not in a file yet."""
@@ -150,11 +150,12 @@ def _compiled(wanted: Sequence[LaunchPlan], case: Case, chip: Chip) -> list[Laun
     """Returns the plans that compile without spilling and fit into shared memory, with what they take of it."""
     jobs = [(plan, chip.architecture, case.segments, case.heads) for plan in wanted]
     # A compiler that crashes, or hangs, takes its process along and no other candidate.
-    found = [done.result for done in run_jobs(jobs, _usage, num_cores(), patience_s=60.0)]
+    found = [done.result for done in run_jobs(jobs, tried, num_cores(), patience_s=60.0)]
     return [plan for plan in found if plan is not None and plan.shared_bytes <= chip.shared_bytes]
 
 
-def _usage(job: tuple[LaunchPlan, str, Segments, int]) -> LaunchPlan | None:
+def tried(job: tuple[LaunchPlan, str, Segments, int]) -> LaunchPlan | None:
+    """Compiles a plan; returns it with the shared memory that it takes, None where it is of no use."""
     plan, architecture, segments, heads = job
     try:
         usage = usage_of(plan, architecture, segments, torch.bfloat16, heads)
@@ -203,10 +204,12 @@ def _wins(console: Console, rounds: int, only: str) -> Iterator[Win]:
             interval = paired_ratio(per_second(made["triton"]), per_second(made["sdpa"]))
             console.print(f"{case.name}, heads of {dim}: triton / sdpa: {interval}", highlight=False)
             ratios.append((tokens, interval.low, interval.median))
-        yield from _ranges(frames, dim, need_bottleneck, ratios)
+        yield from winning_ranges(frames, dim, need_bottleneck, ratios)
 
 
-def _ranges(frames: str, dim: int, need_bottleneck: bool, ratios: Sequence[tuple[int, float, float]]) -> Iterator[Win]:
+def winning_ranges(
+    frames: str, dim: int, need_bottleneck: bool, ratios: Sequence[tuple[int, float, float]]
+) -> Iterator[Win]:
     """Neighbouring measured shapes that all win are one range."""
     for wins, group in itertools.groupby(ratios, key=lambda one: one[1] > 1):
         if wins:

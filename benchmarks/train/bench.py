@@ -224,7 +224,7 @@ class Bench:
 
     @property
     def _parts(self) -> int:
-        return self.state.shares.accumulation
+        return self.state.batch_split.accumulation
 
     @contextlib.contextmanager
     def _parted(self, around: Callable[[Any, bool], Any]) -> Iterator[None]:
@@ -241,7 +241,7 @@ class Bench:
     def batches(self) -> Iterator[Iterator[Batch]]:
         """This rank's micro-batches of the plan, others in each turn, without end: at its own it would be idle."""
         first, self._at = self._at, self._at + self.lead + self.steps
-        requests = self.state.shares.requests(first, first + _FOREVER)
+        requests = self.state.batch_split.requests(first, first + _FOREVER)
         with contextlib.closing(self.loader.batches(requests)) as batches:
             yield batches
 

@@ -34,7 +34,7 @@ from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.model.av_model import AVModel
 from fastav.recipe.parse import load_recipe
 from fastav.recipe.schema import Recipe
-from fastav.training.inputs import SplitSource, cpu_only, decoder_read, make_plan, modalities
+from fastav.training.inputs import SplitSource, cpu_only, decode_spec, make_plan, modalities
 
 _PLANNED = 64  # clips that a single stage is measured on
 _SECONDS = 4.0  # of each measurement
@@ -124,12 +124,12 @@ def _examine(
         per_cpu = "" if speed.clips_per_cpu_s is None else f"{speed.clips_per_cpu_s:.1f}"
         table.add_row(speed.stage, f"{speed.clips_per_s:.1f}", per_cpu)
     console.print(table)
-    advice = list(_advice(clips, clip_stats, speeds, model, speed_of_disk, recipe))
-    for line in advice:
+    advised = list(advice(clips, clip_stats, speeds, model, speed_of_disk, recipe))
+    for line in advised:
         console.print(f"- {escape(line)}", highlight=False, soft_wrap=True)
     return {
         "clip_stats": dict(clip_stats.codecs), "disk": asdict(speed_of_disk) if speed_of_disk else None,
-        "speeds": [asdict(speed) for speed in speeds], "model": asdict(model) if model else None, "advice": advice,
+        "speeds": [asdict(speed) for speed in speeds], "model": asdict(model) if model else None, "advice": advised,
     }  # fmt: skip
 
 
@@ -141,7 +141,7 @@ def _stages(recipe: Recipe, source: SplitSource, seconds: float) -> Iterator[Spe
     torch.set_num_threads(1)
     has = {"video": any(clip.has_video for clip in rows), "audio": any(clip.has_audio for clip in rows)}
     for what in (what for what in used if has[what]):
-        decoder = PyAV().build(decoder_read(recipe, (what,)))
+        decoder = PyAV().build(decode_spec(recipe, (what,)))
         yield _timed(f"decode {what}, PyAV, one thread", seconds, _decoding(decoder, rows, picked))
     for worker in _WORKERS if recipe.loading.num_workers() > 1 else _WORKERS[:1]:
         yield _loading("PyAV", PyAV(), recipe, source, seconds, worker)
@@ -158,7 +158,7 @@ def _loading(
     used, batch = modalities(recipe), 16
     broken: set[str] = set()
     with Loader(
-        make_plan(recipe, source), kind.build(decoder_read(recipe, used)),
+        make_plan(recipe, source), kind.build(decode_spec(recipe, used)),
         msgspec.structs.replace(recipe.loading, worker=worker), modalities=used,
         classes=source.classes, on_broken=lambda clip, error: broken.add(clip.id),
     ) as loader:  # fmt: skip
@@ -206,7 +206,7 @@ def _model_speed(recipe: Recipe, source: SplitSource, seconds: float) -> Speed:
     model = AVModel.empty(recipe.model, source.classes, recipe.sampling, frontend).to(device).train()
     used, count = modalities(recipe), min(recipe.train.micro_batch or recipe.train.batch, _MODEL_CLIPS)
     with Loader(
-        make_plan(recipe, source), PyAV().build(decoder_read(recipe, used)), recipe.loading, modalities=used,
+        make_plan(recipe, source), PyAV().build(decode_spec(recipe, used)), recipe.loading, modalities=used,
         classes=source.classes, on_broken=lambda clip, error: None,
     ) as loader:  # fmt: skip
         batch = next(iter(loader.batches([("train", 0, count)]))).to(device)
@@ -226,7 +226,7 @@ def _model_speed(recipe: Recipe, source: SplitSource, seconds: float) -> Speed:
     return _timed(f"model, forward and backward, {device.type}", seconds, step)
 
 
-def _advice(
+def advice(
     clips: Sequence[Clip],
     clip_stats: ClipStats,
     speeds: Sequence[Speed],

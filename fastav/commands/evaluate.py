@@ -19,7 +19,7 @@ from fastav.model.av_model import AVModel, external_names
 from fastav.recipe.parse import load_recipe
 from fastav.task.metrics import Evaluation
 from fastav.task.predictions import write_predictions
-from fastav.training.inputs import evaluation_source, unmapped
+from fastav.training.inputs import describe_unknown_classes, evaluation_source
 from fastav.training.ranks import Ranks
 from fastav.training.run_folder import RunFolder
 
@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> int:
     factories = list(external_names(recipe.model).values())
     model = AVModel.from_pretrained(run.model, factories=factories).to(ranks.device)
     source = evaluation_source(recipe, args.manifest, args.split, model.classes)
-    told = unmapped(source)
+    told = describe_unknown_classes(source)
     if told:
         console.log(told)
     folder = run.path

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_PLAIN_EVERY_S = 5.0
+PLAIN_EVERY_S = 5.0
+"""Seconds between lines where the output is no terminal."""
 
 
 @contextmanager
@@ -38,7 +39,7 @@ def progress(console: Console, doing: str, total: int, things: str) -> Iterator[
         if done == num:
             # The start of the processes is in the time of the first ones, and would spoil the guess.
             first, begun = now, done
-        if done == total or (done > begun and now - said >= _PLAIN_EVERY_S):
+        if done == total or (done > begun and now - said >= PLAIN_EVERY_S):
             left_s = (now - first) / max(done - begun, 1) * (total - done)
             console.print(f"{doing}: {done}/{total} {things}, {left_s:.0f} s left", highlight=False)
             said = now

@@ -89,15 +89,15 @@ def permute(x: ArrayLike, n: ArrayLike, key: ArrayLike) -> NDArray[np.int64]:
     b = (ns + a - np.uint64(1)) // a
     steps = np.arange(1, _FEISTEL_ROUNDS + 1, dtype=np.uint64)[:, None] * _GOLDEN
     round_keys = _splitmix(keys + steps)
-    out = _feistel(xs, a, b, round_keys)
+    out = feistel(xs, a, b, round_keys)
     walking = np.flatnonzero(out >= ns)
     while walking.size:
-        out[walking] = _feistel(out[walking], a[walking], b[walking], round_keys[:, walking])
+        out[walking] = feistel(out[walking], a[walking], b[walking], round_keys[:, walking])
         walking = walking[out[walking] >= ns[walking]]
     return out.astype(np.int64).reshape(shape)
 
 
-def _feistel(x: Words, a: Words, b: Words, round_keys: Words) -> Words:
+def feistel(x: Words, a: Words, b: Words, round_keys: Words) -> Words:
     """Returns the network's output on [0, a * b) for one key per round and element, [rounds, N]."""
     high, low = np.divmod(x, a)
     for i, round_key in enumerate(round_keys):

@@ -266,7 +266,7 @@ def probe_all(jobs: Sequence[ProbeJob], workers: int = 0) -> Iterator[ProbeResul
         jobs: Each file once.
         workers: Processes; 0 for one a core.
     """
-    for done in run_jobs(jobs, _look, max(1, min(workers or num_cores(), len(jobs)))):
+    for done in run_jobs(jobs, probe_one, max(1, min(workers or num_cores(), len(jobs)))):
         path, found = done.job[0], done.result
         if done.died or found is None:
             yield path, MediaError(path, "the decoder crashed on it", "probe")
@@ -274,7 +274,7 @@ def probe_all(jobs: Sequence[ProbeJob], workers: int = 0) -> Iterator[ProbeResul
             yield path, MediaError(path, *found) if isinstance(found, tuple) else found
 
 
-def _look(job: ProbeJob) -> MediaInfo | tuple[str, str]:
+def probe_one(job: ProbeJob) -> MediaInfo | tuple[str, str]:
     """Probes one file; returns reason and stage where it cannot be read (an error with three arguments is not sent)."""
     path, wanted = job
     try:

@@ -21,11 +21,12 @@ from fastav.media.dali.decoder import NVDEC_ENGINES
 
 Verdict = Literal["good", "note", "bad"]
 
-_REQUIRED = {
+REQUIRED = {
     "torch": "torch", "torchvision": "torchvision", "torchaudio": "torchaudio", "timm": "timm",
     "accelerate": "accelerate", "av": "av", "pyarrow": "pyarrow", "numpy": "numpy", "safetensors": "safetensors",
     "torchmetrics": "torchmetrics", "fsspec": "fsspec",
 }  # fmt: skip
+"""Packages that fastav cannot do without, and the module by which each is tried."""
 _OPTIONAL = {
     "nvidia-dali-cuda130": "decoding on a GPU (pip install 'fastav[dali]')",
     "deepspeed": "ZeRO (pip install 'fastav[deepspeed]')",
@@ -58,7 +59,7 @@ class Fact:
 def packages() -> Iterator[Fact]:
     """The packages that are needed, imported, and those that some uses want."""
     yield Fact("fastav", _version("fastav") or "not installed (run from its folder)")
-    for name, module in _REQUIRED.items():
+    for name, module in REQUIRED.items():
         found = _version(name)
         try:
             importlib.import_module(module)
@@ -72,7 +73,7 @@ def packages() -> Iterator[Fact]:
 
 def gpus() -> Iterator[Fact]:
     """GPU, driver, and whether its video decoder can be reached."""
-    driver = _nvml()
+    driver = nvml_state()
     if not torch.cuda.is_available():
         if driver:
             why = f"PyTorch (CUDA {torch.version.cuda}) cannot use it: is its driver older?"
@@ -102,13 +103,13 @@ def _nvcuvid() -> Fact:
 
 def host(root: Path | None) -> Iterator[Fact]:
     """Cores, memory, container limits, and the disk that a manifest is on."""
-    cores, quota = num_cores(), _cpu_quota()
+    cores, quota = num_cores(), cpu_quota()
     limited = quota is not None and quota < cores
     text = f"{cores}" + (f", but the container may use {quota:.1f} of them" if limited else "")
     yield Fact("cores", text, "note" if limited else "good")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     yield Fact("memory", f"{memory:.0f} GiB")
-    if _in_container():
+    if in_container():
         given = os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "not set")
         yield Fact("container", f"yes; NVIDIA_DRIVER_CAPABILITIES {given}")
     shm = Path("/dev/shm")
@@ -172,7 +173,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _nvml() -> str | None:
+def nvml_state() -> str | None:
     """Driver and devices by NVML; None without it."""
     try:
         import pynvml
@@ -188,7 +189,7 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _cpu_quota() -> float | None:
+def cpu_quota() -> float | None:
     """Cores that a container's control group allows; None without a limit."""
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -197,5 +198,6 @@ def _cpu_quota() -> float | None:
         return None
 
 
-def _in_container() -> bool:
+def in_container() -> bool:
+    """Returns whether this looks like the inside of a container."""
     return Path("/.dockerenv").exists() or Path("/run/.containerenv").exists() or "container" in os.environ

@@ -56,10 +56,10 @@ class Preflight:
     """
 
     def __init__(self, host_group: HostGroup, device: torch.device, seconds: float, patience_s: float) -> None:
-        self._host_group, self._device, self._seconds, self._patience_s = host_group, device, seconds, patience_s
+        self._host_group, self.device, self._seconds, self._patience_s = host_group, device, seconds, patience_s
         name, serial = device_tests.device_identity(device)
         where = str(device) if device.type == "cuda" else device.type  # accelerate numbers CPUs
-        told = host_group.gather((_node(os.environ), socket.gethostname(), where, name, serial))
+        told = host_group.gather((node_of(os.environ), socket.gethostname(), where, name, serial))
         keys = list(dict.fromkeys(node for node, *_ in told))
         self.places = [RankPlace(rank, host, keys.index(node), *rest) for rank, (node, host, *rest) in enumerate(told)]
         self._check_kinds()
@@ -95,7 +95,7 @@ class Preflight:
             if self._hung:  # a library that hangs may hang at the end of the process as well
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.alarm(_GRACE_S)
-        if self._device.type == "cuda" and not self._hung:
+        if self.device.type == "cuda" and not self._hung:
             with contextlib.suppress(Exception):  # of a broken device, which is yet to be told
                 torch.cuda.empty_cache()
         facts = zip(self.places, self._rates, self._broken, strict=True)
@@ -107,8 +107,8 @@ class Preflight:
             "copy": device_tests.copy_rate,
             "host": device_tests.host_to_device_rate,
         }
-        for key in measures if self._device.type == "cuda" else ("product", "copy"):
-            yield key, lambda do=measures[key], key=key: {key: do(self._device, self._seconds)}  # type: ignore[misc]
+        for key in measures if self.device.type == "cuda" else ("product", "copy"):
+            yield key, lambda do=measures[key], key=key: {key: do(self.device, self._seconds)}  # type: ignore[misc]
 
     def _collective(self) -> Iterator[tuple[str, list[list[int]]]]:
         """Yields who is to measure what together: within the nodes, between them, and all."""
@@ -141,8 +141,8 @@ class Preflight:
 
         def work() -> None:
             try:
-                if self._device.type == "cuda":
-                    torch.cuda.set_device(self._device)  # each thread has its own
+                if self.device.type == "cuda":
+                    torch.cuda.set_device(self.device)  # each thread has its own
                 done.append((do(), ""))
             except Exception as error:  # whatever a broken device raises
                 done.append(({}, f"{what}: {reason_of(error)[:500]}"))
@@ -200,10 +200,10 @@ class Preflight:
             if not team:
                 return {}
             make = device_tests.Exchange if key == "exchange" else device_tests.AllReduce
-            collective = make(team, groups[teams.index(team)], rank, self._device)
+            collective = make(team, groups[teams.index(team)], rank, self.device)
             kept.append(collective)
             collective.run()
-            once_s = device_tests.elapsed_s(self._device, collective.run)
+            once_s = device_tests.elapsed_s(self.device, collective.run)
             collective.check()  # last: whoever finds fault leaves nobody waiting
             return {"once_s": once_s}
 
@@ -211,7 +211,7 @@ class Preflight:
             if not team:
                 return {}
             (collective,) = kept
-            rate = collective.num_bytes / device_tests.median_s(self._device, collective.run, calls) / 1e9
+            rate = collective.num_bytes / device_tests.median_s(self.device, collective.run, calls) / 1e9
             collective.check()
             if collective.group is not None:
                 dist.destroy_process_group(collective.group)
@@ -226,7 +226,7 @@ class Preflight:
         return not any(self._broken)
 
 
-def _node(environment: Mapping[str, str]) -> str:
+def node_of(environment: Mapping[str, str]) -> str:
     """Tells nodes apart: torchrun's number, SLURM's for ranks that srun started, or else the host's name."""
     if "TORCHELASTIC_RUN_ID" in environment and "GROUP_RANK" in environment:
         return environment["GROUP_RANK"]

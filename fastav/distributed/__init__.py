@@ -1,1 +1,1 @@
-"""Training on several processes: strategies, their launcher, and what the ranks tell one another."""
+"""Training on several processes: strategies (DDP, FSDP2, ZeRO), the launcher, and the logs of the ranks."""

@@ -1,4 +1,4 @@
-"""One process, or DistributedDataParallel: every rank has all of the model."""
+"""Single process and DistributedDataParallel: every rank holds the whole model."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
 
 from fastav.core.errors import UserError
-from fastav.distributed.strategy import MakeOptimizer, StrategyName
+from fastav.distributed.strategy import MakeOptimizer, Strategy, StrategyName
 from fastav.optim.optimizer_state import optimizer_tensors, restore_optimizer
 
 
-class Single:
-    """One process.
+class Single(Strategy):
+    """A single process.
 
     Args:
-        model: On its device.
-        make_optimizer: Of the model's parameters.
-        compiled: Whether to compile it, for the one shape of its batches: a second model of other shapes in the process
-            would make both slower by symbolic sizes.
+        model: The model, on its device.
+        make_optimizer: Makes the optimizer of the model's parameters.
+        compiled: Whether to compile the model with static shapes. (With dynamic shapes, a second model with other
+            shapes in the same process would slow down both.)
     """
 
     name: StrategyName = "single"
@@ -34,74 +35,79 @@ class Single:
         self.model, self.optimizer = model, make_optimizer()
         self.network = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
 
+    @override
     def check(self, world: int, accumulation: int) -> None:
-        """See `Strategy`."""
         if world != 1:
-            raise UserError(f"{world} processes are in force, but nothing joins their gradients")
+            raise UserError(
+                f"{world} processes are running but the model is not wrapped (DDP, FSDP or ZeRO): gradients would not "
+                "be synchronised"
+            )
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
-        """See `Strategy`."""
+    @override
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext()
 
+    @override
     def backward(self, loss: Tensor) -> None:
-        """See `Strategy`."""
         loss.backward()
 
+    @override
     def step(self, clip_norm: float) -> float:
-        """See `Strategy`."""
-        norm = _whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or float("inf")))
+        norm = _to_float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip_norm or float("inf")))
         if math.isfinite(norm):
             self.optimizer.step()
-        self.discard()
+        self.discard_gradients()
         return norm
 
-    def discard(self) -> None:
-        """See `Strategy`."""
+    @override
+    def discard_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def shards(self) -> dict[str, Tensor]:
-        """See `Strategy`."""
+    @override
+    def trainable_shards(self) -> dict[str, Tensor]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
-    def state(self) -> dict[str, Tensor]:
-        """See `Strategy`."""
+    @override
+    def model_shards(self) -> dict[str, Tensor]:
         return self.model.state_dict()
 
-    def refresh(self) -> None:
-        """See `Strategy`."""
+    @override
+    def sync_from_shards(self) -> None:
+        pass  # the shards are the parameters themselves
 
-    def saved(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """See `Strategy`."""
+    @override
+    def tensors_to_save(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         yield from shards.items()
 
-    def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """See `Strategy`."""
+    @override
+    def empty_target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         return torch.empty(size, dtype=dtype)
 
-    def sharded(self, name: str, whole: Tensor) -> Tensor:
-        """See `Strategy`."""
+    @override
+    def shard_of(self, name: str, whole: Tensor) -> Tensor:
         return whole
 
-    def saved_optimizer(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
-        """See `Strategy`."""
+    @override
+    def optimizer_to_save(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
         tensors, meta = optimizer_tensors(self.optimizer)
         return iter(tensors.items()), meta
 
+    @override
     def restore_optimizer(self, filled: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """See `Strategy`."""
         restore_optimizer(self.optimizer, filled, meta)
 
 
 class DDP(Single):
-    """A copy of the model on every rank; gradients are averaged in buckets while the backward pass goes on.
+    """DistributedDataParallel: every rank holds the model; gradients are averaged during the backward pass.
 
     Args:
-        model: On its device.
-        make_optimizer: Of the model's parameters.
-        compiled: Whether to compile it, in as many graphs as there are buckets.
-        accumulation: Micro-batches per step; with one of them the graph is static, and DDP need not look for it.
-        bucket_mb: Size of a bucket, MB.
-        reduce_dtype: `bf16` halves what is sent.
+        model: The model, on its device.
+        make_optimizer: Makes the optimizer of the model's parameters.
+        compiled: Whether to compile the model, as one graph per gradient bucket.
+        accumulation: Micro-batches per optimizer step. With 1 the graph is static, which saves DDP the search for
+            unused parameters.
+        bucket_mb: Size of a gradient bucket, MB.
+        reduce_dtype: dtype of the all-reduce; `bf16` halves the traffic.
     """
 
     name: StrategyName = "ddp"
@@ -129,17 +135,17 @@ class DDP(Single):
             self._ddp.register_comm_hook(None, bf16_compress_hook)
         self.network = torch.compile(self._ddp, dynamic=False) if compiled else self._ddp  # type: ignore[assignment]
 
+    @override
     def check(self, world: int, accumulation: int) -> None:
-        """See `Strategy`."""
-        found = torch.distributed.get_world_size(self._ddp.process_group)
-        if found != world:
-            raise UserError(f"{world} processes are in force, but gradients are averaged over {found}")
+        ddp_world = torch.distributed.get_world_size(self._ddp.process_group)
+        if ddp_world != world:
+            raise UserError(f"DDP: the world size is {world}, but gradients are averaged over {ddp_world} ranks")
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
-        """See `Strategy`."""
+    @override
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         return nullcontext() if last else self._ddp.no_sync()
 
 
-def _whole(norm: Tensor) -> float:
-    """A norm as a number, also where it is a DTensor."""
+def _to_float(norm: Tensor) -> float:
+    """Converts a norm to float, also if it is a DTensor."""
     return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

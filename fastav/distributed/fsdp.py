@@ -1,4 +1,4 @@
-"""FSDP2: parameters, gradients and optimizer state are cut over the ranks, block by block (`fully_shard`)."""
+"""FSDP2: parameters, gradients and optimizer state are sharded over the ranks, block by block (`fully_shard`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
 from fastav.core.errors import UserError
 from fastav.distributed.ddp import Single
@@ -18,15 +19,16 @@ from fastav.distributed.strategy import MakeOptimizer, StrategyName
 
 
 class FSDP(Single):
-    """A piece of every parameter on each rank; a block is whole only while it is computed.
+    """FSDP2: each rank holds a shard of every parameter. A block is gathered only while it is computed.
 
     Args:
-        model: On its device.
-        make_optimizer: Of the pieces.
-        blocks: Modules that are gathered as one; what is in none of them is gathered with the model itself.
-        compiled: Whether to compile it; there is a break in the graph at every block.
-        reshard: Whether blocks are cut again after the forward pass, to be gathered anew in the backward pass.
-        reduce_dtype: `bf16` halves what is sent of the gradients.
+        model: The model, on its device.
+        make_optimizer: Makes the optimizer of the sharded parameters.
+        blocks: Modules that are gathered as a unit. Parameters outside all blocks are gathered with the model itself.
+        compiled: Whether to compile the model; there is a graph break at every block.
+        reshard: Whether to free the gathered parameters of a block after the forward pass, and gather them again in the
+            backward pass. Saves memory and costs communication.
+        reduce_dtype: dtype of the gradient reduction; `bf16` halves its traffic.
     """
 
     name: StrategyName = "fsdp"
@@ -49,23 +51,23 @@ class FSDP(Single):
         super().__init__(model, make_optimizer, compiled=compiled)
         self._parameters = dict(model.named_parameters())
 
+    @override
     def check(self, world: int, accumulation: int) -> None:
-        """See `Strategy`."""
-        whole = [name for name, p in self.model.named_parameters() if not isinstance(p, DTensor)]
-        if whole or self.mesh.size() != world:
+        unsharded = [name for name, p in self.model.named_parameters() if not isinstance(p, DTensor)]
+        if unsharded or self.mesh.size() != world:
             raise UserError(
-                f"train.strategy fsdp: {world} processes are in force, but parameters are cut for {self.mesh.size()}"
-                + (f", and {len(whole)} of them are whole, such as {whole[0]}" if whole else "")
+                f"FSDP: the mesh has {self.mesh.size()} ranks, the world size is {world}"
+                + (f"; {len(unsharded)} parameters are not sharded, such as {unsharded[0]}" if unsharded else "")
             )
 
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
-        """See `Strategy`."""
+    @override
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
         self.model.set_requires_gradient_sync(last)  # type: ignore[operator]
         return nullcontext()
 
-    def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """See `Strategy`."""
+    @override
+    def empty_target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
         own = self._parameters.get(name)
         if own is None or own.shape != size:
-            return super().target(name, size, dtype)
+            return super().empty_target(name, size, dtype)
         return torch.empty_like(own, dtype=dtype, requires_grad=False)

@@ -1,6 +1,6 @@
-"""Crew: processes that agree on what happens to files, over connections of their own.
+"""HostGroup: processes that coordinate work on files, over a process group of their own.
 
-What it gathers goes through gloo in a group of its own, so that a thread that writes a checkpoint never meets the
+It communicates through a separate gloo group, so that the thread that writes a checkpoint cannot interfere with the
 collectives of the training.
 """
 
@@ -19,12 +19,12 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True)
 class HostGroup:
-    """A process among others.
+    """One process of a group.
 
     Attributes:
-        rank: Its number.
-        world: How many there are.
-        group: Their gloo group; None for one process.
+        rank: Rank of this process.
+        world: World size.
+        group: gloo process group; None for a single process.
     """
 
     rank: int = 0
@@ -32,30 +32,31 @@ class HostGroup:
     group: Any = None
 
     def gather(self, item: Value) -> list[Value]:
-        """Collects one object of every rank, in rank order; every rank must call it."""
+        """Gathers one object from every rank, in rank order. Collective: every rank must call it."""
         if self.world == 1:
             return [item]
-        found: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(found, item, group=self.group)
-        return found
+        items: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(items, item, group=self.group)
+        return items
 
-    def share(self, items: Sequence[Value]) -> Sequence[Value]:
-        """This rank's part of something that all have."""
+    def own_part(self, items: Sequence[Value]) -> Sequence[Value]:
+        """Returns this rank's part of a sequence that is the same on all ranks."""
         return items[self.rank :: self.world]
 
-    def together(self, do: Callable[[], Value], catch: tuple[type[BaseException], ...]) -> tuple[Value | None, str]:
-        """Does something on every rank.
+    def run_all(self, work: Callable[[], Value], catch: tuple[type[BaseException], ...]) -> tuple[Value | None, str]:
+        """Runs a function on every rank, and lets all ranks know if it failed on any. Collective.
 
         Args:
-            do: May fail on some ranks.
-            catch: In these ways.
+            work: Function that may fail on some ranks.
+            catch: Exceptions that count as failure; all others are raised.
 
         Returns:
-            What it returned here, and the first rank's reason why it failed there; empty where it failed nowhere.
+            The result of this rank (None if it failed here), and the reason of the lowest rank that failed, the same on
+            every rank (empty if none failed).
         """
         result, reason = None, ""
         try:
-            result = do()
+            result = work()
         except catch as error:
             reason = reason_of(error)
-        return result, next((told for told in self.gather(reason) if told), "")
+        return result, next((text for text in self.gather(reason) if text), "")

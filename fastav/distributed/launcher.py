@@ -1,9 +1,9 @@
-"""Strategies: ways to spread one model over ranks; the launcher chooses, the recipe may insist.
+"""Chooses the strategy (DDP, FSDP2, ZeRO) that the launcher requests, and wraps the model for it.
 
-`accelerate launch --config_file launch/accelerate/*.yaml` says which by its environment. accelerate's own wrappers for
-FSDP and DeepSpeed are not used: on some machines they train without sharding and say nothing, and they set a second
-precision, accumulation and schedule beside the recipe's. PyTorch's `fully_shard` and DeepSpeed's `initialize` are
-called here, and what is in force is asserted.
+`accelerate launch --config_file launch/accelerate/*.yaml` requests a strategy by environment variables; the recipe can
+require one by `train.strategy`. accelerate's own wrappers for FSDP and DeepSpeed are not used: on some machines they
+silently train without sharding, and they set precision, accumulation and schedule independently of the recipe. Instead
+PyTorch's `fully_shard` and DeepSpeed's `initialize` are called here, and the result is checked.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _DEEPSPEED_KEYS = {
     "offload_optimizer_device": "OFFLOAD_OPTIMIZER_DEVICE",
     "offload_param_device": "OFFLOAD_PARAM_DEVICE",
 }
-# What makes accelerate wrap models by itself.
+# Variables that make accelerate wrap models by itself.
 _SWITCHES = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
 
 
@@ -42,9 +42,9 @@ class Requested:
     """The strategy that the launcher requests.
 
     Attributes:
-        name: The strategy.
-        settings: DeepSpeed's, or `{"reshard": bool}` for FSDP.
-        where: The file or variables that it is from.
+        name: Name of the strategy.
+        settings: DeepSpeed settings for ZeRO, `{"reshard": bool}` for FSDP, else empty.
+        where: File or variables that request it, for error messages.
     """
 
     name: StrategyName
@@ -53,17 +53,17 @@ class Requested:
 
 
 @dataclass(frozen=True, slots=True)
-class SpreadOptions:
-    """What the recipe says of it.
+class WrapOptions:
+    """Settings of the recipe that strategies need.
 
     Attributes:
         micro_batch: Clips per forward pass and rank.
-        accumulation: Micro-batches per step.
-        clip_norm: Global norm to which gradients are clipped; 0 for none.
-        bf16: Whether the forward pass is autocast.
-        compiled: Whether the model is compiled.
+        accumulation: Micro-batches per optimizer step.
+        clip_norm: Global norm to which gradients are clipped; 0 disables clipping.
+        bf16: Whether to autocast the forward pass to bfloat16.
+        compiled: Whether to compile the model.
         bucket_mb: Size of DDP's gradient buckets, MB.
-        reduce_dtype: Of gradients as they are sent, `fp32` or `bf16`.
+        reduce_dtype: dtype of the gradient reduction, `fp32` or `bf16`.
     """
 
     micro_batch: int
@@ -79,12 +79,19 @@ def requested(world: int, environment: Mapping[str, str] = os.environ) -> Reques
     """Reads which strategy the launcher requests.
 
     Args:
-        world: Processes.
-        environment: Variables, as `accelerate launch` sets them; or FASTAV_ACCELERATE_CONFIG, the config that it
-            would have read, for ranks that srun or torchrun starts.
+        world: World size.
+        environment: Environment variables that `accelerate launch` sets. For ranks that srun or torchrun starts,
+            FASTAV_ACCELERATE_CONFIG names the accelerate config instead.
+
+    Returns:
+        The requested strategy: without any variables `ddp`, or `single` for one process.
 
     Raises:
-        UserError: It is something that is not supported.
+        UserError: The requested settings are not supported.
+
+    Example:
+        >>> requested(2, {}).name
+        'ddp'
     """
     if file := environment.get("FASTAV_ACCELERATE_CONFIG"):
         environment = _as_variables(file)
@@ -100,19 +107,19 @@ def requested(world: int, environment: Mapping[str, str] = os.environ) -> Reques
 
 
 def _as_variables(file: str) -> dict[str, str]:
-    """What `accelerate launch` makes of a config."""
+    """Translates an accelerate config to the variables that `accelerate launch` would set."""
     try:
-        told = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        config = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"FASTAV_ACCELERATE_CONFIG={file}: cannot read it: {error.strerror}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"FASTAV_ACCELERATE_CONFIG={file}: no YAML: {' '.join(str(error).split())}") from None
-    kind = told.get("distributed_type") if isinstance(told, dict) else None
+        raise UserError(f"FASTAV_ACCELERATE_CONFIG={file}: not valid YAML: {' '.join(str(error).split())}") from None
+    kind = config.get("distributed_type") if isinstance(config, dict) else None
     if kind == "FSDP":
-        options = told.get("fsdp_config") or {}
+        options = config.get("fsdp_config") or {}
         return {"ACCELERATE_USE_FSDP": "true"} | {key.upper(): str(value) for key, value in options.items()}
     if kind == "DEEPSPEED":
-        options = told.get("deepspeed_config") or {}
+        options = config.get("deepspeed_config") or {}
         return {"ACCELERATE_USE_DEEPSPEED": "true"} | {
             f"ACCELERATE_DEEPSPEED_{_DEEPSPEED_KEYS[key]}": str(value)
             for key, value in options.items()
@@ -120,12 +127,14 @@ def _as_variables(file: str) -> dict[str, str]:
         }
     if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise UserError(
-            f'FASTAV_ACCELERATE_CONFIG={file}: distributed_type "{kind}" given; MULTI_GPU, FSDP or DEEPSPEED'
+            f'FASTAV_ACCELERATE_CONFIG={file}: distributed_type = "{kind}": expected NO, MULTI_GPU, MULTI_CPU, FSDP or '
+            "DEEPSPEED"
         )
     return {}
 
 
 def _deepspeed(environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
+    """Returns the DeepSpeed settings that the environment requests, and where they are from."""
     file = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if file.lower() == "none":
         where = "the accelerate config's deepspeed_config"
@@ -140,29 +149,35 @@ def _deepspeed(environment: Mapping[str, str]) -> tuple[dict[str, Any], str]:
     except OSError as error:
         raise UserError(f"{file}: cannot read DeepSpeed's settings: {error.strerror}") from None
     except ValueError as error:
-        raise UserError(f"{file}: no JSON: {error}") from None
+        raise UserError(f"{file}: not valid JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"{file}: a table of DeepSpeed's settings expected")
+        raise UserError(f"{file}: expected a JSON object with DeepSpeed's settings")
     return settings, file
 
 
 def _fsdp(environment: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the FSDP settings that the environment requests."""
+
     def value(key: str, default: str) -> str:
         return environment.get(key, default).lower()
 
     where = "the accelerate config's fsdp_config"
     if value("FSDP_VERSION", "1") != "2":
-        raise UserError(f"{where}: fsdp_version: {value('FSDP_VERSION', '1')} given, 2 expected")
+        raise UserError(f"{where}: fsdp_version = {value('FSDP_VERSION', '1')}: expected 2")
     if value("FSDP_OFFLOAD_PARAMS", "false") == "true":
-        raise UserError(f"{where}: fsdp_offload_params is not supported; launch/deepspeed/zero3_offload.json does that")
+        raise UserError(
+            f"{where}: fsdp_offload_params is not supported; use launch/deepspeed/zero3_offload.json for offloading"
+        )
     if value("FSDP_ACTIVATION_CHECKPOINTING", "false") == "true":
-        raise UserError(f"{where}: fsdp_activation_checkpointing: set train.activation_checkpointing instead")
+        raise UserError(
+            f"{where}: fsdp_activation_checkpointing is not supported; set train.activation_checkpointing instead"
+        )
     return {"reshard": value("FSDP_RESHARD_AFTER_FORWARD", "true") in ("true", "full_shard", "1")}
 
 
 @contextlib.contextmanager
 def without_wrappers() -> Iterator[None]:
-    """Within the block, an `Accelerator` that is made joins the processes and wraps no model."""
+    """Context manager in which a new `Accelerator` joins the process group but does not wrap models."""
     kept = {key: os.environ.pop(key) for key in _SWITCHES if key in os.environ}
     try:
         yield
@@ -170,19 +185,23 @@ def without_wrappers() -> Iterator[None]:
         os.environ.update(kept)
 
 
-def spread_model(
-    wanted: Requested, model: nn.Module, make_optimizer: MakeOptimizer, options: SpreadOptions
-) -> Strategy:
-    """Spreads a model over the ranks.
+def wrap_model(wanted: Requested, model: nn.Module, make_optimizer: MakeOptimizer, options: WrapOptions) -> Strategy:
+    """Wraps a model for the requested strategy, and makes its optimizer.
 
     Args:
-        wanted: See `requested`.
-        model: On its device, whole and the same on every rank.
-        make_optimizer: Makes the optimizer of what has become of the model's parameters.
-        options: See there.
+        wanted: The strategy, from `requested`.
+        model: The whole model, on its device and the same on every rank.
+        make_optimizer: Makes the optimizer. Called after sharding, which replaces the model's parameters.
+        options: Settings of the recipe.
 
     Raises:
-        UserError: It is not supported here, or contradicts itself.
+        UserError: The strategy is not installed, or its settings contradict the recipe.
+
+    Example:
+        strategy = wrap_model(requested(world), model, make_optimizer, WrapOptions(micro_batch=32))
+        with strategy.micro_batch(last=True):
+            strategy.backward(strategy.network(x).mean())
+        grad_norm = strategy.step(clip_norm=1.0)
     """
     if wanted.name == "single":
         return Single(model, make_optimizer, compiled=options.compiled)
@@ -209,14 +228,14 @@ def spread_model(
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Lets the transformer blocks keep nothing of a forward pass but their input, and compute it again backwards."""
+    """Enables activation checkpointing: transformer blocks keep only their input and recompute the rest backwards."""
     for module in model.modules():
         for block in _blocks(module):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The transformer blocks that a module holds as `blocks`, timm's name for them."""
+    """Yields the transformer blocks in `module.blocks`, timm's name for them."""
     blocks = getattr(module, "blocks", None)
     if isinstance(module, nn.Module) and isinstance(blocks, nn.Sequential | nn.ModuleList):
         yield from blocks

@@ -1,11 +1,11 @@
-"""What the trainer needs of a way to spread one model over ranks.
+"""Strategy: the interface between the trainer and a way to train one model on many ranks (DDP, FSDP2, ZeRO).
 
-Three words keep checkpoints independent of it:
+Three terms keep checkpoints independent of the strategy:
 
-* a *shard* is what a rank keeps of a parameter: the parameter itself, a DTensor, or a flat piece of it;
-* *saved* tensors go into a checkpoint under the parameter's name: DTensors by their pieces, all others whole and from
-  one rank only, so that a checkpoint of any strategy and number of ranks starts any other;
-* a *target* is an empty tensor that a rank wants filled from a checkpoint.
+* A *shard* is the part of a parameter that a rank holds: the parameter itself, a DTensor, or a flat slice of it.
+* *Tensors to save* go into a checkpoint under the parameter's name. DTensors are saved in pieces by all ranks, all
+  other tensors whole by one rank. So a checkpoint can be loaded by any strategy with any number of ranks.
+* A *target* is an empty tensor to be filled from a checkpoint.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ MakeOptimizer = Callable[[], Optimizer]
 
 
 class Strategy(Protocol):
-    """One model, its optimizer and the ranks that share them.
+    """A model and its optimizer, trained on one or more ranks. Every rank must make the same calls.
 
     Attributes:
         name: `single`, `ddp`, `fsdp` (FSDP2) or `zero1` to `zero3` (DeepSpeed).
-        network: What is called in training.
-        optimizer: Whose groups hold the learning rates.
+        network: The wrapped model, to be called in training.
+        optimizer: The optimizer, whose groups hold the learning rates.
     """
 
     name: StrategyName
@@ -36,54 +36,86 @@ class Strategy(Protocol):
     optimizer: Optimizer
 
     def check(self, world: int, accumulation: int) -> None:
-        """Asserts that what is in force is what was asked for.
-
-        Raises:
-            UserError: It is not; the message says which setting.
-        """
-
-    def part(self, *, last: bool) -> AbstractContextManager[Any]:
-        """Surrounds forward and backward pass of a micro-batch; gradients are reduced in the last of a step only."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Backward pass of a micro-batch, inside `part`."""
-
-    def step(self, clip_norm: float) -> float:
-        """Clips the gradient, takes the optimizer's step unless the norm is not finite, and forgets the gradient.
+        """Checks that the model is really distributed as requested.
 
         Args:
-            clip_norm: Global norm to clip to; 0 for none.
+            world: World size of the run.
+            accumulation: Micro-batches per optimizer step.
+
+        Raises:
+            UserError: It is not; the message names the setting.
+        """
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[Any]:
+        """Returns the context manager for forward and backward pass of a micro-batch.
+
+        Args:
+            last: Whether this is the last micro-batch of an optimizer step. Gradients are reduced over ranks only then.
+        """
+
+    def backward(self, loss: Tensor) -> None:
+        """Runs the backward pass of a micro-batch; call it inside `micro_batch`."""
+
+    def step(self, clip_norm: float) -> float:
+        """Clips the gradients, runs the optimizer step unless the norm is not finite, and clears the gradients.
+
+        Args:
+            clip_norm: Global norm to clip to; 0 disables clipping.
 
         Returns:
-            The norm before clipping, the same on every rank.
+            The global gradient norm before clipping, the same on every rank.
         """
 
-    def discard(self) -> None:
-        """Forgets the gradient without a step."""
+    def discard_gradients(self) -> None:
+        """Clears the gradients without an optimizer step."""
 
-    def shards(self) -> dict[str, Tensor]:
-        """What this rank keeps of each trainable parameter, by its name; the tensors themselves, no copies."""
+    def trainable_shards(self) -> dict[str, Tensor]:
+        """Returns name -> this rank's shard of each trainable parameter. The tensors are not copies."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Shards of all that a checkpoint holds of the model: trainable and frozen parameters, and buffers."""
+    def model_shards(self) -> dict[str, Tensor]:
+        """Returns name -> this rank's shard of all parameters, trainable and frozen, and all buffers."""
 
-    def refresh(self) -> None:
-        """Makes the model see what was written into the shards."""
+    def sync_from_shards(self) -> None:
+        """Updates the model after values were written into the shards."""
 
-    def saved(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yields what a checkpoint holds of tensors that are sharded as parameters are; every rank must exhaust it.
+    def tensors_to_save(self, shards: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yields the (name, tensor) pairs of a checkpoint for tensors that are sharded like the parameters.
 
-        Whole tensors are the same on every rank.
+        Collective: every rank must exhaust the iterator. Tensors are DTensors, or whole and the same on every rank.
+
+        Args:
+            shards: Name -> shard, for example from `model_shards`.
         """
 
-    def target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
-        """An empty tensor to be filled with the saved tensor of a parameter or of its optimizer state."""
+    def empty_target(self, name: str, size: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Returns an empty tensor to be filled from a checkpoint with a parameter or its optimizer state.
 
-    def sharded(self, name: str, whole: Tensor) -> Tensor:
-        """Returns this rank's shard of a filled target."""
+        Args:
+            name: Name of the parameter.
+            size: Size of the saved tensor.
+            dtype: dtype of the saved tensor.
+        """
 
-    def saved_optimizer(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
-        """Yields the optimizer's saved tensors, as `parameter:key`, and returns the rest as JSON; see `saved`."""
+    def shard_of(self, name: str, whole: Tensor) -> Tensor:
+        """Returns this rank's shard of a filled target. Local.
+
+        Args:
+            name: Name of the parameter.
+            whole: The target, filled from a checkpoint.
+        """
+
+    def optimizer_to_save(self) -> tuple[Iterator[tuple[str, Tensor]], dict[str, Any]]:
+        """Returns the state of the optimizer for a checkpoint.
+
+        Returns:
+            An iterator over (`parameter:key`, tensor), which every rank must exhaust, and the rest of the state, JSON-
+            serialisable.
+        """
 
     def restore_optimizer(self, filled: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        """Takes back what `saved_optimizer` gave, from filled targets."""
+        """Restores the state of the optimizer.
+
+        Args:
+            filled: `parameter:key` -> target, filled from a checkpoint.
+            meta: The JSON part of `optimizer_to_save`.
+        """

@@ -1,1 +1,1 @@
-"""From the plan to batches: reads, decodes and collates ahead of the training step."""
+"""Loader: reads, decodes and collates the batches of a plan ahead of the training step."""

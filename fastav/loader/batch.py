@@ -1,4 +1,4 @@
-"""Batch: what the loader hands to the model."""
+"""Batch: B clips as tensors, from the loader to the model."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from torch import Tensor
 
 @dataclass(slots=True)
 class Batch:
-    """B clips as tensors; what is absent of a clip is filled and marked in `has_video_B` / `has_audio_B`.
+    """A batch of B clips as tensors.
+
+    A missing modality of a clip is filled (black frames, silence) and marked in `has_video_B` or `has_audio_B`.
 
     Attributes:
-        frames_BTCHW: uint8; None in a run without video.
-        mel_BWCML: float32 log-mel in dB; None in a run without audio.
-        window_BW: bool, which windows are real; None without audio.
-        targets_BK: float32 one-hot or multi-hot, before label smoothing and mixup.
-        weight_B: float32 loss weight: 0 for placeholders and padding.
-        has_video_B: bool.
-        has_audio_B: bool.
-        flip_B: bool, already applied; kept for reports.
-        band_B2: int64 first masked mel band and count.
-        mix_B: float32 mixup weight of the clip itself; 1 for none, also where the partner is a placeholder.
-        partner_B: int64 row of the mixup partner.
-        ids: Clip ids, of the planned clip also where a placeholder stands in.
-        row_B: int64 manifest rows.
-        sample: Global number of the first sample.
+        frames_BTCHW: uint8 frames; None in a run without video.
+        mel_BWCML: float32 log-mel spectrogram windows in dB; None in a run without audio.
+        window_BW: bool, True for real windows, False for padding windows; None in a run without audio.
+        targets_BK: float32 one-hot or multi-hot labels, before label smoothing and mixup.
+        weight_B: float32 loss weight; 0 for placeholders and padding rows.
+        has_video_B: bool, whether the clip has video.
+        has_audio_B: bool, whether the clip has audio.
+        flip_B: bool, whether the frames were flipped; already applied, kept for reports.
+        band_B2: int64, first masked mel band and number of masked bands.
+        mix_B: float32 mixup weight of the clip itself; 1 means no mixup, also where the partner is a placeholder.
+        partner_B: int64, batch row of the mixup partner.
+        ids: Ids of the planned clips; a placeholder keeps the id of the clip that it replaces.
+        row_B: int64, manifest row of each clip.
+        sample: Global index of the first sample.
         num_broken: Clips of this batch that could not be read.
-        num_unique: Distinct decoded clips (less than B with `repeat`).
+        num_unique: Distinct decoded clips; less than B with `sampling.repeat` above 1.
     """
 
     frames_BTCHW: Tensor | None
@@ -53,7 +55,7 @@ class Batch:
         return len(self.weight_B)
 
     def to(self, device: torch.device | str) -> Batch:
-        """Returns the batch with every tensor on `device` (asynchronously from pinned memory)."""
+        """Returns the batch with every tensor on `device`; the copy is asynchronous from pinned memory."""
         moved: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)

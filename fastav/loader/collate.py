@@ -1,4 +1,4 @@
-"""Assembly of one batch: what to decode into which row, and how its rows are completed."""
+"""Collation of one batch: which clip is decoded into which row, and how incomplete rows are filled."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from fastav.data.plan import Plan
 
 Request = tuple[str, int, int]
-"""`train` or `evaluate`, first sample, how many."""
+"""(`train` or `evaluate`, index of the first sample, number of samples)."""
 
-_NAMED = 3  # reasons that an error lists
+_MAX_REASONS = 3  # reasons that an error message lists
 
 
 @dataclass(eq=False, slots=True)
@@ -34,14 +34,15 @@ class DecodeTask:
     rows: list[int]
     plans: list[ClipPlan]
     error: MediaError | None = None
-    prepared: Any = None  # for a decoder of whole batches
+    prepared: Any = None  # what BatchDecoder.prepare returned
 
 
 @dataclass(eq=False, slots=True)
 class BatchJob:
-    """A batch on its way. Workers write into rows of their own, so that only `pending` needs a lock.
+    """A batch that is being decoded.
 
-    `pending` counts the clips to come; with a decoder of whole batches, the batch itself is one more.
+    Each worker writes to its own rows, so only `pending` needs a lock. `pending` counts the clips that are not decoded
+    yet, plus one for the batch itself with a `BatchDecoder`.
     """
 
     plan: PlanBatch
@@ -54,24 +55,30 @@ class BatchJob:
     has_audio_B: NDArray[np.bool_]
     tasks: list[DecodeTask] = field(default_factory=list)
     pending: int = 0
-    adopt: Callable[[], None] | None = None  # for the consumer's thread to call
+    adopt: Callable[[], None] | None = None  # called by the consumer's thread, see DecodedBatch
 
     def store(self, row: int, sample: Sample, clip: Clip, floor: float) -> None:
-        """Copies a sample into its row; what it lacks is filled.
+        """Copies a decoded sample into its row and fills a missing modality.
+
+        Args:
+            row: Row of the batch.
+            sample: Decoded frames and spectrogram.
+            clip: The clip, for error messages.
+            floor: Value of silence in the spectrogram, dB.
 
         Raises:
-            MediaError: The sample has another shape than the batch, or is empty.
+            MediaError: The shape differs from that of the batch, or the sample has no modality of this run.
         """
-        has_video = _put(self.frames_BTCHW, row, sample.frames_TCHW, 0, clip, "video")
-        has_audio = _put(self.mel_BWCML, row, sample.mel_WCML, floor, clip, "audio")
+        has_video = _copy_or_fill(self.frames_BTCHW, row, sample.frames_TCHW, 0, clip, "video")
+        has_audio = _copy_or_fill(self.mel_BWCML, row, sample.mel_WCML, floor, clip, "audio")
         if not has_video and not has_audio:
-            raise MediaError(clip.source, "holds nothing of what the run looks at")
+            raise MediaError(clip.source, "has none of the modalities that this run uses")
         self.has_video_B[row], self.has_audio_B[row], self.good_B[row] = has_video, has_audio, True
 
 
 @dataclass(frozen=True, slots=True)
 class Placeholder:
-    """A good row that stands in for others."""
+    """A good row that replaces broken clips and padding."""
 
     frames_TCHW: Tensor | None
     mel_WCML: Tensor | None
@@ -80,7 +87,7 @@ class Placeholder:
 
     @classmethod
     def of(cls, job: BatchJob, row: int, *, copy: bool) -> Placeholder:
-        """Returns a row of a job, as a copy that outlives it or as a view."""
+        """Takes a row of a job, as a copy that outlives the job or as a view."""
         frames = None if job.frames_BTCHW is None else job.frames_BTCHW[row]
         mel = None if job.mel_BWCML is None else job.mel_BWCML[row]
         if copy:
@@ -89,13 +96,13 @@ class Placeholder:
 
     @classmethod
     def blank(cls, job: BatchJob, floor: float) -> Placeholder:
-        """Returns black and silence, marked as present: attention to nothing at all would be NaN."""
+        """Makes black frames and silence, marked as present: attention over an empty sequence would be NaN."""
         frames = None if job.frames_BTCHW is None else torch.zeros_like(job.frames_BTCHW[0])
         mel = None if job.mel_BWCML is None else torch.full_like(job.mel_BWCML[0], floor)
         return cls(frames, mel, frames is not None, mel is not None)
 
     def fill(self, job: BatchJob, row: int) -> None:
-        """Copies itself over a row; where the row has more windows (training, evaluation), they repeat."""
+        """Overwrites a row of a job. Windows repeat if the row has more of them (evaluation after training)."""
         if job.frames_BTCHW is not None and self.frames_TCHW is not None:
             job.frames_BTCHW[row].copy_(self.frames_TCHW)
         if job.mel_BWCML is not None and self.mel_WCML is not None:
@@ -105,12 +112,12 @@ class Placeholder:
 
 
 class Collator:
-    """Turns requests into jobs and decoded jobs into batches; `Loader` documents the arguments.
+    """Turns requests into jobs, and decoded jobs into batches. The arguments are those of `Loader`.
 
     Attributes:
         broken: Samples delivered as placeholders because their clip could not be read.
-        seen: Samples delivered, padding apart.
-        batch_decoder: The decoder where it takes whole batches; None where it takes clips.
+        seen: Samples delivered, without padding.
+        batch_decoder: The decoder if it decodes whole batches; None if it decodes clips.
     """
 
     def __init__(
@@ -131,12 +138,12 @@ class Collator:
         self._modalities, self._classes, self._aliases = tuple(modalities), tuple(classes), aliases
         self._frontend = decoder.read.frontend
         self._floor = self._frontend.floor_db
-        self._told: set[tuple[int, str]] = set()
+        self._reported: set[tuple[int, str]] = set()
         self._reasons: list[str] = []
-        self._donor: Placeholder | None = None
+        self._last_good: Placeholder | None = None
 
     def job(self, request: Request) -> BatchJob:
-        """Plans a batch: which clips to decode into which rows, and everything that needs no decoding."""
+        """Plans a batch: which clip is decoded into which rows, and all that needs no decoding, such as labels."""
         kind, start, count = request
         plan = {"train": self._plan.train, "evaluate": self._plan.evaluate}[kind](start, count)
         job = self._empty(plan)
@@ -151,7 +158,7 @@ class Collator:
         for row, clip in sorted(clips.items()):
             job.ids[row] = clip.id
             one = plan[row]
-            # Replicas of one decode share frames and windows; anything else is decoded on its own.
+            # Repeats of a clip with the same frames and windows share one decode.
             key = (one.source, one.row, one.frames_T.tobytes(), one.windows_W.tobytes())
             task = tasks.setdefault(key, DecodeTask(job, clip, [], []))
             task.rows.append(row)
@@ -162,7 +169,7 @@ class Collator:
 
     def _empty(self, plan: PlanBatch) -> BatchJob:
         num, sampling = len(plan), self._plan.sampling
-        own = self.batch_decoder is None  # others make their own
+        allocate = self.batch_decoder is None  # a batch decoder allocates its own output
         size = sampling.image_size
         frames = (num, plan.frames_BT.shape[1], 3, size, size)
         mel = (num, plan.windows_BW.shape[1], 1, self._frontend.num_mels, sampling.window)
@@ -170,34 +177,34 @@ class Collator:
             plan=plan,
             targets_BK=np.zeros((num, len(self._classes)), np.float32),
             ids=[""] * num,
-            frames_BTCHW=self._room(frames, torch.uint8) if own and "video" in self._modalities else None,
-            mel_BWCML=self._room(mel, torch.float32) if own and "audio" in self._modalities else None,
+            frames_BTCHW=self._allocate(frames, torch.uint8) if allocate and "video" in self._modalities else None,
+            mel_BWCML=self._allocate(mel, torch.float32) if allocate and "audio" in self._modalities else None,
             good_B=np.zeros(num, np.bool_),
             has_video_B=np.zeros(num, np.bool_),
             has_audio_B=np.zeros(num, np.bool_),
         )
 
-    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, pin_memory=self.pin_memory)
 
     def decode(self, task: DecodeTask) -> None:
-        """Decodes one clip into its rows, or prepares it; may be called from several threads at once."""
+        """Decodes one clip into its rows, or prepares it for the batch decoder; thread-safe."""
         try:
             if self.batch_decoder is not None:
                 task.prepared = self.batch_decoder.prepare(task.clip, task.plans)
                 return
-            assert self._decoder is not None, "there is one or the other"
+            assert self._decoder is not None, "the decoder is a ClipDecoder or a BatchDecoder"
             samples = self._decoder.decode(task.clip, task.plans)
             for row, sample in zip(task.rows, samples, strict=True):
                 task.job.store(row, sample, task.clip, self._floor)
         except MediaError as error:
-            # Without the frames of its traceback, which hold samples, and with them what they lie in.
+            # The frames of a traceback would keep samples alive, and with them the memory that they lie in.
             task.error = error.with_traceback(None)
             task.job.good_B[task.rows] = False
 
     def decode_batch(self, job: BatchJob) -> None:
-        """Decodes a whole batch whose clips are prepared; may be called from several threads at once."""
-        assert self.batch_decoder is not None, "the stream asked"
+        """Decodes a whole batch whose clips are prepared; thread-safe."""
+        assert self.batch_decoder is not None, "only called with a BatchDecoder"
         decoded = self.batch_decoder.decode(
             [task.prepared for task in job.tasks],
             [task.rows for task in job.tasks],
@@ -216,19 +223,22 @@ class Collator:
         """Finishes a decoded job: counts, placeholders, small tensors. Called in the order of the requests.
 
         Args:
-            job: All of whose tasks are done.
-            later: Waits for the jobs behind it; asked only where a batch without a good row has no predecessor.
+            job: A job with all tasks done.
+            later: Iterator that waits for the following jobs. It is used only if the first batches have no good row.
+
+        Returns:
+            The batch on the CPU, in pinned memory with `pin_memory`.
 
         Raises:
-            TooManyBroken: None of the clips so far, nor of those on their way, could be read.
+            TooManyBroken: No clip could be read so far, nor in the prefetched batches.
         """
         plan = job.plan
         if job.adopt is not None:
             job.adopt()
         num_broken = int(((plan.sample_B >= 0) & ~job.good_B).sum())
         self._count(job, num_broken)
-        self._stand_in(job, later)
-        # Nobody is mixed with a placeholder, nor is a placeholder mixed with anybody.
+        self._fill_bad_rows(job, later)
+        # A placeholder takes no part in mixup, on either side.
         mixed_B = job.good_B & job.good_B[plan.partner_B]
         small = {
             "targets_BK": job.targets_BK,
@@ -247,8 +257,8 @@ class Collator:
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
         window_BW = tensors.pop("window_BW")
         num_unique = sum(task.error is None for task in job.tasks)
-        # A job and its tasks know each other: taken apart, they are freed now and not at some later collection, of
-        # which the allocator would keep a little each time (3 KiB a batch, measured over 3,000).
+        # A job and its tasks refer to each other. Breaking the cycle frees them now, not at some later garbage
+        # collection, at each of which the allocator would keep a little (3 KiB a batch, measured over 3,000).
         job.tasks = []
         return Batch(
             frames_BTCHW=job.frames_BTCHW,
@@ -261,53 +271,53 @@ class Collator:
             num_unique=num_unique,
         )
 
-    def named(self) -> str:
-        """Returns the first few reasons why clips could not be read, as the end of a message."""
+    def first_reasons(self) -> str:
+        """Returns the first few reasons why clips could not be read, to be appended to a message."""
         return f": {'; '.join(self._reasons)}" if self._reasons else ""
 
     def _count(self, job: BatchJob, num_broken: int) -> None:
-        """Counts, and tells of clips that were not told of before, in the order of the plan."""
+        """Counts samples and calls `on_broken` for clips not reported before, in the order of the plan."""
         self.broken += num_broken
         self.seen += int((job.plan.sample_B >= 0).sum())
         for task in job.tasks:
             key = (task.plans[0].source, task.clip.id)
-            if task.error is not None and key not in self._told:
-                self._told.add(key)
-                if len(self._reasons) < _NAMED:
+            if task.error is not None and key not in self._reported:
+                self._reported.add(key)
+                if len(self._reasons) < _MAX_REASONS:
                     self._reasons.append(str(task.error))
                 self._on_broken(task.clip, task.error)
 
-    def _stand_in(self, job: BatchJob, later: Iterator[BatchJob]) -> None:
-        """Copies good rows over those of broken clips and of padding: statistics of a batch stay natural.
+    def _fill_bad_rows(self, job: BatchJob, later: Iterator[BatchJob]) -> None:
+        """Copies good rows over rows of broken clips and of padding, which keeps the batch statistics natural.
 
-        A batch without a good row borrows one of the batch before, or, where there is none yet, of one that is
-        on its way.
+        A batch without a good row takes one from the batch before it. The first batch takes one from the prefetched
+        batches.
         """
         bad, good = np.flatnonzero(~job.good_B).tolist(), np.flatnonzero(job.good_B).tolist()
         if good:
-            self._donor = Placeholder.of(job, good[-1], copy=True)
+            self._last_good = Placeholder.of(job, good[-1], copy=True)
             for i, row in enumerate(bad):
                 Placeholder.of(job, good[i % len(good)], copy=False).fill(job, row)
             return
-        donor = self._donor
-        if donor is None and job.tasks:
+        placeholder = self._last_good
+        if placeholder is None and job.tasks:
             ready = (other for other in later if other.good_B.any())
-            donor = next((Placeholder.of(other, int(other.good_B.argmax()), copy=False) for other in ready), None)
-            if donor is None:
-                raise TooManyBroken(f"none of the first clips could be read{self.named()}")
+            placeholder = next((Placeholder.of(other, int(other.good_B.argmax()), copy=False) for other in ready), None)
+            if placeholder is None:
+                raise TooManyBroken(f"none of the first clips could be read{self.first_reasons()}")
         for row in bad:
-            (donor or Placeholder.blank(job, self._floor)).fill(job, row)
+            (placeholder or Placeholder.blank(job, self._floor)).fill(job, row)
 
 
-def _put(room: Tensor | None, row: int, part: Tensor | None, fill: float, clip: Clip, stage: str) -> bool:
-    """Copies one modality of a sample into its row, or fills the row; returns whether there was something."""
-    if room is None:
+def _copy_or_fill(batch: Tensor | None, row: int, part: Tensor | None, fill: float, clip: Clip, stage: str) -> bool:
+    """Copies one modality of a sample into its row, or fills the row; returns whether the sample has it."""
+    if batch is None:
         return False
     if part is None:
-        room[row].fill_(fill)
+        batch[row].fill_(fill)
         return False
-    if part.shape != room.shape[1:]:
-        got, expected = tuple(part.shape), tuple(room.shape[1:])
-        raise MediaError(clip.source, f"decoded to {got}, {expected} expected", stage)
-    room[row].copy_(part)
+    if part.shape != batch.shape[1:]:
+        got, expected = tuple(part.shape), tuple(batch.shape[1:])
+        raise MediaError(clip.source, f"decoded to shape {got}, expected {expected}", stage)
+    batch[row].copy_(part)
     return True

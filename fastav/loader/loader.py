@@ -1,38 +1,18 @@
-"""The loader: plan -> decode -> batch, by threads, ahead of the consumer.
+"""Loader: plan -> decode -> batch, in threads, ahead of the consumer.
 
-A planning thread turns requests into plans and clips, decoding threads take one clip at a time straight into the
-rows of its batch, and the consumer finishes batches in the order of the requests: broken clips get placeholders
-there, so that what a batch holds depends on the plan alone, never on the number of workers.
+A planning thread turns requests into plans and clips. Decoding threads take one clip at a time and write it into its
+rows of the batch. The consumer finishes batches in the order of the requests and replaces broken clips by placeholders
+there. So the content of a batch depends on the plan only, never on the number of workers.
 
-Why threads and not processes: PyAV and torch release Python's lock where they work, and no frame crosses from one
-process to another. Measured by `benchmarks.loader_workers` (60 mp4 files of 4 s, 96 x 96, H.264 and AAC; 2 workers
-on 2 cores that were busy otherwise; 12 interleaved rounds, median and quartiles), against a pool of processes that
-write into shared memory:
+Workers are threads by default: PyAV and torch release the GIL while they work, and no frame is copied between
+processes. Threads were as fast as processes and delivered the first batch 17 times sooner, without memory of their own.
+Decoding raw files holds the GIL for a part of the time, so threads do not scale beyond two or three cores. For more
+workers per GPU, `loading.worker = "process"` lets every thread hand its clips to a process
+(`fastav.loader.processes`), with the same results. The measurements are in docs/loader.md; `fastav doctor` measures
+both kinds of worker on your machine.
 
-    |                                          | threads             | processes           |
-    |------------------------------------------|---------------------|---------------------|
-    | first batch of 16 from a standing start  | 1.2 s (1.1-1.3)     | 19.9 s (17.6-25.2)  |
-    | clips/s, nothing else in the program     | 15.6 (13.3-18.9)    | 16.4 (14.1-18.2)    |
-    | CPU per clip                             | 25.0 ms (23.4-25.9) | 26.8 ms (23.4-29.6) |
-    | clips/s beside a training step           | 10.4 (9.3-10.8)     | 9.4 (8.3-11.6)      |
-    | that step                                | 1029 ms (985-1190)  | 1171 ms (951-1416)  |
-    | 4000 tiny torch calls in the main thread | 181 ms (131-195)    | 166 ms (154-191)    |
-    | memory of the workers' own               | 0                   | 374 MiB each        |
-
-So they are equally fast, start 17 times sooner, and need no memory and no shared memory, which containers are short
-of. What they cost: a decode of such a file holds Python's lock for 40 % of its time (sampled; 174 audio packets, one
-call each), so that threads of one process cannot decode raw files like these on more than two or three cores' worth,
-and six of them lengthened the 4000 tiny calls to 382 ms against 264 ms with six processes. Several training processes
-on a machine have a loader each; larger pictures hold the lock for a smaller share, and clips of a pack for 15 %
-(sampled; 448 x 256, eight frames, no sound).
-
-With more workers than that for each GPU, `loading.worker = "process"` has every thread hand its clips over to a
-process (`fastav.loader.processes`): what it makes is the same, the lock is held for a message each way, and a codec
-that crashes costs its clip. Its copies take 1.0 ms a clip (10.6 against 9.6 ms, no sound), so that frames alone gain
-nothing on two cores; with sound, whose many short steps hold the lock, two processes made 132 clips/s (122 to 146) of a
-`balanced` pack, two threads 114 (108 to 122) (`python -m benchmarks data --sweep`). `fastav doctor` measures both.
-
-torch runs on one core in each worker, as whole clips run in parallel; the consumer's own count is left alone.
+torch uses one core in each worker, because whole clips run in parallel. The consumer's own number of threads is left
+unchanged.
 """
 
 from __future__ import annotations
@@ -56,24 +36,27 @@ from fastav.media.shards import ShardReading
 if TYPE_CHECKING:
     from fastav.data.plan import Plan
 
-__all__ = ["JUDGED_AFTER", "Batches", "ClipDecoder", "Loader", "Loading", "Request", "StageStats", "Worker"]
+__all__ = ["MIN_SAMPLES", "Batches", "ClipDecoder", "Loader", "Loading", "Request", "StageStats", "Worker"]
 
 Worker = Literal["thread", "process"]
 
-JUDGED_AFTER = 50
-"""Samples that must have been seen before the share of broken ones means anything."""
+MIN_SAMPLES = 50
+"""Number of samples below which the share of broken samples is not checked."""
 
 
 class Loading(Config, frozen=True):
     """How batches are made ahead of the training step.
 
     Attributes:
-        workers: Decoding threads; 0 shares the machine's cores among its training processes.
-        worker: What a worker is: `thread`, or `process`: the threads have their clips decoded by a process each, which
-            pays above two or three of them (see `fastav.loader.loader`).
-        prefetch: Batches that may be on their way.
-        watchdog_s: Seconds without a batch after which a warning names what is being waited for; it repeats.
-        max_broken: Share of broken samples above which `Loader.check_broken` raises.
+        workers: Number of decoding workers per training process; 0 shares the machine's CPU cores evenly among its
+            training processes.
+        worker: Kind of worker: `thread`, or `process`. Results are the same. Processes pay off with more than two or
+            three workers per training process; they use more memory and need Linux.
+        prefetch: Maximum number of batches per training process that are loaded ahead of the training step.
+        watchdog_s: Seconds without a batch after which a warning names the stage and the files that are waited for. The
+            warning repeats.
+        max_broken: Largest allowed share of samples that cannot be read. Above it the run ends with exit code 3. It is
+            checked from 50 samples on.
         shards: How shards of packed clips are read.
     """
 
@@ -85,27 +68,34 @@ class Loading(Config, frozen=True):
     shards: ShardReading = ShardReading()
 
     def num_workers(self) -> int:
-        """Returns the number of decoding threads in force."""
+        """Returns the number of decoding workers, with 0 resolved to the share of the machine's cores."""
         if self.workers:
             return self.workers
         return max(1, int(cores_each()))
 
 
 class Loader:
-    """Makes batches of a plan.
+    """Makes the batches of a plan.
 
-    A clip that cannot be read is replaced, with weight 0, by a copy of a good row of its batch, or of the batch
-    before, or (at the start) of one on its way; nobody is mixed with it. So is the padding of an evaluation.
+    A clip that cannot be read is replaced by a copy of a good row, with weight 0 and without mixup. The copy comes from
+    the same batch, from the batch before, or, at the start, from a prefetched one. Padding rows of an evaluation are
+    filled in the same way.
 
     Args:
-        plan: What is at each position.
-        decoder: Reads one clip, and says what it reads; called from several threads at once.
-        config: Workers, prefetch, limits.
-        modalities: `video`, `audio` or both; what is left out is None in the batches.
-        classes: Columns of the targets.
-        aliases: Other names of classes.
+        plan: Which clip, frames and windows are at each position of the sample stream.
+        decoder: Decodes clips or whole batches; called from several threads at once.
+        config: Workers, prefetch and limits.
+        modalities: `video`, `audio` or both; tensors of a missing modality are None in the batches.
+        classes: Class names, in the order of the columns of the targets.
+        aliases: Label in the manifest -> class name.
         on_broken: Called in the consumer's thread, once for each clip that cannot be read.
-        pin_memory: Batches in page-locked memory, which a GPU fetches asynchronously.
+        pin_memory: Whether batches are in page-locked memory, from which copies to a GPU are asynchronous.
+
+    Example:
+        with Loader(plan, decoder, Loading(workers=4), modalities=("video", "audio"), classes=classes,
+                    on_broken=lambda clip, error: print(error)) as loader:
+            for batch in loader.batches([("train", 0, 32), ("train", 32, 32)]):
+                print(batch.frames_BTCHW.shape)
     """
 
     def __init__(
@@ -124,7 +114,7 @@ class Loader:
         self._processes: DecoderProcesses | None = None
         if config.worker == "process" and not isinstance(decoder, BatchDecoder):
             decoder = self._processes = DecoderProcesses(decoder, config.num_workers())
-        self._assembler = Collator(
+        self._collator = Collator(
             plan,
             decoder,
             modalities=modalities,
@@ -141,28 +131,28 @@ class Loader:
 
     @property
     def broken(self) -> int:
-        """Samples delivered as placeholders because their clip could not be read."""
-        return self._assembler.broken
+        """Number of samples delivered as placeholders because their clip could not be read."""
+        return self._collator.broken
 
     @property
     def seen(self) -> int:
-        """Samples delivered, padding apart."""
-        return self._assembler.seen
+        """Number of samples delivered, without padding."""
+        return self._collator.seen
 
     def batches(self, requests: Iterable[Request]) -> Batches:
-        """Starts to make the requested batches, and returns them one by one in the order of the requests.
+        """Starts to make the requested batches.
 
         Args:
-            requests: Kind (`train` or `evaluate`), first sample and count of each batch; may be endless; read in
-                another thread.
+            requests: (kind, first sample, count) of each batch, with kind `train` or `evaluate`. The iterable may be
+                endless; it is read in another thread.
 
         Returns:
-            An iterator with `close()`; work stops when it is closed, used up or forgotten. An error of a worker
-            is raised in it, with the worker's traceback. It raises `TooManyBroken` where none of the first clips
-            could be read.
+            An iterator over the batches in the order of the requests. Work stops when it is exhausted, closed with
+            `close()` or garbage-collected. An exception of a worker is raised by the iterator, with the worker's
+            traceback. The iterator raises `TooManyBroken` if none of the first clips can be read.
         """
         stream = BatchStream(
-            self._assembler,
+            self._collator,
             iter(requests),
             self._stats,
             workers=self.config.num_workers(),
@@ -174,33 +164,33 @@ class Loader:
         return Batches(stream)
 
     def stats(self) -> dict[str, StageStats]:
-        """Returns what each stage did so far: `plan`, `decode` (over all workers), `collate`, `wait`.
+        """Returns a copy of the statistics of each stage: `plan`, `decode` (sum over all workers), `collate`, `wait`.
 
-        With a decoder of whole batches the workers `prepare` clips, and `decode` is of batches, over its pipelines.
+        With a `BatchDecoder` there is a stage `prepare` for clips, and `decode` counts batches over its pipelines.
 
-        `wait` is the consumer: `get_wait_s` while it waited for a batch, `busy_s` between two batches.
+        `wait` is the consumer: `get_wait_s` is the time it waited for batches, `busy_s` the time between batches.
         """
         return {name: replace(stats) for name, stats in self._stats.items()}
 
     def check_broken(self, broken: int | None = None, seen: int | None = None) -> None:
-        """Stops a run that reads too little of its data.
+        """Raises an error if too large a share of the samples could not be read.
 
         Args:
-            broken: Broken samples so far, over all ranks; this loader's own by default.
-            seen: Samples so far, likewise.
+            broken: Number of broken samples over all ranks; by default those of this loader.
+            seen: Number of samples over all ranks; by default those of this loader.
 
         Raises:
-            TooManyBroken: The share is above `max_broken`, once 50 samples have been seen.
+            TooManyBroken: The share is above `max_broken` after at least 50 samples.
         """
         broken, seen = self.broken if broken is None else broken, self.seen if seen is None else seen
-        if seen >= JUDGED_AFTER and broken > self.config.max_broken * seen:
+        if seen >= MIN_SAMPLES and broken > self.config.max_broken * seen:
             raise TooManyBroken(
                 f"{broken} of {seen} clips could not be read, more than loading.max_broken = "
-                f"{self.config.max_broken:g} allows{self._assembler.named()}"
+                f"{self.config.max_broken:g} allows{self._collator.first_reasons()}"
             )
 
     def close(self) -> None:
-        """Ends all threads and processes, and closes the decoder of whole batches, if that is what there is."""
+        """Ends all threads and processes, and closes a `BatchDecoder`."""
         for stream in list(self._streams):
             stream.close()
         if self._processes is not None:
@@ -216,16 +206,16 @@ class Loader:
 
 
 class Batches(Iterator[Batch]):
-    """The batches of one call of `Loader.batches`; `close()` ends its threads, and so does forgetting it."""
+    """Iterator over the batches of one call of `Loader.batches`. Closing or garbage-collecting it ends the threads."""
 
     def __init__(self, stream: BatchStream) -> None:
         self._stream = stream
-        # The threads hold the stream, not this: when the consumer lets go of it, the threads end.
+        # The threads refer to the stream, not to this object: they end when the consumer drops it.
         self._close = weakref.finalize(self, stream.close)
 
     def __next__(self) -> Batch:
         return self._stream.next_batch()
 
     def close(self) -> None:
-        """Ends the threads; batches on their way are dropped."""
+        """Ends the threads; prefetched batches are dropped."""
         self._close()

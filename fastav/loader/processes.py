@@ -1,8 +1,8 @@
-"""Decoding in processes: threads hand clips over and find the samples in shared memory.
+"""Decoding in worker processes: threads send clips and receive the samples in shared memory.
 
-What a thread of the loader holds Python's lock for is then a message each way instead of a decode, so that many workers
-scale, and a codec that crashes costs its clip and not the run. What it costs: memory and a start for each process, and
-one more copy of every sample. `benchmarks.loader_workers` and `python -m benchmarks data` measure both kinds.
+A loader thread then holds the GIL for one message each way instead of for parts of a decode, so many workers scale. A
+codec that crashes costs one clip and not the run. The price is memory and start-up time of each process, and one more
+copy of every sample. `benchmarks.loader_workers` and `python -m benchmarks data` measure both kinds of worker.
 """
 
 from __future__ import annotations
@@ -32,60 +32,61 @@ from fastav.core.process_pool import server, start_worker
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media.decoder import ClipDecoder, Sample
 
-_LEFT_TO_THE_PARENT = (signal.SIGTERM, signal.SIGUSR1)  # sent to all processes of a job, whose steps want to end well
+# Schedulers send these to all processes of a job. Workers ignore them, so that the parent can finish its step.
+_IGNORED_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class DecoderProcesses:
-    """A decoder whose work is done elsewhere; for any number of threads, of which `count` decode at a time.
+    """A `ClipDecoder` that decodes in worker processes. Any number of threads may call it; `count` decode at a time.
 
-    What it returns lies in the memory of the process that made it, which decodes no other clip until the last of the
-    tensors is let go of.
+    The returned tensors are views of memory shared with the worker process. It decodes no other clip until the last of
+    them is freed.
 
     Args:
-        decoder: What each process gets a copy of.
-        count: Processes, each started when it is first needed.
+        decoder: Decoder that each process gets a copy of.
+        count: Number of processes; each is started when it is first needed.
 
     Raises:
-        UserError: Not on Linux.
+        UserError: The operating system is not Linux.
     """
 
     def __init__(self, decoder: ClipDecoder, count: int) -> None:
         if not hasattr(os, "memfd_create"):
-            raise UserError('loading.worker: "process" given, which needs Linux; "thread" works here')
+            raise UserError('loading.worker = "process" needs Linux; use "thread"')
         self.name, self.read = decoder.name, decoder.read
         self._decoder = decoder
-        # A simple queue, as the garbage collector may give a process back in the middle of another call.
+        # SimpleQueue is re-entrant: the garbage collector may return a process in the middle of another call.
         self._idle: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()
         for _ in range(count):
             self._idle.put(None)
-        self._there = _ProcessSet()
-        # At the end of the program this runs before multiprocessing waits for its children.
-        self._end = Finalize(self, self._there.end, exitpriority=10)
+        self._processes = _ProcessSet()
+        # At interpreter exit this runs before multiprocessing waits for its children.
+        self._end = Finalize(self, self._processes.end, exitpriority=10)
 
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
-        """See `Decoder.decode`.
+        """Decodes a clip in a worker process, see `ClipDecoder.decode`.
 
         Raises:
-            MediaError: As the decoder says; or its process died of the clip, and the next one gets a new process.
+            MediaError: Raised by the decoder, or the process crashed on the clip; the next clip gets a new process.
         """
         process = self._idle.get()
         try:
-            process = process or self._there.add(_Process(self._decoder))
-            made = process.decode(clip, plans)
+            process = process or self._processes.add(_Process(self._decoder))
+            decoded = process.decode(clip, plans)
         except BaseException as error:
             if process is not None:
-                self._there.drop(process)
+                self._processes.drop(process)
             self._idle.put(None)
-            if isinstance(error, _Died):
+            if isinstance(error, _ProcessDied):
                 raise MediaError(clip.source, f"the decoder crashed ({error})", "decode") from None
             raise
-        if isinstance(made, Exception):
+        if isinstance(decoded, Exception):
             self._idle.put(process)
-            raise made
-        room_N = np.frombuffer(process.room, np.uint8)
-        # All tensors below are views of this array, and hold it.
-        weakref.finalize(room_N, self._idle.put, process).atexit = False
-        return [Sample(_look(room_N, frames), _look(room_N, mel)) for frames, mel in made.samples]
+            raise decoded
+        memory_N = np.frombuffer(process.memory, np.uint8)
+        # The tensors below are views of this array and keep it alive. The process is idle again when all are freed.
+        weakref.finalize(memory_N, self._idle.put, process).atexit = False
+        return [Sample(_tensor_at(memory_N, frames), _tensor_at(memory_N, mel)) for frames, mel in decoded.samples]
 
     def close(self) -> None:
         """Ends the processes."""
@@ -93,7 +94,7 @@ class DecoderProcesses:
 
 
 class _ProcessSet:
-    """The processes that there are; once they have been ended, none is added."""
+    """The running processes. After `end`, no process can be added."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -101,10 +102,10 @@ class _ProcessSet:
         self._ended = False
 
     def add(self, process: _Process) -> _Process:
-        """Notes a process, or ends it where it is too late.
+        """Adds a process, or ends it if the set is already closed.
 
         Raises:
-            FastavError: It is.
+            FastavError: The set is closed.
         """
         with self._lock:
             if not self._ended:
@@ -114,16 +115,16 @@ class _ProcessSet:
         raise FastavError("the loader is closed")
 
     def drop(self, process: _Process) -> None:
-        """Ends one."""
+        """Removes and ends one process."""
         with self._lock:
-            here = process in self._processes
-            if here:
+            known = process in self._processes
+            if known:
                 self._processes.remove(process)
-        if here:
+        if known:
             process.end()
 
     def end(self) -> None:
-        """Ends all."""
+        """Ends all processes and closes the set."""
         with self._lock:
             self._ended = True
             processes, self._processes = self._processes, []
@@ -133,98 +134,100 @@ class _ProcessSet:
 
 @dataclass(frozen=True, slots=True)
 class _TensorPlace:
-    """Where a tensor lies in the room."""
+    """Location of a tensor in the shared memory; `offset` in bytes."""
 
-    at: int
+    offset: int
     shape: tuple[int, ...]
     dtype: str
 
 
 @dataclass(frozen=True, slots=True)
 class _DecodedClip:
-    """A clip's samples, as places in the room.
+    """Locations of a clip's samples in the shared memory.
 
     Attributes:
-        grown: Size of a new room whose descriptor follows; 0 where the old one does.
-        samples: Frames and spectrogram of each.
+        new_size: Bytes of a new memory block, whose file descriptor is sent next; 0 if the old block is still used.
+        samples: (frames, spectrogram) of each sample.
     """
 
-    grown: int
+    new_size: int
     samples: list[tuple[_TensorPlace | None, _TensorPlace | None]]
 
 
-class _Died(Exception):
-    """A process ended in the middle of a clip; says how."""
+class _ProcessDied(Exception):
+    """A process ended while it decoded a clip; the message is the signal or exit code."""
 
 
 class _Process:
-    """The parent's side of one process; for one thread at a time."""
+    """The parent's side of one worker process; not thread-safe."""
 
     def __init__(self, decoder: ClipDecoder) -> None:
         context: Any = server(__name__)
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, decoder), name="fastav-decode", daemon=True)
+        self._pipe, child_pipe = context.Pipe()
+        self._process = context.Process(
+            target=_worker_main, args=(child_pipe, decoder), name="fastav-decode", daemon=True
+        )
         self._process.start()
-        theirs.close()
-        self.room: mmap.mmap | bytes = b""
+        child_pipe.close()
+        self.memory: mmap.mmap | bytes = b""
 
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> _DecodedClip | Exception:
-        """Returns where in `room` the samples are, or what the decoder raised.
+        """Returns the locations of the samples in `memory`, or the exception that the decoder raised.
 
         Raises:
-            _Died: The process ended.
+            _ProcessDied: The process ended.
         """
         try:
             self._pipe.send((clip, list(plans)))
-            made: _DecodedClip | Exception = self._pipe.recv()
-            if isinstance(made, _DecodedClip) and made.grown:
+            decoded: _DecodedClip | Exception = self._pipe.recv()
+            if isinstance(decoded, _DecodedClip) and decoded.new_size:
                 descriptor = recv_handle(self._pipe)
-                self.room = mmap.mmap(descriptor, made.grown)
+                self.memory = mmap.mmap(descriptor, decoded.new_size)
                 os.close(descriptor)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             self._process.join()
             code = self._process.exitcode or 0
-            raise _Died(signal.Signals(-code).name if code < 0 else f"exit code {code}") from None
-        return made
+            raise _ProcessDied(signal.Signals(-code).name if code < 0 else f"exit code {code}") from None
+        return decoded
 
     def end(self) -> None:
-        """Ends the process, whatever it is at."""
+        """Kills the process, also in the middle of a decode."""
         self._pipe.close()
         self._process.kill()
         self._process.join()
 
 
-def _look(room_N: NDArray[np.uint8], part: _TensorPlace | None) -> Tensor | None:
-    """Returns a tensor of the room."""
-    if part is None:
+def _tensor_at(memory_N: NDArray[np.uint8], place: _TensorPlace | None) -> Tensor | None:
+    """Returns the tensor at a location of the shared memory, as a view."""
+    if place is None:
         return None
-    dtype = np.dtype(part.dtype)
-    size = int(np.prod(part.shape)) * dtype.itemsize
-    return torch.from_numpy(room_N[part.at : part.at + size].view(dtype).reshape(part.shape))
+    dtype = np.dtype(place.dtype)
+    size = int(np.prod(place.shape)) * dtype.itemsize
+    return torch.from_numpy(memory_N[place.offset : place.offset + size].view(dtype).reshape(place.shape))
 
 
-def _serve(pipe: Connection, decoder: ClipDecoder) -> None:
-    """What a process does: decodes clip after clip until the parent is gone."""
+def _worker_main(pipe: Connection, decoder: ClipDecoder) -> None:
+    """Main function of a worker process: decodes clips until the parent closes the pipe."""
     start_worker()
-    for number in _LEFT_TO_THE_PARENT:
+    for number in _IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    room = _SharedMemory()
+    memory = _SharedMemory()
     while True:
         try:
             clip, plans = pipe.recv()
         except EOFError:
             return
         try:
-            made, descriptor = room.put(decoder.decode(clip, plans))
+            decoded, descriptor = memory.put(decoder.decode(clip, plans))
         except MediaError as error:
             pipe.send(error)
             continue
         except Exception as error:
-            error.add_note(f"in a process of the loader:\n{traceback.format_exc()}")
+            error.add_note(f"in a loader process:\n{traceback.format_exc()}")
             pipe.send(error)
             continue
-        pipe.send(made)
+        pipe.send(decoded)
         if descriptor is not None:
             parent = multiprocessing.parent_process()
             send_handle(pipe, descriptor, getattr(parent, "pid", None))
@@ -232,15 +235,16 @@ def _serve(pipe: Connection, decoder: ClipDecoder) -> None:
 
 
 class _SharedMemory:
-    """The process's side of the memory that it shares with the parent; it has no name, so nothing outlives them."""
+    """The worker's side of the shared memory. It has no name in the file system, so it ends with the processes."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
 
     def put(self, samples: Sequence[Sample]) -> tuple[_DecodedClip, int | None]:
-        """Copies samples into the room, and returns where, and the descriptor of a new room where the old is too small.
+        """Copies samples into the shared memory. Tensors that several samples share are copied once.
 
-        Tensors that several samples share are copied once.
+        Returns:
+            The locations, and the file descriptor of a new memory block if the old one was too small, else None.
         """
         parts: dict[int, tuple[_TensorPlace, NDArray[Any]]] = {}
         size = 0
@@ -251,8 +255,8 @@ class _SharedMemory:
                 size += -(-array.nbytes // 64) * 64
         descriptor = self._grow(size) if size > len(self._bytes) else None
         for part, array in parts.values():
-            room = self._bytes[part.at : part.at + array.nbytes]
-            room.view(array.dtype).reshape(array.shape)[...] = array
+            target = self._bytes[part.offset : part.offset + array.nbytes]
+            target.view(array.dtype).reshape(array.shape)[...] = array
 
         def place(tensor: Tensor | None) -> _TensorPlace | None:
             return None if tensor is None else parts[id(tensor)][0]
@@ -261,7 +265,7 @@ class _SharedMemory:
         return _DecodedClip(0 if descriptor is None else size, places), descriptor
 
     def _grow(self, size: int) -> int:
-        """Makes a new room and returns its descriptor."""
+        """Allocates a new memory block and returns its file descriptor."""
         descriptor = os.memfd_create("fastav-samples", os.MFD_CLOEXEC)
         os.ftruncate(descriptor, size)
         self._bytes = np.frombuffer(mmap.mmap(descriptor, size), np.uint8)

@@ -45,7 +45,8 @@ _SEEK_BACK_S = (0.0, 1.0, 4.0, 16.0)
 
 _MOST_REORDERED = 64  # packets at the head of a file among which an earlier picture could still come
 _MARGIN_S = 1.0  # read on so far past the end: more than any reordering
-_HELD_BYTES = 1 << 26  # of a longer span the packets' marks are kept alone, and the needed packets read again
+HELD_BYTES = 1 << 26
+"""Of a longer span the packets' marks are kept alone, and the needed packets read again."""
 
 
 class _Mark(NamedTuple):
@@ -95,8 +96,8 @@ class PacketReader:
             self._packets.clear()
             return
         held, self._held = self._held, self._held + packet.size
-        if self._held > _HELD_BYTES:
-            if held <= _HELD_BYTES:
+        if self._held > HELD_BYTES:
+            if held <= HELD_BYTES:
                 self._packets = [_Mark.of(earlier) for earlier in self._packets]
             packet = _Mark.of(packet)
         self._packets.append(packet)
@@ -123,7 +124,7 @@ class PacketReader:
             run = {pts for pts in wanted if first <= place[pts] <= last}
             context.flush_buffers()
             checked = self._packets[first].is_discard
-            for frame in self._decode(first, last, run if skips else None):
+            for frame in self.decode_run(first, last, run if skips else None):
                 if not checked and not frame.key_frame:
                     raise UncertainSeek("decoding did not start at a keyframe")
                 checked = True
@@ -176,10 +177,10 @@ class PacketReader:
             runs.append((first, place[pts]))
         return runs
 
-    def _decode(self, first: int, last: int, keep: set[int] | None) -> Iterator[av.VideoFrame]:
+    def decode_run(self, first: int, last: int, keep: set[int] | None) -> Iterator[av.VideoFrame]:
         """Decodes packets first..last and drains the decoder; `keep`: leave disposable frames out but these."""
         context = self.stream.codec_context
-        held = self._held <= _HELD_BYTES
+        held = self._held <= HELD_BYTES
         for packet in self._packets[first : last + 1] if held else self._read_again(first, last):
             if keep is not None:
                 context.skip_frame = "DEFAULT" if packet.pts in keep else "NONREF"

@@ -97,7 +97,7 @@ class AVModel(nn.Module):
     def __init__(self, config: Model, classes: Sequence[str], inputs: Inputs, frontend: Frontend) -> None:
         super().__init__()
         if not classes:
-            raise UserError("model: no classes given, at least one expected")
+            raise UserError("model: the list of classes is empty; expected at least one")
         self.config, self.classes, self.inputs, self.frontend = config, tuple(classes), inputs, frontend
         self.modalities = config.fusion.modalities
         K = len(self.classes)
@@ -118,7 +118,10 @@ class AVModel(nn.Module):
         self.video: Tower | None = towers["video"]
         self.audio: Tower | None = towers["audio"]
         if self.audio is not None and (frontend.mean is None or frontend.std is None):
-            raise UserError("frontend.mean, frontend.std: absent; both expected (a run measures them when it starts)")
+            raise UserError(
+                "frontend.mean and frontend.std are not set; a model with audio needs both (a run measures them when "
+                "it starts)"
+            )
         video = self.video
         self.register_buffer("video_mean_C", torch.tensor(video.mean if video else ()), persistent=False)
         self.register_buffer("video_std_C", torch.tensor(video.std if video else ()), persistent=False)
@@ -136,7 +139,7 @@ class AVModel(nn.Module):
         for key in ("model.video", "model.audio"):
             tower: TowerConfig = getattr(config, key.rpartition(".")[2])
             if tower.weights or tower.init_from:
-                raise UserError(f"model.init_from and a start of {key} are both given, one of them expected")
+                raise UserError(f"model.init_from and {key}.weights or .init_from are both set; set only one of them")
         model = cls.empty(config, classes, sampling, frontend)
         _start_from(model, config.init_from)
         return model
@@ -191,13 +194,13 @@ class AVModel(nn.Module):
         if self.video is None:
             frames_BTCHW = has_video_B = None
         elif frames_BTCHW is None:
-            raise ValueError("frames_BTCHW: None given, the frames expected by this model")
+            raise ValueError("frames_BTCHW is required by this model (got None)")
         else:
             frames_BTCHW = normalise_frames(frames_BTCHW, self.video_mean_C, self.video_std_C)
         if self.audio is None:
             mel_BWCML = window_BW = has_audio_B = None
         elif mel_BWCML is None:
-            raise ValueError("mel_BWCML: None given, the spectrogram expected by this model")
+            raise ValueError("mel_BWCML is required by this model (got None)")
         else:
             mel_BWCML = self._mel(mel_BWCML, band_B2)
         if mix_B is not None and partner_B is not None:
@@ -290,7 +293,7 @@ class AVModel(nn.Module):
         folder = model_folder(_folder_of(str(source)))
         description = read_description(folder, where)
         if description.get("format") != FORMAT:
-            raise UserError(f"{where}: format {description.get('format')} given, {FORMAT} expected")
+            raise UserError(f"{where}: its format is {description.get('format')}, this version reads format {FORMAT}")
         try:
             saved = msgspec.convert(description.get("model"), Model)
             classes = msgspec.convert(description.get("classes"), list[str])
@@ -361,13 +364,13 @@ def _folder_of(source: str) -> Path:
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
-        raise UserError(f'model "{source}": there is no such folder')
+        raise UserError(f'model "{source}": no such folder')
     try:
         return Path(snapshot_download(source, allow_patterns=[DESCRIPTION, WEIGHTS]))
     except Exception as error:  # whatever the network, the cache or the hub raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f'model "{source}": there is no such folder, and the hub did not give a model of that name ({reason})'
+            f'model "{source}": no such folder, and no model of that name could be loaded from the hub ({reason})'
         ) from error
 
 
@@ -383,12 +386,12 @@ def load_strictly(model: AVModel, state: Mapping[str, Tensor], where: str) -> No
         "missing": [name for name in own if name not in state],
         "unknown": [name for name in state if name not in own],
         "of another shape": [
-            f"{name}: {given} given, {expected} expected"
+            f"{name}: got {given}, expected {expected}"
             for name, (given, expected) in shapes.items()
             if given != expected
         ],
     }
     text = "; ".join(f"{len(names)} {what} ({', '.join(names[:3])})" for what, names in wrong.items() if names)
     if text:
-        raise UserError(f"{where}: its parameters are not those of this model: {text}")
+        raise UserError(f"{where}: its parameters do not match this model: {text}")
     model.load_state_dict(state)

@@ -146,7 +146,7 @@ def use_bottleneck_blocks(
         if not plain:
             raise UserError(
                 f'{tower.where}: block {number} of "{tower.name}" has normalised queries, a gate or dropout in '
-                'its attention; plain attention expected by fusion kind "bottleneck"'
+                'its attention; fusion "bottleneck" needs plain attention'
             )
         need_bottleneck = last_needs_bottleneck or number + 1 < len(tower.blocks)
         tower.replace_block(number, BottleneckBlock(block, frames, attention, need_bottleneck))

@@ -136,7 +136,7 @@ def mbt_state(tree: Tree) -> dict[str, Tensor]:
             axes = (value.ndim - 1, value.ndim - 2, *range(value.ndim - 2))
             state[_PATCHES[name]] = _tensor(value.transpose(axes))
         else:
-            raise UserError(f'"{name}" is no parameter of scenic\'s MBT')
+            raise UserError(f'unknown parameter "{name}"; not part of scenic\'s MBT')
     for place, block in blocks.items():
         state.update((f"{place}.{name}", value) for name, value in _block(block))
     return state
@@ -153,7 +153,7 @@ def _block(block: Mapping[str, NDArray[Any]]) -> Iterator[tuple[str, Tensor]]:
         elif name == f"{_ATTENTION}out/kernel":
             yield "attn.proj.weight", _tensor(value.reshape(-1, width).T)
         elif not name.startswith(_ATTENTION):
-            raise UserError(f'"{name}" is no parameter of a block of scenic\'s MBT')
+            raise UserError(f'unknown parameter "{name}" in an encoder block; not part of scenic\'s MBT')
     kernels = [block[f"{_ATTENTION}{part}/kernel"].reshape(width, -1).T for part in _PARTS]
     yield "attn.qkv.weight", _tensor(np.concatenate(kernels))
     yield "attn.qkv.bias", _tensor(np.concatenate([block[f"{_ATTENTION}{part}/bias"].reshape(-1) for part in _PARTS]))

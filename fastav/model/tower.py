@@ -104,7 +104,7 @@ class TowerConfig(Config, frozen=True):
             if key in self.args:
                 raise UserError(f"{where}.args.{key}: cannot be given here; {instead}")
         if self.weights and self.init_from:
-            raise UserError(f"{where}: weights and init_from are both given, one of them expected")
+            raise UserError(f"{where}: weights and init_from are both set; set only one of them")
         make = _from_factory if is_external(self.name) else _from_timm
         net = make(self, where, input_size, num_classes)
         if self.weights not in ("", "timm"):
@@ -208,8 +208,8 @@ class Tower(nn.Module):
         """Raises a UserError, which names this tower, where `fusion` cannot enter its blocks."""
         if not self.is_vit:
             raise UserError(
-                f'{self.where}.name: "{self.name}" given, a ViT of plain timm blocks expected (such as '
-                f'vit_base_patch16_224), which fusion kind "{fusion}" enters; late and score take any tower'
+                f'{self.where}.name: "{self.name}" is not a plain timm ViT, which fusion "{fusion}" needs; use one '
+                'such as vit_base_patch16_224, or fusion "late" or "score", which take any tower'
             )
 
     def rows_per_clip(self, rows: int) -> None:
@@ -297,8 +297,8 @@ class Tower(nn.Module):
         """Returns the names of the parameters of the embedding and the first so many blocks."""
         if not hasattr(self.net, "group_matcher"):
             raise UserError(
-                f'{self.where}.freeze: {blocks} given, but "{self.name}" has no group_matcher() that tells '
-                "its blocks; 0 or -1 expected"
+                f'{self.where}.freeze = {blocks}: "{self.name}" has no group_matcher(), so single blocks cannot be '
+                "frozen; use 0 or -1"
             )
         # timm puts what its matcher does not know (neck and head) behind the last block; so it does this
         # name.
@@ -308,7 +308,7 @@ class Tower(nn.Module):
         layer = group_parameters(listing, self.net.group_matcher(), reverse=True)
         most = layer[rest] - 1
         if blocks > most:
-            raise UserError(f'{self.where}.freeze: {blocks} given, at most the {most} blocks of "{self.name}"')
+            raise UserError(f'{self.where}.freeze = {blocks}: "{self.name}" has only {most} blocks')
         return {name for name in names if layer[name] <= blocks}
 
     def train(self, mode: bool = True) -> Tower:
@@ -392,8 +392,8 @@ def _from_timm(config: TowerConfig, where: str, input_size: tuple[int, int], num
     if not timm.is_model(config.name):
         near = did_you_mean(config.name, timm.list_models())
         raise UserError(
-            f'{where}.name: "{config.name}" is no model of timm {timm.__version__}{near}; '
-            "`module:factory` names a function of your own"
+            f'{where}.name: "{config.name}" is not a model of timm {timm.__version__}{near}; '
+            "a function of your own is named module:function"
         )
     kwargs: dict[str, Any] = {"num_classes": num_classes, **config.args}
     if config.drop_path:
@@ -416,8 +416,8 @@ def _pretrained(config: TowerConfig, where: str, kwargs: dict[str, Any]) -> nn.M
     except Exception as error:  # whatever the network, the cache or the arguments raise
         reason = " ".join(str(error).split())[:300]
         raise UserError(
-            f'{where}.weights: "timm" given, but the weights of "{config.name}" cannot be had ({reason}); '
-            "a .safetensors file expected where there is no network"
+            f'{where}.weights = "timm": the weights of "{config.name}" could not be loaded ({reason}); '
+            "without a network, give a .safetensors file"
         ) from error
 
 
@@ -425,7 +425,7 @@ def _from_factory(config: TowerConfig, where: str, input_size: tuple[int, int], 
     """Calls a function outside this project, see `TowerConfig`."""
     factory: Callable[..., nn.Module] = load_external(config.name, f"{where}.name")
     if config.weights == "timm":
-        raise UserError(f'{where}.weights: "timm" given, but "{config.name}" is not a model of timm')
+        raise UserError(f'{where}.weights = "timm": "{config.name}" is not a timm model')
     kwargs = dict(config.args) | ({"drop_path_rate": config.drop_path} if config.drop_path else {})
     try:
         net = factory(input_size=input_size, num_classes=num_classes, **kwargs)
@@ -433,7 +433,7 @@ def _from_factory(config: TowerConfig, where: str, input_size: tuple[int, int], 
         raise UserError(f"{where}.args: {_reason(error)}") from error
     for name in ("forward_features", "forward_head", "get_classifier", "num_features"):
         if not hasattr(net, name):
-            raise UserError(f'{where}.name: what "{config.name}" returns has no {name}, which a tower needs')
+            raise UserError(f'{where}.name: the module returned by "{config.name}" has no {name}, which a tower needs')
     return net
 
 

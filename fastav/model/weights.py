@@ -47,10 +47,10 @@ def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
         UserError: where it is not there or no safetensors file; `where` names the key it came from.
     """
     if not path.is_file():
-        raise UserError(f'{where}: "{path}" is no file')
+        raise UserError(f'{where}: "{path}": no such file')
     if path.suffix != ".safetensors":
         raise UserError(
-            f'{where}: "{path.name}" given, a .safetensors file expected (other formats run code when read)'
+            f'{where}: "{path.name}" is not a .safetensors file (other formats can run code when they are read)'
         )
     try:
         return load_file(path)

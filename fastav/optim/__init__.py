@@ -1,1 +1,1 @@
-"""Optimizer, schedules, weight averages, and the watch over the loss."""
+"""Optimizer, learning-rate schedules, averaged weights (EMA), and the loss guard."""

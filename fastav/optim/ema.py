@@ -1,4 +1,4 @@
-"""Exponentially averaged weights."""
+"""Ema: exponential moving average of the weights."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ NUM_UPDATES = "num_updates"
 
 
 class Ema:
-    """Exponentially averaged weights, float32: average <- d average + (1 - d) weight after each step.
+    """Exponential moving average of the weights in float32: average <- d average + (1 - d) weight after each step.
 
-    d = min(decay, (1 + n) / (10 + n)) at the n-th step, so that short runs are not held at their initial weights.
-    Buffers (BatchNorm's statistics) are copied. Works on shards (DTensors): everything is elementwise.
+    d = min(decay, (1 + n) / (10 + n)) at the n-th step, so that short runs are not dominated by their initial weights.
+    Buffers (BatchNorm statistics) are copied. All operations are elementwise, so they work on shards (DTensors).
 
     Args:
-        model: Its trainable parameters are averaged; they must stay the same objects.
+        model: Model whose trainable parameters are averaged. The parameters must stay the same objects.
         decay: Upper bound of d.
-        shards: What this process keeps of these parameters, by name; None: the parameters themselves.
-        refresh: Makes the model see what was written into the shards.
+        shards: Name -> this rank's shard of each trainable parameter; None for the parameters themselves.
+        refresh: Called after the shards were overwritten, to update the model from them.
+
+    Example:
+        ema = Ema(model, decay=0.999)
+        ema.update()  # after each optimizer step
+        with ema.swap():
+            evaluate(model)
     """
 
     def __init__(
@@ -43,7 +49,7 @@ class Ema:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes in the weights after an optimizer step."""
+        """Updates the averages with the current weights. Call it after each optimizer step."""
         self.num_updates += 1
         decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
         weights = [p.detach().float() for p in self._parameters.values()]
@@ -53,7 +59,7 @@ class Ema:
 
     @contextmanager
     def swap(self) -> Iterator[None]:
-        """Within the block the model holds the averages; afterwards, also on an error, its own weights, bit for bit."""
+        """Context manager in which the model holds the averages. On exit its own weights are restored bit for bit."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         own_buffers = {name: b.detach().clone() for name, b in self._buffers.items()}
         try:
@@ -67,14 +73,14 @@ class Ema:
             self._refresh()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Averages and copied buffers by their names in the model, and `num_updates`; not copies."""
+        """Returns averages and buffers by their names in the model, and `num_updates`. The tensors are not copies."""
         return {**self._average, **self._copied, NUM_UPDATES: torch.tensor(self.num_updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restores `state_dict`.
+        """Restores a `state_dict`.
 
         Raises:
-            FastavError: The state is of other parameters.
+            FastavError: The state belongs to another model.
         """
         own = {**self._average, **self._copied}
         check_names(own.keys(), state.keys() - {NUM_UPDATES}, "averaged weights")

@@ -1,9 +1,14 @@
 """The optimizer and its parameter groups.
 
-Parameter groups follow timm's (after BEiT): biases, norms and other 1-D parameters, position embeddings and class,
-register and bottleneck tokens are not decayed; a network's blocks can have a learning rate that falls by
-`layer_decay` per block from the head down; each tower has its own factor; what is frozen is left out. A group's
-learning rate is the schedule's times its `lr_scale`.
+Parameter groups follow timm's (after BEiT):
+
+* Weight decay is not applied to biases, norms and other 1-D parameters, position embeddings, and class, register and
+  bottleneck tokens.
+* The learning rate of a network's blocks can fall by `layer_decay` per block, from the head down.
+* Each tower has its own learning-rate factor.
+* Frozen parameters are in no group.
+
+The learning rate of a group is that of the schedule times the group's `lr_scale`.
 """
 
 from __future__ import annotations
@@ -22,27 +27,29 @@ from fastav.core.config import Config, NonNegativeFloat, PositiveFloat
 from fastav.core.errors import UserError
 from fastav.optim.schedule import Cosine, Schedule, ScheduleConfig, make_schedule
 
-# The last part of the names of parameters that are tables of positions or single tokens, whatever their shape.
+# Last part of the names of position embeddings and tokens, which are not decayed whatever their shape.
 _TOKEN_OR_POSITION = re.compile(r".*(pos_embed|pos_emb|position|positions|tokens?|bottleneck|bias_table)")
 _BELOW_ONE = Annotated[float, Meta(ge=0, lt=1)]
 
 
 class Optim(Config, frozen=True):
-    """Optimizer and schedule.
+    """Optimizer and learning-rate schedule.
 
     Attributes:
-        name: `adamw`, `sgd`, `adam`, `rmsprop` or `adagrad` of torch, made by timm's factory. AdamW's weight decay is
-            decoupled, that of the others is added to the gradient.
-        lr: Peak learning rate for the nominal global batch; nothing scales it.
-        weight_decay: For the parameters that are decayed at all (see `fastav.optim.optimizer`).
-        betas: Of adamw and adam.
-        momentum: Of sgd and rmsprop.
-        nesterov: Nesterov's momentum in sgd.
-        eps: Of all but sgd; absent: the optimizer's own default.
-        layer_decay: Factor of the learning rate from each block of a tower to the one below; 1 is off.
-        clip_norm: Global norm to which gradients are clipped; 0 is off.
-        ema: Decay of the averaged weights that are evaluated and saved; 0 is off.
-        schedule: Course of the learning rate.
+        name: Optimizer of torch. The weight decay of adamw is decoupled; that of the others is added to the gradient.
+        lr: Peak learning rate for the global batch `train.batch`. It is not scaled by the batch size or the number of
+            processes.
+        weight_decay: Weight decay. Biases, norms, position embeddings and tokens are not decayed.
+        betas: The two beta coefficients of adamw and adam; other optimizers ignore them.
+        momentum: Momentum of sgd and rmsprop; other optimizers ignore it.
+        nesterov: Whether sgd uses Nesterov momentum.
+        eps: Constant added to the denominator for numerical stability, in all optimizers but sgd. If absent, the
+            default of the optimizer.
+        layer_decay: Factor of the learning rate from each block of a tower to the block below it; 1 disables it.
+        clip_norm: Largest global gradient norm; larger gradients are scaled down to it. 0 disables clipping.
+        ema: Decay of the exponentially averaged weights, which are evaluated and saved instead of the trained ones; 0
+            disables averaging.
+        schedule: Learning-rate schedule: `cosine`, `plateau`, `constant` or `step`.
     """
 
     name: Literal["adamw", "sgd", "adam", "rmsprop", "adagrad"] = "adamw"
@@ -60,15 +67,25 @@ class Optim(Config, frozen=True):
     def build(
         self, model: nn.Module, total_steps: int, lr_scales: Mapping[str, float] | None = None
     ) -> tuple[Optimizer, Schedule]:
-        """Makes the optimizer of a model's trainable parameters and its schedule.
+        """Makes the optimizer of a model's trainable parameters, and its schedule.
 
         Args:
-            model: Any module; parameters of networks with timm's `group_matcher()` get layer-wise rates.
+            model: Any module. With `layer_decay`, networks with timm's `group_matcher()` get layer-wise learning rates.
             total_steps: Optimizer steps of the whole run, at least 1.
             lr_scales: Name of a submodule, such as `video` -> factor of its learning rate.
 
+        Returns:
+            The optimizer and its schedule.
+
         Raises:
-            UserError: Everything is frozen, but there are steps to train.
+            UserError: All parameters are frozen although there are steps to train.
+
+        Example:
+            optimizer, schedule = Optim(lr=1e-3).build(model, total_steps=1000)
+            for step in range(1000):
+                schedule.set_step(step)
+                ...
+                optimizer.step()
         """
         groups = parameter_groups(model, self.weight_decay, self.layer_decay, lr_scales or {})
         if not groups and total_steps > 1:
@@ -111,14 +128,14 @@ def parameter_groups(
         scale = lr_scales.get(part, 1.0) * layer_decay ** (last - layer)
         token = name in undecayed or _TOKEN_OR_POSITION.fullmatch(name.rpartition(".")[2])
         decayed = parameter.ndim > 1 and not token
-        words = [network or part or name.partition(".")[0]]
+        key = [network or part or name.partition(".")[0]]
         if layer_decay != 1 and last:
-            words.append(f"layer{layer:02d}")
-        words.append("decay" if decayed else "no_decay")
+            key.append(f"layer{layer:02d}")
+        key.append("decay" if decayed else "no_decay")
         group = groups.setdefault(
-            ".".join(words),
+            ".".join(key),
             {
-                "name": ".".join(words),
+                "name": ".".join(key),
                 "params": [],
                 "param_names": [],
                 "weight_decay": weight_decay if decayed else 0.0,
@@ -131,7 +148,7 @@ def parameter_groups(
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    """Names of the parameters that the model or a network in it says are not to be decayed (timm's convention)."""
+    """Returns names of parameters that the model or its networks exclude from decay (timm's `no_weight_decay()`)."""
     return {
         (f"{path}." if path else "") + name
         for path, module in model.named_modules()
@@ -141,12 +158,12 @@ def _undecayed(model: nn.Module) -> set[str]:
 
 
 def _layers(model: nn.Module) -> dict[str, tuple[str, int, int]]:
-    """Parameter name -> (its network, its layer, the layer of the head), for all networks that know their layers.
+    """Returns parameter name -> (network, layer, layer of the head) for networks with timm's `group_matcher()`.
 
-    As in timm, layer 0 is the embedding and a final norm belongs to the last block.
+    As in timm, layer 0 is the embedding, and a final norm belongs to the last block.
     """
     found: dict[str, tuple[str, int, int]] = {}
-    head = "\0"  # a name no matcher knows: timm puts it behind the last block, where heads are
+    head = "\0"  # matches no pattern, so timm places it after the last block, where heads are
     for path, module in model.named_modules():
         if hasattr(module, "group_matcher"):
             parameters = [*module.named_parameters(), (head, None)]

@@ -1,4 +1,4 @@
-"""An optimizer's state as named tensors and JSON, never pickled."""
+"""State of an optimizer as named tensors and JSON, without pickle."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fastav.core.errors import FastavError
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and JSON.
+    """Returns the state of an optimizer as named tensors and JSON.
 
     Args:
-        optimizer: Made by `Optim.build`, whose groups know their parameters' names.
+        optimizer: Optimizer of `Optim.build`, whose groups hold the names of their parameters.
 
     Returns:
-        `parameter:key` -> tensor (not copies), and the rest: the optimizer's class, the parameters that have a
-        state, and what of it is no tensor.
+        `parameter:key` -> tensor (not a copy), and a JSON-serialisable dict with the class of the optimizer, the names
+        of its parameters, and state that is not a tensor.
     """
     tensors: dict[str, Tensor] = {}
     others: dict[str, dict[str, Any]] = {}
@@ -34,20 +34,20 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Puts back what `optimizer_tensors` gave; learning rate, decay and the like stay those of the groups.
+    """Restores the result of `optimizer_tensors`. Learning rate, decay etc. of the groups are not changed.
 
     Raises:
-        FastavError: The state is another optimizer's, or of other parameters.
+        FastavError: The state belongs to another kind of optimizer or to other parameters.
     """
     if meta["optimizer"] != type(optimizer).__name__:
-        raise FastavError(f"the saved optimizer is {meta['optimizer']}, not {type(optimizer).__name__}")
+        raise FastavError(f"the saved optimizer is {meta['optimizer']}, expected {type(optimizer).__name__}")
     named = _named(optimizer)
     check_names(named.keys(), meta["parameters"], "optimizer")
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in meta["others"].items()}
     for full, tensor in tensors.items():
         name, _, key = full.rpartition(":")
         state.setdefault(name, {})[key] = tensor.clone()
-    # torch's own loading knows which tensors go to the parameter's device and which, as step counts, do not.
+    # torch's load_state_dict moves tensors to the parameter's device, except those such as step counts that stay.
     content = optimizer.state_dict()
     number = {
         name: n
@@ -66,13 +66,18 @@ def _named(optimizer: Optimizer) -> dict[str, Tensor]:
     }
 
 
-def check_names(own: Any, given: Any, what: str) -> None:
-    """Refuses saved tensors whose names are not those of this run.
+def check_names(own: Any, saved: Any, what: str) -> None:
+    """Checks that the names of saved tensors are those of this run.
+
+    Args:
+        own: Names of this run.
+        saved: Names in the saved state.
+        what: Owner of the state, for the error message.
 
     Raises:
-        FastavError: Names that are missing or unknown.
+        FastavError: Names are missing or unknown; the message gives the first one.
     """
-    missing, strange = sorted(set(own) - set(given)), sorted(set(given) - set(own))
-    if missing or strange:
-        first = f'"{missing[0]}" is missing' if missing else f'"{strange[0]}" is unknown to the model'
+    missing, unknown = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+    if missing or unknown:
+        first = f'"{missing[0]}" is missing' if missing else f'"{unknown[0]}" is unknown to the model'
         raise FastavError(f"the saved state of the {what} is of another model: {first}")

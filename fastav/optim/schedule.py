@@ -1,7 +1,7 @@
-"""Learning-rate schedules: pure functions of the number of the optimizer step.
+"""Learning-rate schedules: pure functions of the optimizer step.
 
-`plateau` is also one of the metrics it was given. So resuming needs no replay, and accumulation or the number of
-processes cannot step a schedule twice.
+`plateau` also depends on the evaluation metrics recorded so far. So resuming needs no replay, and neither gradient
+accumulation nor the number of processes can advance a schedule twice.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Protocol
 from msgspec import Meta
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from fastav.core.config import Kind, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
@@ -21,8 +22,8 @@ class Cosine(Kind, frozen=True, tag="cosine"):
     """Linear warm-up, then half a cosine down to `min_lr` at the last step.
 
     Attributes:
-        warmup: Share of all steps if below 1, else a number of steps.
-        min_lr: Learning rate at the end.
+        warmup: Length of the linear warm-up: a share of all optimizer steps if below 1, else a number of steps.
+        min_lr: Learning rate at the last step.
     """
 
     warmup: NonNegativeFloat = 0.05
@@ -30,13 +31,13 @@ class Cosine(Kind, frozen=True, tag="cosine"):
 
 
 class Plateau(Kind, frozen=True, tag="plateau"):
-    """The learning rate times `factor` whenever the evaluation metric has not risen for some time.
+    """Linear warm-up, then a learning rate that drops when the evaluation metric stops improving.
 
     Attributes:
-        factor: What the rate is multiplied by.
-        patience: Evaluations without a new best that are put up with.
-        warmup: Share of all steps if below 1, else a number of steps.
-        min_lr: The rate never falls below this.
+        factor: Factor of the learning rate at each drop.
+        patience: The learning rate drops after more than this number of evaluations in a row without improvement.
+        warmup: Length of the linear warm-up: a share of all optimizer steps if below 1, else a number of steps.
+        min_lr: Lower bound of the learning rate.
     """
 
     factor: Annotated[float, Meta(gt=0, lt=1)] = 0.1
@@ -46,22 +47,22 @@ class Plateau(Kind, frozen=True, tag="plateau"):
 
 
 class Constant(Kind, frozen=True, tag="constant"):
-    """Linear warm-up, then always the same.
+    """Linear warm-up, then a constant learning rate.
 
     Attributes:
-        warmup: Share of all steps if below 1, else a number of steps.
+        warmup: Length of the linear warm-up: a share of all optimizer steps if below 1, else a number of steps.
     """
 
     warmup: NonNegativeFloat = 0.0
 
 
 class Step(Kind, frozen=True, tag="step"):
-    """Linear warm-up, then the learning rate times `factor` at regular distances.
+    """Linear warm-up, then a learning rate that drops at regular intervals.
 
     Attributes:
-        every: Distance: a share of all steps if below 1, else a number of steps.
-        factor: What the rate is multiplied by.
-        warmup: Share of all steps if below 1, else a number of steps.
+        every: Interval between drops: a share of all optimizer steps if below 1, else a number of steps.
+        factor: Factor of the learning rate at each drop.
+        warmup: Length of the linear warm-up: a share of all optimizer steps if below 1, else a number of steps.
     """
 
     every: PositiveFloat = 0.3
@@ -73,23 +74,34 @@ ScheduleConfig = Cosine | Plateau | Constant | Step
 
 
 class Schedule(Protocol):
-    """The course of the learning rate over a run."""
+    """Learning rate of each optimizer step."""
 
     def set_step(self, step: int) -> float:
-        """Sets the groups' rates for optimizer step `step` (0 is the first); returns the rate of factor 1."""
+        """Sets the learning rates of all groups for optimizer step `step`, counted from 0.
 
-    def note_metric(self, value: float) -> None:
-        """Takes the result of an evaluation, higher is better."""
+        Returns:
+            The learning rate of a group with `lr_scale` 1.
+        """
+
+    def record_metric(self, value: float) -> None:
+        """Records the result of an evaluation; higher is better."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What resuming needs beside the step, JSON-able."""
+        """Returns the state that resuming needs besides the step, JSON-serialisable."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores `state_dict`."""
+        """Restores a `state_dict`."""
 
 
 def make_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: int, lr: float) -> Schedule:
-    """Makes the schedule of an optimizer; see `Schedule`."""
+    """Makes the learning-rate schedule of an optimizer.
+
+    Args:
+        config: Kind of schedule and its settings.
+        optimizer: Optimizer whose groups get the learning rate times their `lr_scale`.
+        total_steps: Optimizer steps of the whole run.
+        lr: Peak learning rate.
+    """
 
     def steps(value: float) -> int:
         return round(value * total_steps) if value < 1 else round(value)
@@ -97,7 +109,7 @@ def make_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: int
     warmup = steps(config.warmup)
     if isinstance(config, Plateau):
         return PlateauSchedule(config, optimizer, warmup, lr)
-    # timm starts from warmup_lr_init itself; with this value the ramp is lr (n + 1) / (warmup + 1): no step at 0.
+    # timm starts at warmup_lr_init. With this value the ramp is lr (n + 1) / (warmup + 1), so no step has rate 0.
     shared = {
         "warmup_t": warmup,
         "warmup_lr_init": lr / (warmup + 1),
@@ -111,37 +123,40 @@ def make_schedule(config: ScheduleConfig, optimizer: Optimizer, total_steps: int
     return TimmSchedule(StepLRScheduler(optimizer, decay_t=every, decay_rate=factor, **shared), optimizer)
 
 
-class TimmSchedule:
-    """A schedule of timm's that depends on the number of the step alone.
+class TimmSchedule(Schedule):
+    """A schedule of timm that depends on the step only.
 
     Args:
-        scheduler: timm's, made with `t_in_epochs=False`.
-        optimizer: Whose groups it sets.
+        scheduler: timm scheduler, made with `t_in_epochs=False`.
+        optimizer: Optimizer whose learning rates the scheduler sets.
     """
 
     def __init__(self, scheduler: Any, optimizer: Optimizer) -> None:
         self._scheduler, self._optimizer = scheduler, optimizer
 
+    @override
     def set_step(self, step: int) -> float:
-        """See `Schedule`."""
         self._scheduler.step_update(step)
-        return _rate(self._optimizer)
+        return _base_rate(self._optimizer)
 
-    def note_metric(self, value: float) -> None:
-        """Nothing: the course is fixed."""
+    @override
+    def record_metric(self, value: float) -> None:
+        """Does nothing: the schedule does not depend on metrics."""
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the step says it all."""
+        """Returns an empty state: the step determines the learning rate."""
         return {}
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing to restore."""
+        """Does nothing: there is no state to restore."""
 
 
-class PlateauSchedule:
-    """Falls when the metric stands still.
+class PlateauSchedule(Schedule):
+    """Drops the learning rate when the evaluation metric stops improving.
 
-    timm's own is deprecated and forgets its count of bad evaluations when it is saved.
+    timm's plateau scheduler is deprecated and does not save its count of bad evaluations.
     """
 
     def __init__(self, config: Plateau, optimizer: Optimizer, warmup: int, lr: float) -> None:
@@ -149,16 +164,17 @@ class PlateauSchedule:
         self._best: float | None = None
         self._bad, self._drops = 0, 0
 
+    @override
     def set_step(self, step: int) -> float:
-        """See `Schedule`."""
         ramp = min(1.0, (step + 1) / (self._warmup + 1))
         rate = max(self._lr * ramp * self._config.factor**self._drops, min(self._config.min_lr, self._lr))
         for group in self._optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         return rate
 
-    def note_metric(self, value: float) -> None:
-        """Counts an evaluation; one that is not above the best so far is bad, as is one that is not finite."""
+    @override
+    def record_metric(self, value: float) -> None:
+        """Counts an evaluation. A value that is not finite or not above the best one so far counts as bad."""
         if math.isfinite(value) and (self._best is None or value > self._best):
             self._best, self._bad = value, 0
             return
@@ -166,16 +182,17 @@ class PlateauSchedule:
         if self._bad > self._config.patience:
             self._drops, self._bad = self._drops + 1, 0
 
+    @override
     def state_dict(self) -> dict[str, Any]:
-        """Best metric, bad evaluations since, and falls so far."""
+        """Returns the best metric, the bad evaluations since then, and the number of drops."""
         return {"best": self._best, "bad": self._bad, "drops": self._drops}
 
+    @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See `Schedule`."""
         self._best, self._bad, self._drops = state["best"], state["bad"], state["drops"]
 
 
-def _rate(optimizer: Optimizer) -> float:
-    """The learning rate of factor 1, from the first group that has any."""
+def _base_rate(optimizer: Optimizer) -> float:
+    """Returns the learning rate of `lr_scale` 1, derived from the first group with a scale above 0."""
     scaled = ((group["lr"], group.get("lr_scale", 1.0)) for group in optimizer.param_groups)
     return next((lr / scale for lr, scale in scaled if scale > 0), 0.0)

@@ -89,7 +89,7 @@ class PackJob:
 def pack_clip(order: PackJob) -> PackedClip | tuple[str, str, str]:
     """Packs one clip; returns path, reason and stage where it cannot be read, as errors are not sent to processes."""
     try:
-        return _pack(order)
+        return pack_readable(order)
     except MediaError as error:
         cause = error.__cause__
         later = isinstance(cause, OSError) and cause.errno in _LATER
@@ -111,7 +111,12 @@ def _readable(path: str) -> bool:
     return True
 
 
-def _pack(order: PackJob) -> PackedClip:
+def pack_readable(order: PackJob) -> PackedClip:
+    """Packs one clip.
+
+    Raises:
+        MediaError: It cannot be read.
+    """
     clip, settings = order.clip, order.settings
     if clip.shard:
         raise MediaError(clip.source, f'clip "{clip.id}" is packed already; pack the media it was made of', "pack")

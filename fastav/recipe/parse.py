@@ -180,7 +180,7 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
 
     A plateau schedule goes by the evaluations, so with one their times and metric may not change either.
     """
-    before, after = dict(leaves_of(to_table(old))), dict(leaves_of(to_table(new)))
+    before, after = dict(leaves(to_table(old))), dict(leaves(to_table(new)))
     fixed = ("train.eval_every", "saving.best") if isinstance(new.optim.schedule, Plateau) else ()
     return {
         key: (before.get(key), after.get(key))
@@ -208,7 +208,7 @@ def _read_toml(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ())
         if not isinstance(base, str):
             raise UserError(f"{path}: base = {base!r}: expected the name of a recipe file beside this one")
         merged = _read_toml(path.parent / base, origins, (*seen, path.resolve()))
-    for key, _ in leaves_of(table):
+    for key, _ in leaves(table):
         origins[key] = str(path)
     return _overlay(merged, table)
 
@@ -332,11 +332,11 @@ def _get(table: Any, key: str) -> Any:
     return table
 
 
-def leaves_of(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields dotted key and value of everything in a table that is no table itself, or an empty one."""
     for name, value in table.items():
         if isinstance(value, dict) and value:
-            yield from leaves_of(value, f"{prefix}{name}.")
+            yield from leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

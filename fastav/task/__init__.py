@@ -1,1 +1,1 @@
-"""What the model predicts: loss, metrics, and the files of predictions."""
+"""Classification tasks: loss, metrics, and files of predictions."""

@@ -1,12 +1,12 @@
-"""Metrics: predictions gathered clip by clip, and the figures, tables and intervals computed of them.
+"""Metrics: gathers the predictions of an evaluation, and computes metrics, per-class tables and intervals.
 
-`Metrics` takes the batches of one evaluation; padding rows carry weight 0, several ranks merge their
-`rows()`, and every clip counts once. `measure` turns the gathered `Predictions` into an `Evaluation`, which
-is what `metrics.json` holds. Percentages end in `_pct`, natural-log losses in `_nats`.
+`Metrics` takes the batches of one evaluation. Padding rows have weight 0, ranks merge their `rows()`, and every clip
+counts once. `measure` turns the gathered `Predictions` into an `Evaluation`, the content of `metrics.json`. Keys of
+percentages end in `_pct`, those of natural-log losses in `_nats`.
 
-Macro means go over the classes that have a clip in the split, and `num_classes_absent` says how many have
-none. A clip without a label cannot be scored in a single-label task: it is left out and counted; in a
-multi-label task it is a negative of every class.
+Macro means are over the classes that have a clip in the split; `num_classes_absent` counts the others. In a
+single-label task a clip without a label cannot be scored: it is excluded and counted. In a multi-label task it is a
+negative example of every class.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ RANKING: dict[str, tuple[str, ...]] = {
     "single_label": ("top1_micro_pct", "top5_micro_pct", "top1_macro_pct", "top5_macro_pct", "map_macro_pct"),
     "multi_label": ("map_macro_pct", "top1_micro_pct"),
 }
-"""Metrics of each task by which one model can be better than another: higher is better."""
+"""Metrics of each task that can rank models, for `saving.best`; higher is better."""
 MAIN: dict[str, str] = {"single_label": "top1_micro_pct", "multi_label": "map_macro_pct"}
-# Resampled counts held at a time: bounds the memory of the bootstrap to tens of MiB.
-_BOOTSTRAP_CELLS = 2_000_000
+BOOTSTRAP_CELLS = 2_000_000
+"""Resampled counts held at a time: bounds the memory of the bootstrap to tens of MiB."""
 
 
 @dataclass(slots=True)
 class MetricRows:
-    """The rows one process has seen, duplicates and padding included; plain arrays, to be sent to others."""
+    """The rows of one process, with duplicates and padding, as NumPy arrays that can be sent to other processes."""
 
     ids: list[str] = field(default_factory=list)
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
@@ -51,6 +51,13 @@ class Metrics:
 
     Args:
         classes: K class names, in the order of the model's outputs.
+
+    Example:
+        metrics = Metrics(classes)
+        for batch in batches:
+            metrics.update(batch.ids, probabilities_BK, batch.targets_BK, batch.weight_B,
+                           batch.has_video_B, batch.has_audio_B)
+        evaluation = measure(metrics.predictions(), "single_label", "test")
     """
 
     def __init__(self, classes: Sequence[str]) -> None:
@@ -67,15 +74,15 @@ class Metrics:
         has_video_B: Tensor,
         has_audio_B: Tensor,
     ) -> None:
-        """Adds one batch. Rows of weight 0 are padding or placeholders: they are not scored.
+        """Adds one batch.
 
         Args:
             ids: B clip ids.
-            probabilities_BK: Any float dtype and device.
-            targets_BK: Zeros and ones, before smoothing and mixup.
-            weight_B: 0 for rows that do not count; other weights all count alike.
-            has_video_B: bool.
-            has_audio_B: bool.
+            probabilities_BK: Predicted probabilities, any float dtype and device.
+            targets_BK: Labels as zeros and ones, before smoothing and mixup.
+            weight_B: 0 for padding and placeholders, which are not scored; all other weights count the same.
+            has_video_B: bool, whether the clip has video.
+            has_audio_B: bool, whether the clip has audio.
         """
         assert len(ids) == len(probabilities_BK) == len(targets_BK) == len(weight_B)
         named = {
@@ -86,11 +93,11 @@ class Metrics:
             "has_audio": has_audio_B.bool(),
         }
         self._ids += ids
-        # A copy, as the batch's memory may be used again for the next one.
+        # Copied, because the memory of the batch may be reused for the next one.
         self._parts.append({name: tensor.detach().cpu().numpy().copy() for name, tensor in named.items()})
 
     def rows(self) -> MetricRows:
-        """This process's rows, for gathering."""
+        """Returns the rows of this process, to be gathered."""
         if not self._parts:
             return MetricRows()
         names = self._parts[0].keys()
@@ -104,10 +111,10 @@ class Metrics:
                 self._parts.append(rows.arrays)
 
     def predictions(self) -> Predictions:
-        """The scored clips, each once, sorted by id: the same for any number of ranks and any batch size.
+        """Returns the scored clips, each once, sorted by id. Independent of the number of ranks and the batch size.
 
         Raises:
-            FastavError: Some probabilities are not finite; the message counts them and names the first clip.
+            FastavError: Some probabilities are not finite; the message counts the clips and names the first one.
         """
         rows = self.rows()
         num_classes = len(self.classes)
@@ -119,13 +126,13 @@ class Metrics:
         valid = np.flatnonzero(rows.arrays["weight"] > 0)
         kept_ids, first = np.unique(ids[valid], return_index=True)
         kept = valid[first]
-        # Padding has no id, or that of a clip scored elsewhere; an id that never has a weight could not be read.
+        # Padding has no id or the id of a clip that is scored elsewhere. An id that never has weight could not be read.
         num_broken = len(np.setdiff1d(ids[ids != ""], kept_ids))
         probabilities = rows.arrays["probabilities"][kept]
         bad = np.flatnonzero(~np.isfinite(probabilities).all(axis=1))
         if len(bad):
             raise FastavError(
-                f"{len(bad)} of {len(kept)} clips have probabilities that are not finite, the first is "
+                f"{len(bad)} of {len(kept)} clips have probabilities that are not finite, the first one is "
                 f'"{kept_ids[bad[0]]}": the model has diverged'
             )
         return Predictions(
@@ -140,14 +147,16 @@ class Metrics:
 
 
 class ClassScore(msgspec.Struct, frozen=True):
-    """One class's figures; None where the split has none of its clips.
+    """Metrics of one class; they are None if the split has no clip of the class.
 
     Attributes:
-        name: The class, `class` in JSON.
-        clips: Its clips in the split.
-        top1_pct: Share of its clips whose most probable class it is; None in a multi-label task.
-        ap_pct: Average precision, this class against the rest.
-        log_loss_nats: Mean log-loss of its clips (single-label), or mean binary cross-entropy over all clips.
+        name: Class name; the key is `class` in JSON.
+        clips: Number of clips of this class in the split.
+        top1_pct: Share of these clips for which the class is the most probable one, percent; None in a multi-label
+            task.
+        ap_pct: Average precision of this class against the rest, percent.
+        log_loss_nats: Mean log-loss of these clips (single-label), or mean binary cross-entropy of the class over all
+            clips (multi-label), nats.
     """
 
     name: str = msgspec.field(name="class")
@@ -161,13 +170,13 @@ class Evaluation(msgspec.Struct, frozen=True):
     """The result of one evaluation: the content of `metrics.json`.
 
     Attributes:
-        split: Split that was evaluated.
+        split: Name of the evaluated split.
         task: `single_label` or `multi_label`.
-        main: Key of the metric that ranks runs.
-        metrics: Figures with their unit in the key. What cannot be computed (no labelled clip) is absent.
-            `*_low_pct` and `*_high_pct` bound the main metric's 95 % interval. `top5_*` look at the `top_k`
-            most probable classes: 5, or all of them where there are fewer.
-        per_class: K rows, in the order of `classes`.
+        main: Key of the main metric, which ranks runs.
+        metrics: Metrics, with the unit in the key. A metric that cannot be computed (no labelled clip) is absent.
+            `*_low_pct` and `*_high_pct` are the ends of the main metric's 95 % interval. `top5_*` use the `top_k` most
+            probable classes: 5, or all classes if there are fewer.
+        per_class: Metrics of each of the K classes, in the order of `classes`.
         confusion: K x K clip counts, rows true, columns predicted; empty in a multi-label task.
         classes: K class names.
     """
@@ -182,25 +191,25 @@ class Evaluation(msgspec.Struct, frozen=True):
 
     @property
     def value(self) -> float | None:
-        """The main metric."""
+        """Value of the main metric; None if it cannot be computed."""
         return self.metrics.get(self.main)
 
     @property
     def interval(self) -> Interval | None:
-        """The main metric's 95 % interval."""
+        """95 % interval of the main metric; None if it was not computed."""
         low, high = (self.metrics.get(interval_key(self.main, end)) for end in ("low", "high"))
         return None if low is None or high is None else (low, high)
 
     def to_json(self) -> str:
-        """One JSON object, indented."""
+        """Returns the evaluation as indented JSON, the content of `metrics.json`."""
         return msgspec.json.format(msgspec.json.encode(self), indent=1).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes, origin: str = "metrics.json") -> Evaluation:
-        """Reads what `to_json` wrote.
+        """Reads the JSON of `to_json`.
 
         Raises:
-            UserError: The text is no such object; the message names `origin` and the place in it.
+            UserError: The text is not valid; the message names `origin` and the place in it.
         """
         try:
             return msgspec.json.decode(text, type=cls)
@@ -209,7 +218,7 @@ class Evaluation(msgspec.Struct, frozen=True):
 
 
 def interval_key(metric: str, end: Literal["low", "high"]) -> str:
-    """Key of an interval's end: `top1_micro_pct`, `low` -> `top1_micro_low_pct`."""
+    """Returns the key of an end of an interval: `top1_micro_pct`, `low` -> `top1_micro_low_pct`."""
     stem, _, unit = metric.rpartition("_")
     return f"{stem}_{end}_{unit}"
 
@@ -217,14 +226,14 @@ def interval_key(metric: str, end: Literal["low", "high"]) -> str:
 def measure(
     predictions: Predictions, task: TaskName, split: str, *, seed: int = 0, resamples: int = RESAMPLES
 ) -> Evaluation:
-    """Computes every figure of one evaluation.
+    """Computes all metrics of one evaluation.
 
     Args:
         predictions: The scored clips.
-        task: Which figures apply.
-        split: Name to file them under.
-        seed: Of the bootstrap.
-        resamples: Bootstrap resamples of clips for the main metric's 95 % interval; 0 leaves it out.
+        task: Task, which determines the metrics.
+        split: Name of the split in the result.
+        seed: Seed of the bootstrap.
+        resamples: Number of bootstrap resamples of clips for the main metric's 95 % interval; 0 omits the interval.
 
     Raises:
         UserError: A clip of a single-label task has several labels; the message names it.
@@ -256,13 +265,13 @@ Scores = tuple[dict[str, float], list[ClassScore], list[list[int]]]
 
 
 def single_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
-    """Top-1, top-5, mAP, log-loss, per-class table and confusion matrix of a single-label task.
+    """Computes top-1, top-5, mAP, log-loss, per-class table and confusion matrix of a single-label task.
 
-    Macro log-loss is that of the DCASE audiovisual scene task (2021, 1B): the mean over classes of the mean
-    -ln(p of the true class) of the class's clips, p clipped to the resolution of float32.
+    The macro log-loss is that of the DCASE audiovisual scene task (2021, 1B): for each class the mean of
+    -ln(p of the true class) over its clips, then the mean over classes. p is clipped to the resolution of float32.
     """
-    _refuse_several(predictions)
-    # Here and not at the top: it takes seconds to import, and only an evaluation needs it.
+    _check_single_labels(predictions)
+    # Imported here, because it takes seconds and only an evaluation needs it.
     from torchmetrics.functional import classification as scores
 
     num_classes, names = len(predictions.classes), predictions.classes
@@ -272,14 +281,14 @@ def single_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
     counts_K = torch.bincount(target_N, minlength=num_classes)
     if not len(target_N):
         return {}, [ClassScore(name) for name in names], [[0] * num_classes for _ in names]
-    if num_classes == 1:  # torchmetrics takes no single class; whatever is said is right
+    if num_classes == 1:  # torchmetrics needs two classes; with one class every prediction is right
         probabilities_NK = torch.cat([probabilities_NK, torch.zeros_like(probabilities_NK)], dim=1)
         counts_K = torch.cat([counts_K, counts_K.new_zeros(1)])
     width, top_k = probabilities_NK.shape[1], min(TOP_K, num_classes)
     present_K = counts_K > 0
 
     def hits(k: int) -> Tensor:
-        """Clips of each class that has it among its k most probable ones, [K]; whole numbers, so nothing is rounded."""
+        """Counts the clips of each class with that class among the k most probable ones, [K]; exact integers."""
         counted = scores.multiclass_stat_scores(probabilities_NK, target_N, width, average="none", top_k=k)
         return counted[:, 0].double()
 
@@ -312,8 +321,8 @@ def single_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
     return figures, per_class, confusion_KK[:num_classes, :num_classes].tolist()
 
 
-def _refuse_several(predictions: Predictions) -> None:
-    """A single-label task takes one label a clip."""
+def _check_single_labels(predictions: Predictions) -> None:
+    """Raises UserError if a clip has several labels."""
     several = np.flatnonzero(predictions.targets_NK.sum(axis=1) > 1)
     if len(several):
         row = several[0]
@@ -321,12 +330,12 @@ def _refuse_several(predictions: Predictions) -> None:
         raise UserError(
             f'clip "{predictions.ids[row]}" has {len(named)} labels '
             f"({', '.join(predictions.classes[k] for k in named[:5])}); "
-            'a single-label task takes one, use task.kind = "multi_label"'
+            'a single-label task expects one; use task.kind = "multi_label"'
         )
 
 
 def multi_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
-    """Macro mAP, macro log-loss (mean binary cross-entropy of each class) and the top-1 hit rate.
+    """Computes macro mAP, macro log-loss (mean binary cross-entropy of each class) and the top-1 hit rate.
 
     `top1_micro_pct` is the share of labelled clips whose most probable class is one of their labels.
     """
@@ -359,7 +368,7 @@ def multi_label(predictions: Predictions, seed: int, resamples: int) -> Scores:
 
 
 def average_precision(probabilities_NK: Tensor, targets_NK: Tensor) -> Tensor:
-    """Average precision of each class against the rest, float64 [K]; every class needs a positive."""
+    """Returns the average precision of each class against the rest, float64 [K]; each class needs a positive clip."""
     from torchmetrics.functional.classification import binary_average_precision
 
     pairs = zip(probabilities_NK.unbind(dim=1), targets_NK.unbind(dim=1), strict=True)
@@ -367,10 +376,10 @@ def average_precision(probabilities_NK: Tensor, targets_NK: Tensor) -> Tensor:
 
 
 def bootstrap_share(hits: int, total: int, seed: int, resamples: int = RESAMPLES) -> tuple[float, float] | None:
-    """95 % percentile interval of a share, in percent.
+    """Returns the 95 % percentile interval of a share, in percent; None without clips or resamples.
 
-    Resampling `total` clips with replacement, of which `hits` are right, gives a number of right ones that is
-    Binomial(total, hits / total) exactly, so that number is drawn instead of the clips.
+    If `hits` of `total` clips are right, the number of right clips in a resample with replacement is distributed
+    exactly as Binomial(total, hits / total). So that number is drawn instead of clips.
     """
     if not resamples or not total:
         return None
@@ -380,14 +389,17 @@ def bootstrap_share(hits: int, total: int, seed: int, resamples: int = RESAMPLES
 
 
 def bootstrap_gain(better: int, worse: int, total: int, seed: int, resamples: int = RESAMPLES) -> Interval | None:
-    """95 % percentile interval of the difference of two models' top-1 on the same clips, percentage points.
+    """Returns the 95 % percentile interval of the difference in top-1 of two models on the same clips.
 
     Args:
-        better: Clips that only the second model has right.
-        worse: Clips that only the first one has right.
-        total: All clips.
-        seed: Of the draws.
-        resamples: Number of draws.
+        better: Number of clips that only the second model predicts right.
+        worse: Number of clips that only the first model predicts right.
+        total: Number of all clips.
+        seed: Seed of the bootstrap.
+        resamples: Number of resamples.
+
+    Returns:
+        Both ends in percentage points, second model minus first; None without clips or resamples.
     """
     if not resamples or not total:
         return None
@@ -403,16 +415,16 @@ def bootstrap_map(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
-    """95 % percentile interval of the macro mAP over resampled clips, in percent.
+    """Returns the 95 % percentile interval of the macro mAP over resampled clips, in percent.
 
-    Each class is sorted once; a resample only changes how often each clip counts. A class that a resample
-    leaves without a positive is left out of that resample's mean.
+    Each class is sorted once; a resample only changes how often each clip counts. A class without a positive clip in a
+    resample is excluded from the mean of that resample.
     """
     num_clips = len(targets_NK)
     present = np.flatnonzero(targets_NK.sum(axis=0) > 0)
     rng = np.random.default_rng(seed)
     found: list[NDArray[np.float64]] = []
-    chunk = max(1, min(resamples, _BOOTSTRAP_CELLS // max(num_clips, 1)))
+    chunk = max(1, min(resamples, BOOTSTRAP_CELLS // max(num_clips, 1)))
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
         drawn = rng.integers(0, num_clips, size=(size, num_clips)) + num_clips * np.arange(size)[:, None]
@@ -428,10 +440,10 @@ def bootstrap_map(
 def _weighted_ap(
     score_N: NDArray[np.float32], positive_N: NDArray[np.bool_], counts_NR: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Average precision of one class in R resamples; counts_NR[i, r] is how often clip i is in resample r.
+    """Returns the average precision of one class in R resamples; counts_NR[i, r] is how often resample r has clip i.
 
-    AP = sum over thresholds of (recall gained) x (precision there); only thresholds with a positive gain
-    recall, so the cumulative counts are needed at those alone. Equal scores share one threshold.
+    AP is the sum over thresholds of (gain in recall) x (precision at the threshold). Recall increases only at
+    thresholds with a positive clip, so cumulative counts are computed only there. Equal scores share one threshold.
     """
     from scipy.sparse import csr_array
 
@@ -442,15 +454,15 @@ def _weighted_ap(
     ends, first = np.unique(last[np.searchsorted(last, positive)], return_index=True)
 
     def count(rows: NDArray[np.int64], bounds: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Sums the counts of `rows` between one bound and the next, then cumulates: [thresholds, R]."""
+        """Sums the counts of `rows` between consecutive bounds, then accumulates: [thresholds, R]."""
         ones = np.ones(len(rows), dtype=np.float32)
         sums = csr_array((ones, rows, bounds), shape=(len(bounds) - 1, num_clips)) @ counts_NR
         return sums.astype(np.float64).cumsum(axis=0)
 
-    seen = count(order[: ends[-1] + 1], np.r_[0, ends + 1])
+    predicted = count(order[: ends[-1] + 1], np.r_[0, ends + 1])
     right = count(order[positive], np.r_[first, len(positive)])
     gained, total = np.diff(right, axis=0, prepend=0), right[-1]
-    precision = right / np.maximum(seen, 1)
+    precision = right / np.maximum(predicted, 1)
     return np.where(total > 0, (gained * precision).sum(axis=0) / np.maximum(total, 1), np.nan)
 
 

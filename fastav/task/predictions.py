@@ -1,4 +1,4 @@
-"""Predictions: what a model said of each clip of a split, and the file that holds it."""
+"""Predictions: the probabilities of a model for each clip of a split, and their Parquet file."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fastav.core.errors import UserError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Predictions:
-    """What a model said of N clips, one row a clip, ascending by id.
+    """Predictions for N clips, one row per clip, ascending by id.
 
     Attributes:
-        ids: N clip ids, distinct.
+        ids: N distinct clip ids.
         classes: K class names.
-        probabilities_NK: float32; rows sum to 1 in a single-label task.
-        targets_NK: float32 zeros and ones; a row of zeros is a clip without a label.
-        has_video_N: bool, whether the clip could be seen.
-        has_audio_N: bool, whether the clip could be heard.
-        num_broken: Clips of the split that could not be read and have no row.
+        probabilities_NK: float32 probabilities; rows sum to 1 in a single-label task.
+        targets_NK: float32 labels as zeros and ones; a row of zeros is a clip without a label.
+        has_video_N: bool, whether the clip has video.
+        has_audio_N: bool, whether the clip has audio.
+        num_broken: Number of clips of the split that could not be read and have no row.
     """
 
     ids: list[str]
@@ -43,13 +43,13 @@ class Predictions:
 
 
 def join(parts: Sequence[Predictions]) -> tuple[list[str], list[Predictions]]:
-    """Cuts predictions over the same classes down to the clips that all of them have, in the same order.
+    """Restricts predictions over the same classes to the clips that all of them have, in the same order.
 
     Returns:
-        The common ids, ascending, and the parts cut to them.
+        The common ids, ascending, and the predictions for them.
 
     Raises:
-        UserError: The parts have different classes, or no clip in common.
+        UserError: The predictions have different classes, or no clip in common.
     """
     first = parts[0]
     for part in parts[1:]:
@@ -60,12 +60,12 @@ def join(parts: Sequence[Predictions]) -> tuple[list[str], list[Predictions]]:
     common = sorted(set(first.ids).intersection(*(part.ids for part in parts[1:])))
     if not common:
         raise UserError(f"predictions to be joined have no clip in common (such as {', '.join(first.ids[:3])})")
-    return common, [_cut(part, common) for part in parts]
+    return common, [_select(part, common) for part in parts]
 
 
-def _cut(part: Predictions, ids: list[str]) -> Predictions:
-    where = {clip_id: row for row, clip_id in enumerate(part.ids)}
-    rows = np.array([where[clip_id] for clip_id in ids])
+def _select(part: Predictions, ids: list[str]) -> Predictions:
+    row_of = {clip_id: row for row, clip_id in enumerate(part.ids)}
+    rows = np.array([row_of[clip_id] for clip_id in ids])
     return Predictions(
         ids=ids,
         classes=part.classes,
@@ -81,10 +81,10 @@ PREDICTIONS_VERSION = 1
 
 
 def write_predictions(path: str | Path, predictions: Predictions) -> None:
-    """Writes predictions as Parquet, atomically: one row a clip.
+    """Writes predictions atomically as Parquet, one row per clip.
 
     Columns: `id`, `labels` (list of strings), `predicted` (the most probable class), `probabilities` (list of
-    float, in the order of the `classes` in the schema metadata), `has_video`, `has_audio`.
+    float32, in the order of `classes` in the schema metadata), `has_video`, `has_audio`.
     """
     num_clips, num_classes = predictions.probabilities_NK.shape
     names = np.array(predictions.classes, dtype=object)
@@ -111,10 +111,14 @@ def write_predictions(path: str | Path, predictions: Predictions) -> None:
 
 
 def read_predictions(path: str | Path) -> Predictions:
-    """Reads what `write_predictions` wrote, bit for bit.
+    """Reads the file of `write_predictions`, bit for bit.
 
     Raises:
-        UserError: The file is missing, is no Parquet file, or is not one of predictions.
+        UserError: The file is missing, or is not a Parquet file of predictions.
+
+    Example:
+        predictions = read_predictions("runs/a/predictions.parquet")
+        print(predictions.ids[0], predictions.probabilities_NK[0].max())
     """
     try:
         table = pq.read_table(path)
@@ -136,6 +140,6 @@ def read_predictions(path: str | Path) -> Predictions:
             num_broken=int(facts["num_broken"]),
         )
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file of predictions") from None
+        raise UserError(f"{path}: no such file, expected a Parquet file of predictions") from None
     except (OSError, pa.ArrowException, KeyError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a file of predictions: {error}") from None

@@ -1,1 +1,1 @@
-"""What a training run is made of: its state, inputs, ranks, folder, checkpoints and throughput."""
+"""Parts of a training run: its state, inputs, ranks, run folder, checkpoints and throughput meter."""

@@ -1,13 +1,16 @@
-"""Checkpoints: atomic, checksummed folders of safetensors and JSON; nothing in them is ever unpickled.
+"""Checkpoints: atomic folders of safetensors and JSON with checksums. Nothing in them is unpickled.
 
     checkpoints/step_00000120/{shard-00001-...,shard-00002-...}.safetensors, state.json, checksums.json
 
-Each rank has written its part of the tensors (`checkpoint_writer.py`): `model/NAME`, `optimizer/NAME:KEY` and
-`ema/NAME`, whole or in pieces that know their place (torch.distributed.checkpoint in safetensors), so that any number
-of ranks reads them under any strategy. A checkpoint is written into a temporary folder beside, flushed, checksummed and
-renamed, so a name that exists is whole. Should the newest be damaged all the same (a bad disk, a copy cut short), the
-one before it is taken, with a warning. All randomness of a step is drawn from (seed, step, rank), so no generator state
-is saved. Format 1, of one rank, is read as well: {model,optimizer,ema}.safetensors, one file for each kind.
+Each rank writes its part of the tensors (`checkpoint_writer.py`): `model/NAME`, `optimizer/NAME:KEY` and `ema/NAME`.
+Tensors are whole, or pieces that hold their position (torch.distributed.checkpoint in safetensors), so any number of
+ranks can read them under any strategy.
+
+A checkpoint is written to a temporary folder, flushed, checksummed and renamed: a folder with its final name is
+complete. If the newest one is damaged anyway (disk error, truncated copy), the one before it is loaded with a warning.
+The random numbers of a step are derived from (seed, step, rank), so no generator state is saved.
+
+Format 1 (a single rank) is also read: {model,optimizer,ema}.safetensors, one file for each kind.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from fastav.distributed.host_group import HostGroup
 from fastav.recipe.parse import Table, differences, parse_recipe, renewed
 from fastav.recipe.schema import Recipe
 
-# It wonders about every single process, which it is told of by `no_dist`.
+# torch warns about every run of a single process, although `no_dist` is set.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 FORMAT = 2
@@ -44,12 +47,12 @@ STATE, SUMS = "state.json", "checksums.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint that is whole.
+    """A complete and verified checkpoint.
 
     Attributes:
         step: Optimizer steps done when it was written.
-        state: Its JSON state.
-        path: Its folder.
+        state: Content of `state.json`.
+        path: Folder of the checkpoint.
     """
 
     step: int
@@ -57,20 +60,21 @@ class Checkpoint:
     path: Path
 
     def sizes(self, kind: str) -> dict[str, tuple[torch.Size, torch.dtype]]:
-        """Name -> size and type of all saved tensors of a kind: `model`, `optimizer` or `ema`."""
+        """Returns name -> (size, dtype) of all saved tensors of a kind: `model`, `optimizer` or `ema`."""
         prefix = f"{kind}/"
-        return {name.removeprefix(prefix): told for name, told in self._told.items() if name.startswith(prefix)}
+        return {name.removeprefix(prefix): size for name, size in self._all_sizes.items() if name.startswith(prefix)}
 
     @functools.cached_property
-    def _told(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    def _all_sizes(self) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """`KIND/NAME` -> (size, dtype), read without loading the tensors in format 2."""
         if self.state["format"] == 1:
-            return {name: (value.shape, value.dtype) for name, value in self._whole.items()}
-        found = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
-        return {name: (one.size, one.properties.dtype) for name, one in found.items()}  # type: ignore[union-attr]
+            return {name: (value.shape, value.dtype) for name, value in self._format_1_tensors.items()}
+        metadata = HuggingFaceStorageReader(str(self.path)).read_metadata().state_dict_metadata
+        return {name: (one.size, one.properties.dtype) for name, one in metadata.items()}  # type: ignore[union-attr]
 
     @functools.cached_property
-    def _whole(self) -> dict[str, Tensor]:
-        """All tensors of format 1."""
+    def _format_1_tensors(self) -> dict[str, Tensor]:
+        """All tensors of a checkpoint of format 1."""
         return {
             f"{file.stem}/{name}": value
             for file in self.path.glob("*.safetensors")
@@ -78,32 +82,34 @@ class Checkpoint:
         }
 
     def load(self, kind: str, targets: Mapping[str, Tensor]) -> None:
-        """Fills tensors with what was saved under their names, each rank reading what it needs.
+        """Fills tensors in place with the saved values of the same names. Each rank reads only what it needs.
 
         Args:
             kind: `model`, `optimizer` or `ema`.
-            targets: Name -> a tensor or DTensor of the saved size.
+            targets: Name -> tensor or DTensor of the saved size.
 
         Raises:
-            FastavError: A name or size is not there.
+            FastavError: A tensor is missing or has another size.
         """
         saved = self.sizes(kind)
         for name, target in targets.items():
             if name not in saved or saved[name][0] != target.shape:
-                there = tuple(saved[name][0]) if name in saved else "nothing"
-                raise FastavError(f"{self.path}: {kind} {name}: {there} saved, {tuple(target.shape)} expected")
-        wanted = {f"{kind}/{name}": target for name, target in targets.items()}
+                got = f"size {tuple(saved[name][0])}" if name in saved else "nothing"
+                raise FastavError(
+                    f"{self.path}: {kind} {name}: expected size {tuple(target.shape)}, checkpoint has {got}"
+                )
+        full_names = {f"{kind}/{name}": target for name, target in targets.items()}
         if self.state["format"] == 1:
-            for name, target in wanted.items():
-                _fill(target, self._whole[name])
-        elif wanted:
-            dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
+            for name, target in full_names.items():
+                _fill(target, self._format_1_tensors[name])
+        elif full_names:
+            dcp.load(full_names, storage_reader=HuggingFaceStorageReader(str(self.path)), no_dist=True)
 
     def tensors(self, kind: str) -> dict[str, Tensor]:
-        """Reads all tensors of a kind, whole, on the CPU."""
-        found = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in self.sizes(kind).items()}
-        self.load(kind, found)
-        return found
+        """Reads all tensors of a kind (`model`, `optimizer` or `ema`) unsharded on the CPU."""
+        tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in self.sizes(kind).items()}
+        self.load(kind, tensors)
+        return tensors
 
 
 @torch.no_grad()
@@ -114,100 +120,114 @@ def _fill(target: Tensor, value: Tensor) -> None:
 
 
 class Checkpoints:
-    """The checkpoints of one run.
+    """The checkpoint folder of a run.
 
     Args:
-        folder: Where they are.
-        keep: How many of the newest stay; the best one stays beside them.
-        host_group: The processes that read it together.
+        folder: Folder that holds one folder per checkpoint.
+        keep: Number of newest checkpoints to keep, in addition to the best one.
+        host_group: Processes that read and write together; None for a single process.
+
+    Example:
+        checkpoint = Checkpoints(Path("runs/a/checkpoints")).newest()
+        weights = checkpoint.tensors("model")
     """
 
     def __init__(self, folder: Path, keep: int = 2, host_group: HostGroup | None = None) -> None:
         self.folder, self.keep, self.host_group = folder, keep, host_group or HostGroup()
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, ascending."""
+        """Returns the steps that have a checkpoint, ascending."""
         return sorted(int(path.name[5:]) for path in self.folder.glob("step_*") if path.name[5:].isdigit())
 
     def path(self, step: int) -> Path:
-        """Folder of the checkpoint of that step."""
+        """Returns the folder of the checkpoint of a step."""
         return self.folder / f"step_{step:08d}"
 
     def newest(self) -> Checkpoint | None:
-        """Finds the newest checkpoint that is whole; None without any. Every rank must call it.
+        """Returns the newest undamaged checkpoint, or None if there are none. Collective: every rank must call it.
 
-        Warns of each damaged one that it passes over.
+        Issues a Python warning for each damaged checkpoint that it skips.
 
         Raises:
-            FastavError: There are checkpoints, but every one of them is damaged.
+            FastavError: All checkpoints are damaged.
         """
-        steps = self.host_group.gather(self.steps())[0]  # of rank 0: another's view of a shared folder may be older
+        # The list of rank 0 counts: other ranks may have an older view of a shared folder.
+        steps = self.host_group.gather(self.steps())[0]
         for step in reversed(steps):
             try:
                 return self.read(step)
             except FastavError as error:
-                warnings.warn(f"{error}; falling back to the one before", stacklevel=2)
+                warnings.warn(f"{error}; falling back to the checkpoint before it", stacklevel=2)
         if steps:
             raise FastavError(
-                f"{self.folder}: every checkpoint is damaged ({len(steps)} tried); move the folder away to start anew"
+                f"{self.folder}: every checkpoint is damaged ({len(steps)} tried); move the folder away to start from "
+                "step 0"
             )
         return None
 
     def read(self, step: int) -> Checkpoint:
-        """Verifies the checkpoint of one step, each rank its share of the files. Every rank must call it.
+        """Verifies the checkpoint of one step; each rank checks a part of the files. Collective.
 
         Raises:
-            FastavError: It is missing, damaged, or of a newer format.
+            FastavError: The checkpoint is missing, damaged, or of a newer format.
         """
         path = self.path(step)
-        wrong = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
-        found, reason = self.host_group.together(lambda: self._verified(path, step), wrong)
-        if found is None or reason:
+        errors = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+        checkpoint, reason = self.host_group.run_all(lambda: self._verify(path, step), errors)
+        if checkpoint is None or reason:
             raise FastavError(f"{path}: damaged checkpoint: {reason}")
-        if found.state["format"] > FORMAT:
-            raise FastavError(f"{path}: format {found.state['format']} is newer than this version reads ({FORMAT})")
-        return found
+        if checkpoint.state["format"] > FORMAT:
+            raise FastavError(
+                f"{path}: checkpoint format {checkpoint.state['format']} is newer than this version can read "
+                f"({FORMAT}); update fastav"
+            )
+        return checkpoint
 
-    def _verified(self, path: Path, step: int) -> Checkpoint:
+    def _verify(self, path: Path, step: int) -> Checkpoint:
         sums = json.loads((path / SUMS).read_text(encoding="utf-8"))
         for name in sums:
             if Path(name).name != name:
-                raise ValueError(f"{name} is no file of this folder")
-        for name in self.host_group.share(sorted(sums)):
+                raise ValueError(f"{name} is outside the checkpoint")
+        for name in self.host_group.own_part(sorted(sums)):
             if sha256(path / name) != sums[name]:
                 raise ValueError(f"{name} does not match its checksum")
             if name.endswith(".safetensors"):
                 with safe_open(path / name, framework="pt"):
-                    pass  # it can be read
+                    pass  # the header can be read
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
         if not isinstance(state["format"], int):
             raise ValueError(f"format {state['format']!r}")
         return Checkpoint(step=step, state=state, path=path)
 
     def remove_old(self, newest: int, best: int | None) -> None:
-        """Keeps the newest; later ones are damaged and were passed over, so they do not count."""
+        """Removes all but the `keep` newest checkpoints up to step `newest`, and the best one.
+
+        Checkpoints after `newest` are damaged ones that `newest()` skipped, so they do not count.
+        """
         for step in [step for step in self.steps() if step <= newest][: -self.keep]:
             if step != best:
                 shutil.rmtree(self.path(step), ignore_errors=True)
 
 
 def check_resumable(saved: Table, recipe: Recipe, path: Path) -> None:
-    """Refuses to resume under a recipe whose numbers would differ.
+    """Checks that a recipe gives the same numbers as the recipe of the checkpoint.
 
     Args:
-        saved: The recipe in the checkpoint, as a table.
-        recipe: The recipe of this start.
-        path: The run folder, for the message.
+        saved: Recipe in the checkpoint, as a table.
+        recipe: Recipe of this start.
+        path: Run folder, for the error message.
 
     Raises:
-        UserError: A key outside `recipe.CHANGEABLE` differs; the message names each with both values.
+        UserError: A key outside `recipe.parse.CHANGEABLE` differs; the message names each with both values.
     """
-    found = differences(parse_recipe(renewed(saved), {}, str(path)), recipe)
-    if found:
-        told = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in found.items())
-        raise UserError(f"{path}: cannot resume, the recipe differs in {told}; put it back or choose another --out")
+    changed = differences(parse_recipe(renewed(saved), {}, str(path)), recipe)
+    if changed:
+        text = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
+        raise UserError(
+            f"{path}: cannot resume, the recipe differs in {text}; restore the old values or choose another --out"
+        )
 
 
 def write_best(folder: Path, step: int, metric: str, value: float) -> None:
-    """Notes which checkpoint is the best, in `best.json` beside them."""
+    """Writes step, metric and value of the best checkpoint to `best.json` in the folder of checkpoints."""
     write_text(folder / "best.json", json.dumps({"step": step, "metric": metric, "value": value}))

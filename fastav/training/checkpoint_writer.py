@@ -1,8 +1,8 @@
-"""Writes checkpoints while the training goes on.
+"""CheckpointWriter: writes checkpoints in the background while the training continues.
 
-`start` copies what this rank saves to the CPU's memory, which is all that the training waits for; a thread then writes
-it (torch.distributed.checkpoint, in the host group's own group), flushes and checksums it, and rank 0 renames the
-folder when every rank has done so. What goes wrong there is raised by the next `wait`, on every rank.
+`start` copies the tensors of this rank to host memory; the training waits for nothing else. A thread then writes them
+(torch.distributed.checkpoint, over the host group's own gloo group), flushes and checksums them. Rank 0 renames the
+folder when every rank has finished. The next `wait` raises an error of the thread, on every rank.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from fastav.core.errors import FastavError
 from fastav.distributed.host_group import HostGroup
 from fastav.training.checkpoint import FORMAT, STATE, SUMS, Checkpoints, write_best
 
-_WRONG = (OSError, SafetensorError, CheckpointException, RuntimeError)
+_WRITE_ERRORS = (OSError, SafetensorError, CheckpointException, RuntimeError)
 
 
 class CheckpointWriter:
     """Writes the checkpoints of one run.
 
     Args:
-        checkpoints: Where they go.
-        asynchronous: Whether the training goes on while they are written.
+        checkpoints: Checkpoint folder of the run.
+        asynchronous: Whether the training continues while a checkpoint is written.
 
     Attributes:
-        failed: Whether the last one could not be written; `wait` says why.
+        failed: Whether the last checkpoint could not be written; `wait` raises the reason.
     """
 
     def __init__(self, checkpoints: Checkpoints, *, asynchronous: bool = True) -> None:
         self._checkpoints, self._host_group, self._asynchronous = checkpoints, checkpoints.host_group, asynchronous
         self._thread: threading.Thread | None = None
         self._reason, self._step = "", 0
-        self._mesh: DeviceMesh | None = None  # of the copies, made with the first of them
-        self._buffers: dict[str, Tensor] = {}  # kept: memory that is new costs more than the copy
+        self._mesh: DeviceMesh | None = None  # CPU mesh of the copies, made at the first save
+        self._buffers: dict[str, Tensor] = {}  # reused: allocating costs more than copying
 
     @property
     def failed(self) -> bool:
-        """See the class; the thread may still be at work."""
+        """Whether the last checkpoint could not be written. False while the thread is still writing."""
         return bool(self._reason)
 
     def start(
@@ -66,18 +66,18 @@ class CheckpointWriter:
         *,
         order: str = "",
     ) -> None:
-        """Begins to write a checkpoint, once the one before is done; every rank must call it.
+        """Starts to write a checkpoint after the previous one is complete. Collective: every rank must call it.
 
         Args:
             step: Optimizer steps done.
-            tensors: `kind/name` -> what this rank writes, see `TensorSplit`; they may change once this returns.
-            state: Anything JSON can hold; that of rank 0 is written.
+            tensors: `kind/name` -> tensor that this rank writes, see `TensorSplit`. They may change after the return.
+            state: JSON-serialisable state; that of rank 0 is written.
             best: Step, metric and value of the best checkpoint, which is not removed.
-            order: `TensorSplit.order`; ranks that differ in it would leave tensors out or mix them up, and
-                write nothing.
+            order: `TensorSplit.order` of this rank. If ranks disagree, tensors would be missing or mixed up; then
+                nothing is written and `wait` raises an error.
 
         Raises:
-            FastavError: As `wait`.
+            FastavError: The previous checkpoint could not be written.
         """
         self.wait()
         self._step = step
@@ -85,12 +85,12 @@ class CheckpointWriter:
             self._write(step, dict(tensors), state, best or {}, order)
             self.wait()
             return
-        words = (step, self._staged(tensors), state, best or {}, order)
-        self._thread = threading.Thread(target=self._write, args=words, name="fastav-checkpoint_writer")
+        args = (step, self._copy_to_host(tensors), state, best or {}, order)
+        self._thread = threading.Thread(target=self._write, args=args, name="fastav-checkpoint_writer")
         self._thread.start()
 
-    def _staged(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies tensors to buffers on the CPU, from a GPU into page-locked ones."""
+    def _copy_to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies tensors to buffers in host memory, page-locked if the tensors are on a GPU."""
         staged: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -106,14 +106,15 @@ class CheckpointWriter:
                     buffer, self._mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
                 )
         if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the copies do not block, and the next step changes what they copy
+            torch.cuda.synchronize()  # the copies are asynchronous, and the next step changes the tensors
         return staged
 
     def wait(self) -> None:
-        """Waits until the last checkpoint is written; every rank must call it.
+        """Waits until the last checkpoint is written. Every rank must call it.
 
         Raises:
-            FastavError: The disk is full or not writable; older checkpoints are untouched.
+            FastavError: The checkpoint could not be written, for example because the disk is full. Older checkpoints
+                are untouched.
         """
         if self._thread:
             self._thread.join()
@@ -129,87 +130,95 @@ class CheckpointWriter:
     def _write(
         self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], best: Mapping[str, Any], order: str
     ) -> None:
-        """Writes on every rank, then renames on rank 0; leaves the reason in `_reason` where that fails."""
+        """Body of the thread: writes the checkpoint; stores the reason in `_reason` if that fails."""
         try:
-            self._reason = self._written(step, tensors, state, best, order)
-        except (Exception, CheckpointException) as error:  # another rank is gone; whatever gloo raises then
+            self._reason = self._write_all(step, tensors, state, best, order)
+        except (Exception, CheckpointException) as error:  # gloo raises different errors when another rank is gone
             self._reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
-    def _written(
+    def _write_all(
         self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], best: Mapping[str, Any], order: str
     ) -> str:
+        """Writes the parts of all ranks, then renames the folder on rank 0. Returns the reason of a failure, or ""."""
         host_group, main = self._host_group, self._host_group.rank == 0
-        words, orders = zip(*host_group.gather((uuid.uuid4().hex[:12], order)), strict=True)
+        ids, orders = zip(*host_group.gather((uuid.uuid4().hex[:12], order)), strict=True)
         if len(set(orders)) > 1:
-            return "ranks list its tensors in different orders, which is a mistake of this program"
-        beside = self._checkpoints.folder / f".step_{step:08d}.{words[0]}.tmp"
+            return "internal error: ranks disagree on the order of the tensors; please report it"
+        temporary = self._checkpoints.folder / f".step_{step:08d}.{ids[0]}.tmp"
 
         def finish(sums: Mapping[str, str]) -> None:
             if main:
-                self._finish(step, beside, sums, state)
+                self._finish(step, temporary, sums, state)
 
-        _, reason = host_group.together(lambda: self._prepare(beside) if main else None, _WRONG)
+        _, reason = host_group.run_all(lambda: self._prepare(temporary) if main else None, _WRITE_ERRORS)
         sums: list[dict[str, str] | None] = []
         if not reason:
-            own, reason = host_group.together(lambda: _write_part(beside, tensors, host_group), _WRONG)
-            sums = host_group.gather(own)
+            own_sums, reason = host_group.run_all(lambda: _write_part(temporary, tensors, host_group), _WRITE_ERRORS)
+            sums = host_group.gather(own_sums)
         if not reason:
-            every = {name: digest for part in sums if part for name, digest in part.items()}
-            _, reason = host_group.together(lambda: finish(every), _WRONG)
+            all_sums = {name: digest for part in sums if part for name, digest in part.items()}
+            _, reason = host_group.run_all(lambda: finish(all_sums), _WRITE_ERRORS)
         if main:
             if reason:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
             else:
                 self._checkpoints.remove_old(step, best.get("step"))
                 if best:
                     write_best(self._checkpoints.folder, **best)
         return reason
 
-    def _prepare(self, beside: Path) -> None:
-        """Makes the folder, and removes what a kill inside a save left behind."""
+    def _prepare(self, temporary: Path) -> None:
+        """Makes the temporary folder, and removes those of saves that were killed."""
         folder = self._checkpoints.folder
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(".step_*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
-        beside.mkdir()
+        temporary.mkdir()
 
-    def _finish(self, step: int, beside: Path, sums: Mapping[str, str], state: Mapping[str, Any]) -> None:
-        """Writes state and checksums, and renames the folder: from here on the checkpoint exists."""
+    def _finish(self, step: int, temporary: Path, sums: Mapping[str, str], state: Mapping[str, Any]) -> None:
+        """Writes state and checksums, and renames the folder. After the rename the checkpoint exists."""
         text = json.dumps({"format": FORMAT, "step": step, **state})
-        (beside / STATE).write_text(text, encoding="utf-8")
-        sums = {**sums, STATE: sha256(beside / STATE)}
-        (beside / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
-        for path in (beside / STATE, beside / SUMS, beside):
+        (temporary / STATE).write_text(text, encoding="utf-8")
+        sums = {**sums, STATE: sha256(temporary / STATE)}
+        (temporary / SUMS).write_text(json.dumps(sums, indent=1), encoding="utf-8")
+        for path in (temporary / STATE, temporary / SUMS, temporary):
             flush(path)
-        there = self._checkpoints.path(step)
-        if there.exists():  # the same step, made again after a fall-back: the bits are the same
-            shutil.rmtree(there)
-        os.replace(beside, there)
+        final = self._checkpoints.path(step)
+        if final.exists():  # the same step was written before a fall-back to an older checkpoint: the bits are the same
+            shutil.rmtree(final)
+        os.replace(temporary, final)
         flush(self._checkpoints.folder)
 
 
-def _write_part(beside: Path, tensors: dict[str, Tensor], host_group: HostGroup) -> dict[str, str]:
-    """Writes and flushes this rank's tensors; returns its files with their checksums."""
-    writer = HuggingFaceStorageWriter(str(beside), save_distributed=True)
+def _write_part(folder: Path, tensors: dict[str, Tensor], host_group: HostGroup) -> dict[str, str]:
+    """Writes and flushes this rank's tensors; returns file name -> checksum."""
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     dcp.save(tensors, storage_writer=writer, process_group=host_group.group, no_dist=host_group.world == 1)
-    return {file.name: sha256(file) for file in sorted(beside.glob(f"shard-{host_group.rank + 1:05d}-*"))}
+    return {file.name: sha256(file) for file in sorted(folder.glob(f"shard-{host_group.rank + 1:05d}-*"))}
 
 
 class TensorSplit:
-    """Who writes what of a checkpoint: every rank counts along, and must see the same names in the same order.
+    """Assigns the tensors of a checkpoint to ranks.
+
+    Every rank runs the same greedy assignment without communication, so each must pass the same names in the same
+    order. `CheckpointWriter` compares `order` to verify that.
 
     Args:
-        host_group: The processes.
+        host_group: Processes that write the checkpoint.
     """
 
     def __init__(self, host_group: HostGroup) -> None:
         self._rank, self._loads, self._names = host_group.rank, [0] * host_group.world, hashlib.blake2b(digest_size=8)
 
-    def own(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """Chooses what this rank writes: its pieces of what is cut, and a fair share of what every rank has whole.
+    def select(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+        """Selects the tensors that this rank writes: its pieces of DTensors, and a fair share of the whole tensors.
 
         Args:
-            tensors: Name -> tensor, in the same order on every rank; each is dropped at once where another writes it.
+            tensors: (name, tensor) pairs, in the same order on every rank. Tensors that another rank writes are
+                released at once.
+
+        Returns:
+            Name -> tensor to write.
         """
         kept = {}
         for name, tensor in tensors:
@@ -225,5 +234,5 @@ class TensorSplit:
 
     @property
     def order(self) -> str:
-        """A digest of the names so far."""
+        """Digest of the names so far, in their order."""
         return self._names.hexdigest()

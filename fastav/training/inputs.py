@@ -1,4 +1,4 @@
-"""From a recipe to a stream of batches: open the manifests, make the plan, choose the decoder, start the loader."""
+"""From a recipe to batches: opens the manifests, makes the plan, chooses the decoder, and makes the loader."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from fastav.model.weights import model_folder, read_description
 from fastav.recipe.parse import to_table
 from fastav.recipe.schema import Recipe
 
-MEASURED_CLIPS = 64  # enough for mean and deviation of a spectrogram to a few tenths of a dB
+MEASURED_CLIPS = 64  # enough to measure mean and deviation of the spectrogram to a few tenths of a dB
 
 
 @dataclass(frozen=True)
 class SplitSource:
-    """What a split of the recipe's data is.
+    """The data of one split: rows of one or more manifests.
 
     Attributes:
-        manifests: Manifests with their shares; one for evaluation.
+        manifests: (manifest, weight) pairs; a single one for evaluation.
         classes: Class names, in the order of the model's outputs.
-        aliases: Other names of classes.
-        files: Manifests and the file of aliases: what is read from.
+        aliases: Label in the manifest -> class name.
+        files: Paths of the manifests and of the file of aliases; empty for evaluation.
     """
 
     manifests: tuple[tuple[Manifest, float], ...]
@@ -44,27 +44,27 @@ class SplitSource:
 
     @property
     def num_clips(self) -> int:
-        """Clips of all manifests."""
+        """Number of clips in all manifests."""
         return sum(len(manifest) for manifest, _ in self.manifests)
 
 
 def training_source(recipe: Recipe) -> SplitSource:
-    """Opens what is trained on.
+    """Opens the training split of a recipe.
 
     Raises:
-        UserError: No manifest is named, it cannot be read, or nothing in the split can be used.
+        UserError: `data.manifest` is not set, a manifest or its shards cannot be read, or the split has no usable clip.
     """
     data = recipe.data
     if not data.manifest:
         raise UserError(
-            "data.manifest is not set; expected the path of a .parquet manifest (see `fastav index --help`)"
+            "data.manifest is not set: expected the path of a .parquet manifest (see `fastav index --help`)"
         )
     main = Manifest.open(data.manifest).with_shards(data.shards)
     others = ((Manifest.open(mix.manifest).with_shards(mix.shards), mix.weight) for mix in data.mix)
     parts = [(main, data.weight), *others]
     chosen = tuple((_usable(manifest.split(data.train), recipe), weight) for manifest, weight in parts)
     for manifest, _ in chosen:
-        _reach_shards(manifest, recipe)
+        _check_shards(manifest, recipe)
     aliases = (Path(data.aliases),) if data.aliases else ()
     files = (*(manifest.path for manifest, _ in chosen), *aliases)
     return SplitSource(chosen, main.classes, read_aliases(data.aliases), files)
@@ -76,35 +76,36 @@ def evaluation_source(
     split: str | None = None,
     classes: tuple[str, ...] | None = None,
 ) -> SplitSource:
-    """Opens what is evaluated on: the recipe's test split, or another manifest or split.
+    """Opens the data to evaluate on: the recipe's test split, or another manifest or split.
 
     Args:
         recipe: The run's recipe.
         manifest: Another manifest; None for the recipe's.
-        split: Another split; None for the recipe's `data.test`, or the only one of another manifest.
+        split: Another split; None for the recipe's `data.test`. If another manifest has a single split, None means
+            that one.
         classes: The model's classes; None for those of the manifest.
 
     Raises:
-        UserError: As for `training_source`.
+        UserError: The manifest or its shards cannot be read, or the split is missing or has no usable clip.
     """
     opened = Manifest.open(manifest or recipe.data.manifest)
     if manifest is None:
         opened = opened.with_shards(recipe.data.shards)
     name = split or recipe.data.test
     if manifest is not None and split is None and name not in opened.splits and len(opened.splits) == 1:
-        (name,) = opened.splits  # new clips, which nobody has held out from anything
+        (name,) = opened.splits  # a manifest of new clips, without a held-out split
     chosen = _usable(opened.split(name), recipe)
-    _reach_shards(chosen, recipe)
+    _check_shards(chosen, recipe)
     return SplitSource(((chosen, 1.0),), classes or opened.classes, read_aliases(recipe.data.aliases))
 
 
 def modalities(recipe: Recipe) -> tuple[Modality, ...]:
-    """What the recipe's model looks at: `video`, `audio` or both."""
+    """Returns the modalities that the recipe's model uses: `video`, `audio` or both."""
     return recipe.model.fusion.modalities
 
 
 def make_plan(recipe: Recipe, source: SplitSource) -> Plan:
-    """The sampling plan over a source."""
+    """Makes the sampling plan over a source."""
     frontend = recipe.frontend
     return Plan(
         source.manifests,
@@ -115,8 +116,8 @@ def make_plan(recipe: Recipe, source: SplitSource) -> Plan:
     )
 
 
-def decoder_read(recipe: Recipe, used: tuple[Modality, ...]) -> DecodeSpec:
-    """What a decoder reads for a recipe of some modalities."""
+def decode_spec(recipe: Recipe, used: tuple[Modality, ...]) -> DecodeSpec:
+    """Returns the decoder's settings: image size, spectrogram and window of the recipe, for these modalities."""
     return DecodeSpec(
         modalities=used,
         image_size=recipe.sampling.image_size,
@@ -129,9 +130,16 @@ def decoder_read(recipe: Recipe, used: tuple[Modality, ...]) -> DecodeSpec:
 def make_loader(
     recipe: Recipe, source: SplitSource, on_broken: Callable[[Clip, MediaError], None], *, pin_memory: bool = False
 ) -> Loader:
-    """The loader of a source's plan, with the recipe's decoder."""
+    """Makes the loader of a source, with the recipe's plan and decoder.
+
+    Args:
+        recipe: The resolved recipe.
+        source: Data of the split.
+        on_broken: Called in the consumer's thread, once for each clip that cannot be read.
+        pin_memory: Whether batches are in page-locked memory.
+    """
     used = modalities(recipe)
-    read = decoder_read(recipe, used)
+    read = decode_spec(recipe, used)
     return Loader(
         make_plan(recipe, source),
         chosen_decoder(recipe, source).config.build(read),
@@ -145,19 +153,20 @@ def make_loader(
 
 
 def measured_frontend(recipe: Recipe, source: SplitSource) -> Frontend:
-    """The recipe's frontend with the mean and deviation of its spectrogram, measured where they are not given.
+    """Returns the recipe's frontend with mean and standard deviation filled in.
 
-    The measure is over the first windows that training would see, so it depends on the recipe and the data alone.
+    Values that the recipe does not set come from the run in `model.audio.init_from`, or are measured on the first
+    training windows of the plan. So they depend on the recipe and the data only.
 
     Raises:
-        FastavError: None of the clips could be read.
+        FastavError: None of the measured clips has audio.
     """
     frontend = recipe.frontend
     if "audio" not in modalities(recipe) or (frontend.mean is not None and frontend.std is not None):
         return frontend
     start = recipe.model.audio.init_from
     if start:
-        # A trained tower expects what it was trained on, normalised as there.
+        # A trained tower expects spectrograms that are normalised as in its training.
         saved = read_description(model_folder(Path(start)), "model.audio.init_from").get("frontend") or {}
         given = {"mean": frontend.mean, "std": frontend.std}
         found = {name: saved.get(name) if value is None else value for name, value in given.items()}
@@ -167,21 +176,27 @@ def measured_frontend(recipe: Recipe, source: SplitSource) -> Frontend:
     with make_loader(recipe, source, lambda clip, error: None) as loader:
         batch = next(iter(loader.batches([("train", 0, count)])))
     assert batch.mel_BWCML is not None
-    heard = batch.mel_BWCML[batch.has_audio_B & (batch.weight_B > 0)].double()
-    if not heard.numel():
+    mel = batch.mel_BWCML[batch.has_audio_B & (batch.weight_B > 0)].double()
+    if not mel.numel():
         raise FastavError(
-            f"{recipe.data.manifest}: none of {count} training clips has sound; set frontend.mean and frontend.std"
+            f"{recipe.data.manifest}: none of {count} training clips has audio; set frontend.mean and frontend.std"
         )
-    mean = recipe.frontend.mean if recipe.frontend.mean is not None else round(float(heard.mean()), 3)
-    std = recipe.frontend.std if recipe.frontend.std is not None else round(max(float(heard.std()), 1e-3), 3)
+    mean = recipe.frontend.mean if recipe.frontend.mean is not None else round(float(mel.mean()), 3)
+    std = recipe.frontend.std if recipe.frontend.std is not None else round(max(float(mel.std()), 1e-3), 3)
     return msgspec.structs.replace(frontend, mean=mean, std=std)
 
 
 def read_aliases(path: str | Path) -> dict[str, str]:
-    """Reads a CSV of `name,class` lines; an empty path gives no aliases.
+    """Reads a CSV file of `name,class` lines.
+
+    Args:
+        path: Path of the file; empty for no aliases.
+
+    Returns:
+        Label in the manifest -> class name.
 
     Raises:
-        UserError: The file is missing or a line has not two columns.
+        UserError: The file cannot be read, or a line does not have two columns.
     """
     if not str(path):
         return {}
@@ -192,23 +207,23 @@ def read_aliases(path: str | Path) -> dict[str, str]:
         raise UserError(f"{path}: cannot read the aliases: {error.strerror}") from None
     for number, row in enumerate(rows, 1):
         if len(row) != 2:
-            raise UserError(f"{path}:{number}: {len(row)} columns given, expected two: name,class")
-    return {name.strip(): known.strip() for name, known in rows}
+            raise UserError(f"{path}:{number}: got {len(row)} columns, expected two: name,class")
+    return {name.strip(): class_name.strip() for name, class_name in rows}
 
 
 def chosen_decoder(recipe: Recipe, source: SplitSource) -> DecoderChoice:
-    """The decoder that the recipe, this machine and the clips make."""
+    """Chooses the decoder for the recipe, this machine and the clips."""
     clips = sample_clips([manifest for manifest, _ in source.manifests])
     return choose_decoder(recipe.decode, ClipStats.of(clips), "video" in modalities(recipe), cpu_only(recipe))
 
 
 def cpu_only(recipe: Recipe) -> str:
-    """Why this recipe's clips must be decoded on the CPU; empty where they need not."""
+    """Returns why this recipe's clips must be decoded on the CPU; empty if they need not be."""
     return "frontend.factory is computed on the CPU" if recipe.frontend.factory else ""
 
 
 def describe_decoder(recipe: Recipe, source: SplitSource) -> str:
-    """The decoder in force and why, for the first log line."""
+    """Describes the chosen decoder, the reason, its workers and the clips, for the first log line."""
     choice, clip_stats = (
         chosen_decoder(recipe, source),
         ClipStats.of(sample_clips([manifest for manifest, _ in source.manifests])),
@@ -219,12 +234,12 @@ def describe_decoder(recipe: Recipe, source: SplitSource) -> str:
 
 
 def choose_pin_memory(device: torch.device) -> bool:
-    """Page-locked batches pay where a copy engine fetches them."""
+    """Returns whether batches should be in page-locked memory: on CUDA, whose copy engine reads it asynchronously."""
     return device.type == "cuda"
 
 
-def _reach_shards(manifest: Manifest, recipe: Recipe) -> None:
-    """Reads one clip's table: a server or folder of shards that is not there ends the run before it begins.
+def _check_shards(manifest: Manifest, recipe: Recipe) -> None:
+    """Reads the index of one clip, so that a missing folder or server of shards ends the run at its start.
 
     Raises:
         UserError: The shard cannot be read.
@@ -236,30 +251,30 @@ def _reach_shards(manifest: Manifest, recipe: Recipe) -> None:
         ShardReader(recipe.loading.shards).units(clip)
     except MediaError as error:
         raise UserError(
-            f"{manifest.path}: its shards cannot be read ({error}); where they have been moved, name their folder or "
-            "URL by --data.shards"
+            f"{manifest.path}: its shards cannot be read ({error}); if they have been moved, set --data.shards to "
+            "their folder or URL"
         ) from None
 
 
 def _usable(manifest: Manifest, recipe: Recipe) -> Manifest:
-    """The rows that a model of these modalities can use."""
+    """Selects the rows that have at least one modality of the recipe's model."""
     chosen = manifest.select(modalities(recipe), "any")
     if not len(chosen):
-        wanted = " or ".join(modalities(recipe))
-        raise UserError(f"{manifest.path}: no clip of the split has {wanted}")
+        needed = " or ".join(modalities(recipe))
+        raise UserError(f"{manifest.path}: no clip of the split has {needed}")
     return chosen
 
 
-def unmapped(source: SplitSource) -> str:
-    """One line on the classes of the data that the model does not know; empty when it knows them all."""
+def describe_unknown_classes(source: SplitSource) -> str:
+    """Returns one line that lists classes of the data that are unknown to the model; empty if there are none."""
     known = set(source.classes)
-    strange = [
+    unknown = [
         name
         for manifest, _ in source.manifests
         for name in manifest.classes
         if source.aliases.get(name, name) not in known
     ]
-    if not strange:
+    if not unknown:
         return ""
-    named = ", ".join(strange[:10])
-    return f"{len(strange)} classes of the data are unknown to the model, their clips count as unlabelled: {named}"
+    named = ", ".join(unknown[:10])
+    return f"{len(unknown)} classes of the data are unknown to the model, their clips count as unlabelled: {named}"

@@ -1,4 +1,4 @@
-"""The preflight at the start of a run: measures, records, and ends the run where the recipe says so."""
+"""The preflight at the start of a run: measures devices and network, records faults, and may end the run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from fastav.training.run_folder import RunFolder
 
 
 def before_training(ranks: Ranks, guard_config: GuardConfig, run: RunFolder, console: Console, step: int = 0) -> None:
-    """Measures at the start of a run, where the recipe says so; every rank must call it.
+    """Runs the preflight if the recipe enables it. Collective: every rank must call it.
 
     Args:
-        ranks: The processes.
-        guard_config: Says whether, and what becomes of slow ranks.
-        run: Where figures (`logs/preflight.json`) and incidents go.
-        console: Of the main rank.
-        step: At which the run goes on.
+        ranks: The processes of the run.
+        guard_config: Whether to measure, thresholds, and what happens to a run with slow ranks.
+        run: Run folder for the measurements (`logs/preflight.json`) and incidents.
+        console: Console of the main rank.
+        step: Optimizer step at which the run starts or resumes, for the incidents.
 
     Raises:
-        FastavError: A rank is broken or does not answer, or is slow and the recipe ends the run there.
+        FastavError: A rank is broken or does not answer, or is slow with `guard.on_slow_device = "stop"`.
     """
     if guard_config.preflight == "never" or (guard_config.preflight == "auto" and ranks.world == 1):
         return
@@ -38,11 +38,11 @@ def before_training(ranks: Ranks, guard_config: GuardConfig, run: RunFolder, con
         write_text(run.logs / "preflight.json", json.dumps(table(found, faults), indent=1))
     console.log(summary(found, faults, guard_config.slow_device))
     for fault in faults:
-        told = {"ranks": fault.ranks, "hosts": fault.hosts, "measure": fault.measure, "rate": fault.rate}
-        run.append_incident({"step": step, "kind": "preflight", "fault": fault.kind, **told, "share": fault.share})
+        facts = {"ranks": fault.ranks, "hosts": fault.hosts, "measure": fault.measure, "rate": fault.rate}
+        run.append_incident({"step": step, "kind": "preflight", "fault": fault.kind, **facts, "share": fault.share})
         console.log(f"preflight: {fault.text}")
-    ending = [
+    fatal = [
         one for one in serious_faults(faults, found) if one.kind == "broken" or guard_config.on_slow_device == "stop"
     ]
-    if ending:
-        raise FastavError(f"preflight: {listed([fault.text for fault in ending], MAX_RANKS_NAMED)}")
+    if fatal:
+        raise FastavError(f"preflight: {listed([fault.text for fault in fatal], MAX_RANKS_NAMED)}")

@@ -1,4 +1,4 @@
-"""RunFolder: everything one run leaves behind, written so that a kill at any moment loses nothing but the last line.
+"""RunFolder: the files of one run. A kill at any moment loses at most the last line of a file.
 
 recipe.toml env.json metrics.jsonl incidents.jsonl status.json skipped.csv logs/ checkpoints/ model/
 predictions.parquet metrics.json
@@ -29,17 +29,21 @@ SKIPPED_COLUMNS = ("id", "path", "stage", "reason", "step")
 
 
 class RunFolder:
-    """One run's folder.
+    """The folder of one run.
 
     Args:
-        path: The folder; made when missing.
-        writer: Whether this process writes (rank 0); all others only read.
+        path: Path of the folder; it is created if missing.
+        writer: Whether this process writes (rank 0); all other ranks only read.
+
+    Example:
+        for row in RunFolder("runs/a", writer=False).read_metrics():
+            print(row["step"], row.get("loss"))
     """
 
     def __init__(self, path: str | Path, *, writer: bool = True) -> None:
         self.path, self.writer = Path(path), writer
         self._skipped: set[str] = set()
-        self._untold: list[dict[str, str]] = []
+        self._unsent: list[dict[str, str]] = []
         if writer:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -55,22 +59,22 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: training rows and evaluations."""
+        """Training metrics and evaluations, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property
     def incidents(self) -> Path:
-        """One JSON object a line: steps and ranks that were out of bounds."""
+        """Faults of steps and ranks (see `guard` in the recipe), one JSON object per line."""
         return self.path / "incidents.jsonl"
 
     @property
     def logs(self) -> Path:
-        """Folder of the ranks' own logs."""
+        """Folder of the logs of each rank."""
         return self.path / "logs"
 
     @property
     def skipped(self) -> Path:
-        """Clips that could not be read, and why."""
+        """Clips that could not be read, with the reasons."""
         return self.path / "skipped.csv"
 
     @property
@@ -94,18 +98,23 @@ class RunFolder:
         return self.path / "metrics.json"
 
     def write_status(self, state: str, **facts: Any) -> None:
-        """Replaces `status.json`: state is `running`, `stopped`, `failed` or `done`; launch scripts read it."""
+        """Replaces `status.json`, which launch scripts read.
+
+        Args:
+            state: `running`, `stopped`, `failed` or `done`.
+            facts: Further JSON-serialisable entries, such as step and reason.
+        """
         if self.writer:
             content = {"state": state, **facts, "pid": os.getpid(), "time": time.time()}
             write_text(self.path / "status.json", json.dumps(content, indent=1))
 
     def read_status(self) -> dict[str, Any]:
-        """The content of `status.json`; empty before the first write."""
+        """Returns the content of `status.json`; empty before the first write."""
         file = self.path / "status.json"
         return json.loads(file.read_text()) if file.exists() else {}
 
     def write_environment(self, **facts: Any) -> None:
-        """Writes `env.json`: command line, versions, machine, git state and the given facts."""
+        """Writes `env.json`: command line, versions, machine, git state and further facts."""
         if self.writer:
             write_text(self.path / "env.json", json.dumps({**environment(), **facts}, indent=1))
 
@@ -122,12 +131,12 @@ class RunFolder:
                 file.write(json.dumps({**row, "time": time.time()}) + "\n")
 
     def read_metrics(self) -> Iterator[dict[str, Any]]:
-        """Yields the rows of `metrics.jsonl`; a line cut short by a kill is left out."""
+        """Yields the rows of `metrics.jsonl`. A line truncated by a kill is skipped."""
         if self.metrics.exists():
             yield from _rows(self.metrics)
 
-    def cut_back(self, step: int) -> None:
-        """Drops the rows of `metrics.jsonl` and `incidents.jsonl` after `step`: the resumed run makes them again."""
+    def drop_rows_after(self, step: int) -> None:
+        """Drops rows of `metrics.jsonl` and `incidents.jsonl` after `step`, which the resumed run writes again."""
         for file in (self.metrics, self.incidents):
             if self.writer and file.exists():
                 kept = [row for row in _rows(file) if row.get("step", 0) <= step]
@@ -142,19 +151,19 @@ class RunFolder:
         if self.writer:
             self._append_skipped([row])
         else:
-            self._untold.append(row)
+            self._unsent.append(row)
 
-    def take_skipped(self) -> list[dict[str, str]]:
-        """What a rank that does not write has skipped since the last call, for the writer's `add_skipped`."""
-        rows, self._untold = self._untold, []
+    def pop_skipped(self) -> list[dict[str, str]]:
+        """Returns the clips skipped on a rank that does not write, since the last call; for `add_skipped` of rank 0."""
+        rows, self._unsent = self._unsent, []
         return rows
 
     def add_skipped(self, rows: list[dict[str, str]]) -> None:
-        """Adds what other ranks have skipped."""
-        fresh = [row for row in rows if row["id"] not in self._skipped]
-        self._skipped |= {row["id"] for row in fresh}
-        if self.writer and fresh:
-            self._append_skipped(fresh)
+        """Adds the skipped clips of other ranks to `skipped.csv`."""
+        new_rows = [row for row in rows if row["id"] not in self._skipped]
+        self._skipped |= {row["id"] for row in new_rows}
+        if self.writer and new_rows:
+            self._append_skipped(new_rows)
 
     def _append_skipped(self, rows: list[dict[str, str]]) -> None:
         new = not self.skipped.exists()
@@ -165,14 +174,14 @@ class RunFolder:
             out.writerows(rows)
 
     def read_skipped(self) -> list[dict[str, str]]:
-        """The rows of `skipped.csv`; one cut short by a kill is left out."""
+        """Returns the rows of `skipped.csv`. A row truncated by a kill is skipped."""
         if not self.skipped.exists():
             return []
         with self.skipped.open(encoding="utf-8", newline="") as file:
             return [row for row in csv.DictReader(file) if (row.get("step") or "").isdigit()]
 
-    def cut_back_skipped(self, step: int) -> None:
-        """Drops the rows of `skipped.csv` that were added after `step`."""
+    def drop_skipped_after(self, step: int) -> None:
+        """Drops rows of `skipped.csv` that were added after `step`."""
         if self.writer and self.skipped.exists():
             rows = [row for row in self.read_skipped() if int(row["step"]) <= step]
             with (
@@ -186,7 +195,7 @@ class RunFolder:
 
 
 def _rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a file of JSON lines; a line cut short by a kill is left out."""
+    """Yields the rows of a JSON-lines file. A line truncated by a kill is skipped."""
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             yield json.loads(line)
@@ -195,7 +204,7 @@ def _rows(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def environment() -> dict[str, Any]:
-    """What this process runs on: command line, versions, machine and git state."""
+    """Returns command line, package versions, machine and git state of this process."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -213,7 +222,10 @@ def environment() -> dict[str, Any]:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit and dirtiness of the checkout the package runs from; outside one what FASTAV_REVISION names, or None."""
+    """Returns commit and dirty flag of the checkout that the package runs from.
+
+    Outside a checkout the commit is that of the variable FASTAV_REVISION; None if it is not set.
+    """
     here = Path(__file__).resolve().parent
 
     def git(*words: str) -> str:
@@ -222,6 +234,9 @@ def _git_state() -> dict[str, Any] | None:
 
     try:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.SubprocessError):  # the image has no git, and names the commit it was built from
+    except (
+        OSError,
+        subprocess.SubprocessError,
+    ):  # the container image has no git, but FASTAV_REVISION
         revision = os.environ.get("FASTAV_REVISION")
         return {"commit": revision, "dirty": None} if revision else None

@@ -1,4 +1,4 @@
-"""Signals that stop a run after its next checkpoint."""
+"""StopSignals: signals that stop a run after its next checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from types import FrameType
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGUSR1 set `name` instead of killing; a second SIGINT kills."""
+    """Context manager that records SIGTERM, SIGINT and SIGUSR1 instead of dying of them; a second SIGINT interrupts.
+
+    Attributes:
+        name: Name of the signal that arrived, such as `SIGTERM`; empty before.
+    """
 
     def __init__(self) -> None:
         self.name = ""
@@ -17,10 +21,10 @@ class StopSignals:
         self._before = {}
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             with contextlib.suppress(ValueError):  # only the main thread may set handlers
-                self._before[number] = signal.signal(number, self._note)
+                self._before[number] = signal.signal(number, self._record)
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.name and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.name = signal.Signals(number).name

@@ -1,4 +1,4 @@
-"""Meter: how fast a run goes and what holds it up, on one line, in `metrics.jsonl` and in trackers."""
+"""Meter: throughput, loader stalls, MFU and memory of a run, for the console, `metrics.jsonl` and trackers."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastav.core.console import clock_time
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Speed since the meter's last report.
+    """Throughput since the last report of the meter.
 
     Attributes:
-        clips_per_s: Augmented clips over all ranks per second.
-        unique_clips_per_s: Decoded clips per second; less with `repeat`.
-        step_ms: Mean duration of a step, milliseconds.
+        clips_per_s: Training samples per second, over all ranks.
+        unique_clips_per_s: Decoded clips per second, over all ranks; less than `clips_per_s` with `sampling.repeat`.
+        step_ms: Mean duration of an optimizer step, milliseconds.
         stall_pct: Share of the time spent waiting for the loader, percent.
-        mfu_pct: Model FLOP/s over the devices' peak, percent; None where no peak is known.
-        peak_mem_gib: Peak device memory, or resident memory of this process on a CPU.
+        mfu_pct: Model FLOP/s as a share of the devices' peak, percent; None if the peak is unknown.
+        peak_mem_gib: Peak device memory of this process, GiB; without a GPU its peak resident memory.
     """
 
     clips_per_s: float
@@ -42,7 +42,7 @@ class Meter:
         total_steps: Optimizer steps of the whole run.
         flops_per_clip: Forward and backward FLOPs of one clip; 0 if unknown.
         peak_flops: Peak FLOP/s of all devices together; None if unknown.
-        clock: Seconds, monotonic.
+        clock: Monotonic clock, seconds.
     """
 
     def __init__(
@@ -58,18 +58,24 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was counted: after an evaluation or a save, which are not part of the rate."""
+        """Resets the counts, after an evaluation or a save: their time is not part of the throughput."""
         self._since, self._steps, self._clips, self._unique, self._wait = self._clock(), 0, 0, 0, 0.0
 
     def step(self, clips: int, unique: int, wait_s: float) -> None:
-        """Counts one optimizer step: clips and decoded clips over all ranks, seconds waited for the loader."""
+        """Counts one optimizer step.
+
+        Args:
+            clips: Samples of the step, over all ranks.
+            unique: Decoded clips of the step, over all ranks.
+            wait_s: Seconds this rank waited for the loader.
+        """
         self._steps += 1
         self._clips += clips
         self._unique += unique
         self._wait += wait_s
 
     def rates(self) -> Rates:
-        """Rates since the last call or restart; starts the next interval."""
+        """Returns the rates since the last call or restart, and starts the next interval."""
         seconds = max(self._clock() - self._since, 1e-9)
         clips_per_s = self._clips / seconds
         mfu = None
@@ -89,11 +95,11 @@ class Meter:
         return rates
 
     def eta_s(self, step: int) -> float:
-        """Seconds left at the last measured rate."""
+        """Returns the remaining seconds of the run at the last measured step time."""
         return (self.total_steps - step) * self._seconds_per_step
 
     def line(self, step: int, loss: float, rates: Rates) -> str:
-        """The one line a person watches."""
+        """Formats the progress line of the console."""
         parts = [
             f"step {step:>{len(str(self.total_steps))}}/{self.total_steps}",
             f"loss {loss:.4f}",
@@ -107,7 +113,7 @@ class Meter:
 
 
 def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Flattens a metrics row to the numbers a tracker takes: `{"eval": {"top1": 1}}` -> `{"eval/top1": 1.0}`."""
+    """Flattens a row of metrics to numbers for a tracker: `{"eval": {"top1": 1}}` -> `{"eval/top1": 1.0}`."""
     values: dict[str, float] = {}
     for key, value in row.items():
         if isinstance(value, dict):
@@ -118,7 +124,7 @@ def tracker_values(row: dict[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 def peak_memory_gib() -> float:
-    """Peak allocated device memory of this process, or its peak resident memory where there is no GPU, GiB."""
+    """Returns the peak allocated device memory of this process, GiB; without a GPU its peak resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB

@@ -13,13 +13,17 @@ from tests.acceptance.cluster_rows import CLUSTER_ROWS
 from tests.acceptance.fuzz_rows import FUZZ_ROWS
 from tests.acceptance.image_rows import IMAGE_ROWS
 from tests.acceptance.model_rows import MODEL_ROWS
+from tests.acceptance.old_rows import OLD_ROWS
 from tests.acceptance.pack_rows import PACK_ROWS
 from tests.acceptance.rows import ROWS
 from tests.acceptance.scale_rows import SCALE_ROWS
 from tests.acceptance.slurm_rows import SLURM_ROWS
 from tests.acceptance.speed_rows import SPEED_ROWS
 
-ALL = ROWS | PACK_ROWS | SCALE_ROWS | FUZZ_ROWS | MODEL_ROWS | CLUSTER_ROWS | SLURM_ROWS | IMAGE_ROWS | SPEED_ROWS
+ALL = (
+    ROWS | OLD_ROWS | PACK_ROWS | SCALE_ROWS | FUZZ_ROWS | MODEL_ROWS | CLUSTER_ROWS | SLURM_ROWS | IMAGE_ROWS
+    | SPEED_ROWS
+)  # fmt: skip
 
 FOLDER = Path("acceptance")
 

@@ -40,10 +40,11 @@ class Failed(Exception):
 
 
 def call(
-    *words: str, expect: int = 0, env: dict[str, str] | None = None, timeout: float = 3600
+    *words: str, expect: int = 0, env: dict[str, str] | None = None, timeout: float = 3600, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Runs a command, with its output captured."""
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **(env or {})}, timeout=timeout)
+    whole = {**os.environ, **(env or {})}
+    done = subprocess.run(words, capture_output=True, text=True, env=whole, timeout=timeout, cwd=cwd)
     if done.returncode != expect:
         raise Failed(f"{' '.join(words)} ended with {done.returncode}, not {expect}: {done.stderr[-2000:]}")
     return done

@@ -63,12 +63,12 @@ def test_readers_that_cannot_be_loaded_are_left_out(media, monkeypatch):
         raise RuntimeError("Failed to import libspdl")
 
     real = peers.importlib.import_module
-    peers._loads.cache_clear()
+    peers.loads.cache_clear()
     monkeypatch.setattr(peers.importlib, "import_module", fail)
     found = peers_of(media.remuxed["fast"], media.packed["fast"])
     assert not {"torchcodec exact", "SPDL"} & set(found)
     assert "PyAV by hand" in found
-    peers._loads.cache_clear()
+    peers.loads.cache_clear()
 
 
 def test_raw_readers_agree(media):

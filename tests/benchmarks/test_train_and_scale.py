@@ -47,7 +47,7 @@ def bench(tiny_packed, tmp_path):
 
 
 def test_turns_take_what_they_say(bench, monkeypatch):
-    accumulation = bench.state.shares.accumulation
+    accumulation = bench.state.batch_split.accumulation
     assert accumulation == 2
     taken = []
     real = bench.loader.batches
@@ -522,7 +522,7 @@ def test_scaling_is_measured_and_held_against_paper(tiny_packed, tmp_path, capsy
 def test_ranks_that_fail_are_told(tmp_path, made, capsys):
     few = ["scale", "launch/recipes/small.toml", "--folder", str(tmp_path), "--data.manifest", str(made)]
     assert main([*few, "--ranks", "1", "--train.num_processes", "2"]) == 2
-    assert "1 ranks: train.num_processes = 2, but 1 are in force" in capsys.readouterr().err
+    assert "1 ranks: train.num_processes = 2, but the launcher started 1" in capsys.readouterr().err
     assert main([*few, "--ranks", "1,2", "--train.batch", "5"]) == 2
     assert "train.batch = 5: --ranks 1,2 cannot all share it" in capsys.readouterr().err
     assert main(["scale", "launch/recipes/small.toml", "--ranks", "2,4"]) == 2

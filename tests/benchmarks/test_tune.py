@@ -49,11 +49,11 @@ def test_every_plan_has_candidates_on_sequences_that_it_takes():
 
 def test_wins_are_ranges_of_neighbouring_shapes():
     ratios = [(50, 0.9, 0.95), (65, 1.01, 1.08), (101, 1.02, 1.0599), (145, 1.0, 1.2), (197, 1.1, 1.15)]
-    assert list(tune._ranges("shared", 64, True, ratios)) == [
+    assert list(tune.winning_ranges("shared", 64, True, ratios)) == [
         Win("shared", 64, "bfloat16", 8, 4, True, 65, 101, 1.05),
         Win("shared", 64, "bfloat16", 8, 4, True, 197, 197, 1.15),
     ]
-    assert list(tune._ranges("shared", 64, True, [(50, 0.5, 0.9)])) == []
+    assert list(tune.winning_ranges("shared", 64, True, [(50, 0.5, 0.9)])) == []
 
 
 def test_a_tuned_plan_leaves_what_smaller_chips_need():
@@ -64,15 +64,15 @@ def test_a_tuned_plan_leaves_what_smaller_chips_need():
     assert tune.reachable([plan, larger]) == [plan]
     assert tune.reachable([same, plan]) == [same]
     small = Chip("sm_90", plan.shared_bytes)
-    assert tune._planned([larger, plan], "forward", small, 128, 2, 1000) == plan
-    assert tune._planned([larger, plan], "forward", Chip("sm_90"), 128, 2, 1000) == larger
+    assert tune.plan_among([larger, plan], "forward", small, 128, 2, 1000) == plan
+    assert tune.plan_among([larger, plan], "forward", Chip("sm_90"), 128, 2, 1000) == larger
 
 
 def test_what_the_gate_refuses_is_no_candidate():
     plan = next(p for p in read_plans("sm_90").plans if p.kernel == "forward" and (p.head_dim, p.num_bytes) == (64, 2))
     case = tune.stage_of(plan)
     small = replace(plan, block_m=32)  # too few rows for a warp group: other instructions
-    kept = tune._usage((plan, "sm_90", case.segments, case.heads))
+    kept = tune.tried((plan, "sm_90", case.segments, case.heads))
     assert kept is not None
     assert kept.shared_bytes <= plan.shared_bytes
-    assert tune._usage((small, "sm_90", case.segments, case.heads)) is None
+    assert tune.tried((small, "sm_90", case.segments, case.heads)) is None

@@ -188,13 +188,13 @@ def without(name):
         (without("embedding_spectrogram/kernel"), [], "an MBT of frames and spectrogram expected"),
         (made(), ["--image-size", "24"], "--image-size 24: its patches of 8 do not divide the 8 positions"),
         (made(), ["--num-mels", "40"], "--num-mels 40: its patches of 8 do not divide the 12 positions"),
-        (made(), ["--start", "4"], "model.fusion.start: 4 given, at most the towers' 3 layers"),
+        (made(), ["--start", "4"], "model.fusion.start = 4: the towers have only 3 layers"),
         (made(), ["--mean", "1"], "--mean, --std: one of them given"),
         (made(), ["--classes", "{tmp}/two.txt"], "2 distinct names given, the checkpoint's 5 expected"),
         (made(), ["--classes", "{tmp}/none.txt"], "cannot be read"),
         (without("output_projection/bias"), [], "has no 'output_projection/bias', which every MBT has"),
         (without("Transformer/encoder_norm/bias"), [], "1 missing (fusion.norm.bias)"),
-        (made() | {"Transformer/extra": np.zeros(3, np.float32)}, [], 'Transformer/extra" is no parameter'),
+        (made() | {"Transformer/extra": np.zeros(3, np.float32)}, [], 'Transformer/extra"; not part of'),
     ],
 )
 def test_what_cannot_be_converted_is_named(flat, words, message, tmp_path, capsys):
@@ -240,9 +240,9 @@ def test_a_model_starts_from_a_converted_one(tmp_path):
     assert torch.equal(others.fusion.bottleneck, saved.fusion.bottleneck)
     others.save(tmp_path / "again")
     assert AVModel.from_pretrained(tmp_path / "again").config.init_from == str(tmp_path / "m")
-    with pytest.raises(UserError, match=r"not those of this model: .*fusion.position.video: \(1, 9, 16\) given"):
+    with pytest.raises(UserError, match=r"do not match this model: .*fusion.position.video: got \(1, 9, 16\)"):
         AVModel.build(config, "abcde", msgspec.structs.replace(sampling, frames=6), frontend)
     video = msgspec.structs.replace(config.video, weights="x.safetensors")
-    with pytest.raises(UserError, match="both given"):
+    with pytest.raises(UserError, match="both set"):
         AVModel.build(msgspec.structs.replace(config, video=video), "abcde", sampling, frontend)
     assert Path(tmp_path / "m" / "model.json").is_file()

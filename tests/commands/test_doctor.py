@@ -31,16 +31,16 @@ def test_without_a_manifest(capsys):
 
 
 def test_what_cannot_be_imported_is_wrong(monkeypatch, capsys):
-    monkeypatch.setitem(examine._REQUIRED, "torchmetrics", "no_such_module_at_all")
+    monkeypatch.setitem(examine.REQUIRED, "torchmetrics", "no_such_module_at_all")
     assert main(["doctor", "--no-gpu"]) == 1
     assert "torchmetrics" in capsys.readouterr().out.split("wrong:")[1]
 
 
 def test_no_gpu_is_a_note(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(examine, "_nvml", lambda: None)
+    monkeypatch.setattr(examine, "nvml_state", lambda: None)
     assert [fact.verdict for fact in examine.gpus()] == ["note"]
-    monkeypatch.setattr(examine, "_nvml", lambda: "driver 470, 1 devices")
+    monkeypatch.setattr(examine, "nvml_state", lambda: "driver 470, 1 devices")
     (fact,) = examine.gpus()
     assert fact.verdict == "bad"
     assert "is its driver older?" in fact.text
@@ -66,8 +66,8 @@ def test_a_gpu_without_its_video_decoder(monkeypatch):
 
 
 def test_limits_of_a_container(monkeypatch, tmp_path):
-    monkeypatch.setattr(examine, "_cpu_quota", lambda: 0.5)
-    monkeypatch.setattr(examine, "_in_container", lambda: True)
+    monkeypatch.setattr(examine, "cpu_quota", lambda: 0.5)
+    monkeypatch.setattr(examine, "in_container", lambda: True)
     facts = {fact.topic: fact for fact in examine.host(tmp_path)}
     assert "the container may use 0.5 of them" in facts["cores"].text
     assert "container" in facts
@@ -109,7 +109,7 @@ def advice(clips, loader, model, processes=None):
     speeds = [Speed("loader, PyAV, 2 threads", loader, loader / 2)]
     speeds += [Speed("loader, PyAV, 2 processes", processes)] if processes else []
     disk = Disk(100.0, 50.0)
-    return list(doctor._advice(clips, ClipStats.of(clips), speeds, Speed("model", model), disk, load_recipe(None, [])))
+    return list(doctor.advice(clips, ClipStats.of(clips), speeds, Speed("model", model), disk, load_recipe(None, [])))
 
 
 def test_advice():

@@ -63,11 +63,11 @@ def same(read: Clip, written: Clip) -> bool:
 def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The three ways in which rows are reached: touched, read one by one, held in memory."""
     if request.param == "paged":
-        monkeypatch.setattr(store, "_PAGED_BYTES", 0)
+        monkeypatch.setattr(store, "PAGED_BYTES", 0)
     if request.param == "memory":
-        monkeypatch.setattr(store, "_map_copy", lambda copy, path: None)
+        monkeypatch.setattr(store, "map_copy", lambda copy, path: None)
         monkeypatch.setattr(store, "written_beside", refuse)
-    monkeypatch.setattr(store, "_COPY_ROWS", 7)
+    monkeypatch.setattr(store, "COPY_ROWS", 7)
     return request.param
 
 
@@ -276,7 +276,7 @@ def test_a_large_manifest_is_not_loaded(tmp_path: Path) -> None:
     split, frames = pa.array(["train"]).take(nulls), pa.array((numbers + 1).astype(np.int32))
     table = pa.table({"id": names, "video": names, "split": split, "labels": labels, "num_frames": frames})
     path = write_table(tmp_path / "m.parquet", table).path
-    assert path.with_suffix(".arrow").stat().st_size > store._PAGED_BYTES
+    assert path.with_suffix(".arrow").stat().st_size > store.PAGED_BYTES
 
     def held_kib() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

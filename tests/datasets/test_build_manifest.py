@@ -298,7 +298,7 @@ def test_a_file_that_kills_its_process_is_named(media: Path, tmp_path: Path, mon
         "    return MediaInfo(has_video=True, num_frames=1)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "_look", __import__("dying").look)
+    monkeypatch.setattr(module, "probe_one", __import__("dying").look)
     names = ["a.mp4", "crash.mp4", "odd.mp4", "b.mp4", "c.mp4", "d.mp4", "e.mp4"]
     found = dict(module.probe_all([(Path(name), ("video",)) for name in names], workers=1))
     assert {path.name for path in found} == set(names)
@@ -314,7 +314,7 @@ def test_a_fault_of_the_prober_is_a_fault_of_the_file(monkeypatch: pytest.Monkey
         raise MemoryError("no room")
 
     monkeypatch.setattr(module, "probe", fail)
-    assert module._look((Path("a.mp4"), ("video",))) == ("MemoryError: no room", "probe")
+    assert module.probe_one((Path("a.mp4"), ("video",))) == ("MemoryError: no room", "probe")
     assert module.num_cores() >= 1
 
 
@@ -388,7 +388,7 @@ def test_a_bar_on_a_terminal(media: Path, tmp_path: Path) -> None:
 
 
 def test_plain_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastav.core.progress._PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr("fastav.core.progress.PLAIN_EVERY_S", 0.0)
     text = io.StringIO()
     with progress(Console(file=text), "probing", 3, "files") as advance:
         for _ in range(3):

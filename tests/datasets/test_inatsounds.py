@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +155,15 @@ def test_files_that_are_none(tmp_path: Path, content: bytes, message: str) -> No
     assert str(error.value).startswith(f"{tmp_path}/train.json: {message}")
 
 
-def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"/gone.json: cannot be read \(No such file or directory\)"):
-        inatsounds._read(tmp_path / "gone.json")
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.json").write_text("{}")
+
+    def gone(self: Path, **options: str) -> str:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+
+    monkeypatch.setattr(Path, "read_text", gone)
+    with pytest.raises(UserError, match=r"/train.json: cannot be read \(No such file or directory\)"):
+        listed(inatsounds, tmp_path)
 
 
 def test_none_of_its_recordings(tmp_path: Path) -> None:

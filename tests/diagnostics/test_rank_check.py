@@ -15,7 +15,7 @@ import torch
 from fastav.__main__ import main
 from fastav.core.errors import FastavError
 from fastav.diagnostics import device_tests
-from fastav.diagnostics.rank_check import Preflight, _node
+from fastav.diagnostics.rank_check import Preflight, node_of
 from fastav.diagnostics.rank_verdicts import RankMeasurement, RankPlace, find_faults, medians, summary, table
 from fastav.distributed.host_group import HostGroup
 from fastav.recipe.parse import CHANGEABLE, load_recipe, parse_recipe, to_table
@@ -125,9 +125,9 @@ def test_every_node_exchanges_with_two_others(num_nodes):
 
 
 def test_nodes_are_told_apart_by_what_started_the_ranks():
-    assert _node({"GROUP_RANK": "3", "TORCHELASTIC_RUN_ID": "x", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}) == "3"
-    assert _node({"SLURM_NODEID": "5", "SLURM_PROCID": "9", "RANK": "9"}) == "5"
-    assert _node({"SLURM_NODEID": "0", "SLURM_PROCID": "0", "RANK": "9"}) == _node({}) == os.uname().nodename
+    assert node_of({"GROUP_RANK": "3", "TORCHELASTIC_RUN_ID": "x", "SLURM_NODEID": "0", "SLURM_PROCID": "0"}) == "3"
+    assert node_of({"SLURM_NODEID": "5", "SLURM_PROCID": "9", "RANK": "9"}) == "5"
+    assert node_of({"SLURM_NODEID": "0", "SLURM_PROCID": "0", "RANK": "9"}) == node_of({}) == os.uname().nodename
 
 
 def spoiled(calls, row):
@@ -357,7 +357,7 @@ def test_a_node_without_a_gpu_among_others_is_named():
 def test_a_device_that_fails_for_good_is_still_told(monkeypatch):
     """After an illegal access every call into CUDA fails, that which frees memory too."""
     preflight = Preflight(HostGroup(), torch.device("cpu"), 0.1, 5.0)
-    preflight._device = torch.device("cuda", 0)
+    preflight.device = torch.device("cuda", 0)
     broken = RuntimeError("CUDA error: an illegal memory access was encountered")
 
     def fail(*words):

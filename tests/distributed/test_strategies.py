@@ -72,7 +72,7 @@ def test_the_launcher_chooses(tmp_path):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version: 1 given, 2 expected"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "fsdp_version = 1: expected 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "zero3_offload.json"),
         (
             {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
@@ -83,7 +83,10 @@ def test_the_launcher_chooses(tmp_path):
             "no/such.json: cannot read DeepSpeed's settings: No such file",
         ),
         ({"FASTAV_ACCELERATE_CONFIG": "no/such.yaml"}, "FASTAV_ACCELERATE_CONFIG=no/such.yaml: cannot read it"),
-        ({"FASTAV_ACCELERATE_CONFIG": "launch/deepspeed/zero1.json"}, 'distributed_type "None" given; MULTI_GPU, FSDP'),
+        (
+            {"FASTAV_ACCELERATE_CONFIG": "launch/deepspeed/zero1.json"},
+            'distributed_type = "None": expected NO, MULTI',
+        ),
     ],
 )
 def test_what_the_launcher_cannot_have_is_refused(environment, message):
@@ -94,11 +97,11 @@ def test_what_the_launcher_cannot_have_is_refused(environment, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4: the recipe sets it"),
-        ({"gradient_clipping": 1.0}, "gradient_clipping = 1.0: the recipe sets it"),
-        ({"bf16": {"enabled": True}}, '"bf16" is set, but the recipe has optim and train.precision'),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps = 4: the recipe sets this"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping = 1.0: the recipe sets this"),
+        ({"bf16": {"enabled": True}}, '"bf16" is set, but the recipe sets it by optim and train.precision'),
         ({"optimizer": {"type": "Adam"}}, '"optimizer" is set'),
-        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage = 0 given, 1, 2 or 3 expected"),
+        ({"zero_optimization": {"stage": 0}}, r"zero_optimization\.stage = 0: expected 1, 2 or 3"),
     ],
 )
 def test_deepspeed_may_not_set_what_the_recipe_sets(settings, message):

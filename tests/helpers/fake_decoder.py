@@ -60,7 +60,7 @@ class FakePlan:
     def train(self, start: int, count: int) -> PlanBatch:
         self.planned.append((start, count))
         sample_B = np.arange(start, start + count)
-        plan = self._at(sample_B, sample_B // self.repeat % self.num, windows=1)
+        plan = self.plan_at(sample_B, sample_B // self.repeat % self.num, windows=1)
         if self.mixup:
             mix_B = np.full(count, 0.25, np.float32)
             plan = replace(plan, mix_B=mix_B, partner_B=np.arange(count) ^ 1)
@@ -69,10 +69,10 @@ class FakePlan:
     def evaluate(self, start: int, count: int) -> PlanBatch:
         sample_B = np.arange(start, start + count)
         real_B = sample_B < self.num
-        plan = self._at(np.where(real_B, sample_B, -1), np.where(real_B, sample_B, 0), windows=2)
+        plan = self.plan_at(np.where(real_B, sample_B, -1), np.where(real_B, sample_B, 0), windows=2)
         return replace(plan, weight_B=real_B.astype(np.float32))
 
-    def _at(self, sample_B: np.ndarray, clip_B: np.ndarray, windows: int) -> PlanBatch:
+    def plan_at(self, sample_B: np.ndarray, clip_B: np.ndarray, windows: int) -> PlanBatch:
         num = len(sample_B)
         source_B = (clip_B >= self.split).astype(np.int64) if self.split else np.zeros(num, np.int64)
         return PlanBatch(

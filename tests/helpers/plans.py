@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import msgspec
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from fastav.data.clip import Clip, ClipPlan
 from fastav.media.decoder import DecodeSpec
 from fastav.media.probe import probe, probe_any
 from fastav.media.pyav import PyAV
-from fastav.media.spectrogram import PRESETS
+from fastav.media.spectrogram import PRESETS, LogMel
 
 RATE = 16_000
 
@@ -67,14 +69,13 @@ def heard(clip, rate=RATE):
     """The waveform [C, S] that the spectrogram is computed from."""
     caught = []
 
-    class Ear(torch.nn.Module):
-        def windows(self, wave_CS, starts_W, length):
-            caught.append(wave_CS)
-            return torch.zeros(len(starts_W), 1, 128, length)
+    def windows(self, wave_CS, starts_W, length):
+        caught.append(wave_CS)
+        return torch.zeros(len(starts_W), 1, 128, length)
 
     decoder = PyAV().build(
         DecodeSpec(("audio",), frontend=msgspec.structs.replace(PRESETS["ssw60"], sample_rate=rate, f_max=rate / 2))
     )
-    decoder._log_mel = Ear()
-    decoder.decode(clip, [plan_of()])
+    with patch.object(LogMel, "windows", windows):
+        decoder.decode(clip, [plan_of()])
     return caught[0]

@@ -38,15 +38,19 @@ def refused(monkeypatch):
 
 
 def test_a_world_of_another_size(refused):
-    refused("train.num_processes = 2, but 1 are in force: .* MULTI_CPU without mpirun", "--train.num_processes", "2")
+    refused(
+        "train.num_processes = 2, but the launcher started 1; .* MULTI_CPU without mpirun", "--train.num_processes", "2"
+    )
 
 
 def test_a_strategy_that_is_not_in_force(refused):
-    refused('train.strategy = "fsdp", but "single" is in force; launch/accelerate', "--train.strategy", "fsdp")
+    refused(
+        'train.strategy = "fsdp", but the launcher requests "single"; launch/accelerate', "--train.strategy", "fsdp"
+    )
 
 
 def test_accumulation_that_is_set_twice(refused):
-    refused("gradient accumulation is set .* (4); set train.micro_batch".replace("(4)", r"\(4\)"),
+    refused("gradient accumulation is set .* (4); remove it there and set train.micro_batch".replace("(4)", r"\(4\)"),
             ACCELERATE_GRADIENT_ACCUMULATION_STEPS="4")  # fmt: skip
 
 
@@ -58,7 +62,7 @@ def test_accumulation_in_deepspeeds_file(refused, tmp_path):
     file = tmp_path / "zero.json"
     file.write_text('{"zero_optimization": {"stage": 1}, "gradient_accumulation_steps": 8}')
     refused(
-        "zero.json: gradient_accumulation_steps = 8: the recipe sets it",
+        "zero.json: gradient_accumulation_steps = 8: the recipe sets this",
         ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_CONFIG_FILE=str(file),
     )  # fmt: skip
 
@@ -66,8 +70,8 @@ def test_accumulation_in_deepspeeds_file(refused, tmp_path):
 def test_a_batch_that_ranks_cannot_share(monkeypatch):
     ranks = Ranks(load_recipe(None, ["--train.batch", "10"]).train)
     monkeypatch.setattr(type(ranks), "world", 4)
-    with pytest.raises(UserError, match=r"train\.batch = 10 does not divide by the 4 processes"):
-        ranks.shares(load_recipe(None, ["--train.batch", "10"]).train)
+    with pytest.raises(UserError, match=r"train\.batch = 10 is not divisible by the 4 processes"):
+        ranks.split_batch(load_recipe(None, ["--train.batch", "10"]).train)
     shutdown()
 
 
@@ -167,8 +171,8 @@ def test_a_dead_rank_ends_the_job_at_once_and_is_named(tiny, tmp_path):
     assert job.returncode != 0
     status = json.loads((out / "status.json").read_text())
     assert status["state"] == "failed"
-    assert status["first"].startswith("rank 0 left no last words"), status
-    assert "rank 0 left no last words" in told
+    assert status["first"].startswith("rank 0 exited without an error record"), status
+    assert "rank 0 exited without an error record" in told
     assert "Traceback" in (out / "logs" / "rank_00001.log").read_text()
 
 

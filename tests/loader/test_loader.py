@@ -156,7 +156,7 @@ def test_replicas_of_a_broken_clip_all_break() -> None:
         (batch,) = loader.batches([("train", 0, 6)])
     assert batch.weight_B.tolist() == [0.5, 0.5, 0, 0, 0.5, 0.5]
     assert batch.num_broken == 2
-    assert str(told[0][1]) == "/media/1.mp4: audio: decoded to (1, 1, 3, 2), (1, 1, 3, 5) expected"
+    assert str(told[0][1]) == "/media/1.mp4: audio: decoded to shape (1, 1, 3, 2), expected (1, 1, 3, 5)"
 
 
 def test_a_clip_with_nothing_to_look_at_is_broken() -> None:
@@ -166,7 +166,7 @@ def test_a_clip_with_nothing_to_look_at_is_broken() -> None:
     with make_loader(FakePlan(clips), modalities=("video",), told=told) as loader:
         (batch,) = loader.batches([("train", 0, 2)])
     assert batch.weight_B.tolist() == [0.5, 0]
-    assert "holds nothing of what the run looks at" in str(told[0][1])
+    assert "has none of the modalities that this run uses" in str(told[0][1])
 
 
 def test_a_broken_batch_borrows_of_the_batch_before() -> None:
@@ -295,9 +295,9 @@ def test_watchdog_names_stage_file_and_queues(caplog: pytest.LogCaptureFixture) 
     assert batch.ids == ["0", "1", "2"]  # it never kills
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) >= 2  # it repeats
-    assert "stage: decode, 1 of the 3 clips of the next batch are missing" in warnings[-1]
-    assert re.search(r"being decoded: /media/1.mp4 \(\d+\.\d s\); queued: 0 clips", warnings[-1])
-    assert warnings[-1].endswith("on their way: 2 of 2 batches")
+    assert "stage: decode, 1 of 3 clips of the next batch not decoded yet" in warnings[-1]
+    assert re.search(r"decoding now: /media/1.mp4 \(\d+\.\d s\); queue: 0 clips", warnings[-1])
+    assert warnings[-1].endswith("prefetching 2 of 2 batches")
 
 
 def test_watchdog_names_the_planning(caplog: pytest.LogCaptureFixture) -> None:
@@ -307,7 +307,7 @@ def test_watchdog_names_the_planning(caplog: pytest.LogCaptureFixture) -> None:
 
     with make_loader(FakePlan(make_clips(2)), watchdog_s=0.1) as loader, caplog.at_level(logging.WARNING):
         assert len(list(loader.batches(slow()))) == 1
-    assert re.search(r"stage: plan, at work on a batch for \d\.\d s; being decoded: nothing", caplog.text)
+    assert re.search(r"stage: plan, working on a batch for \d\.\d s; decoding now: nothing", caplog.text)
 
 
 def test_a_bug_in_the_decoder_surfaces_with_its_traceback() -> None:
@@ -336,7 +336,7 @@ def test_other_errors_surface_too(where: str) -> None:
 
     plan = FakePlan(make_clips(4))
     if where == "plan":
-        plan._at = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+        plan.plan_at = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign,assignment,return-value]
     act: Any = {"on_broken": refuse(1), "count": lambda clip, plans: []}.get(where)
     expected = {"requests": OSError, "plan": ZeroDivisionError, "kind": KeyError, "on_broken": OSError}
     loader = make_loader(plan, FakeDecoder(act), **({"on_broken": tell} if where == "on_broken" else {}))
@@ -391,7 +391,7 @@ def test_a_used_up_stream_leaves_nothing_and_the_loader_goes_on() -> None:
 def test_a_clip_that_hangs_does_not_hold_up_the_end(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastav.loader.threads._JOIN_S", 0.1)
+    monkeypatch.setattr("fastav.loader.threads.JOIN_S", 0.1)
     held = threading.Event()
     loader = make_loader(FakePlan(make_clips(4)), FakeDecoder(lambda clip, plans: held.wait(5) and None))
     batches = loader.batches(train_requests(2, 2))
@@ -399,7 +399,7 @@ def test_a_clip_that_hangs_does_not_hold_up_the_end(
     with caplog.at_level(logging.WARNING):
         batches.close()
     held.set()
-    assert "left behind at its end: /media/" in caplog.text
+    assert "threads still running: /media/" in caplog.text
 
 
 def test_stages_count_busy_and_waits() -> None:

@@ -140,7 +140,7 @@ def test_left_out_frames_change_no_pixel(made, name):
 
 @pytest.mark.parametrize("name", ["short.mp4", "open.mkv", "stream.ts", "hevc.mp4", "vp9.webm", "long.mp4"])
 def test_spans_too_large_to_hold_are_read_twice(made, no_counting, monkeypatch, name):
-    monkeypatch.setattr(frames_module, "_HELD_BYTES", 4000)
+    monkeypatch.setattr(frames_module, "HELD_BYTES", 4000)
     path, info = made(name)
     for start_s, duration_s in [(0.0, None), (2.52, 2.0)]:
         clip = clip_of(path, start_s, duration_s, info=info)
@@ -150,13 +150,13 @@ def test_spans_too_large_to_hold_are_read_twice(made, no_counting, monkeypatch, 
 
 def test_only_what_is_needed_is_decoded(made, monkeypatch):
     decoded = []
-    real = PacketReader._decode
+    real = PacketReader.decode_run
 
     def count(self, first, last, keep):
         decoded.append(last - first + 1)
         yield from real(self, first, last, keep)
 
-    monkeypatch.setattr(PacketReader, "_decode", count)
+    monkeypatch.setattr(PacketReader, "decode_run", count)
     path, info = made("short.mp4")
     assert numbers(clip_of(path, info=info), [3, 40, 100]) == [3, 40, 100]
     assert len(decoded) == 3

@@ -50,7 +50,7 @@ def test_a_vit_taken_apart_is_the_same():
     assert torch.equal(tower.pool(x), tower.features(images()))
     assert (tower.num_prefix, tower.num_patches, tower.width, tower.is_vit) == (1, 16, 32, True)
     assert not build(name="resnet18", args={}).is_vit
-    with pytest.raises(UserError, match=r'model\.video\.name: "resnet18" given, a ViT of plain timm blocks expected'):
+    with pytest.raises(UserError, match=r'model\.video\.name: "resnet18" is not a plain timm ViT'):
         build(name="resnet18", args={}).require_blocks("early")
 
 
@@ -92,7 +92,7 @@ def test_freezing():
     tower.features(images()).sum().backward()
     assert tower.net.pos_embed.grad is None
     assert tower.blocks[2].attn.qkv.weight.grad is not None
-    with pytest.raises(UserError, match=r"model\.video\.freeze: 4 given, at most the 3 blocks"):
+    with pytest.raises(UserError, match=r"model\.video\.freeze = 4: .* has only 3 blocks"):
         build(freeze=4)
 
 
@@ -158,15 +158,15 @@ def test_class_token_of_the_weights_may_be_dropped_and_patches_resampled(tmp_pat
 
 
 def test_what_cannot_be_started_from(tmp_path):
-    with pytest.raises(UserError, match=r'model\.video\.weights: ".*none\.safetensors" is no file'):
+    with pytest.raises(UserError, match=r'model\.video\.weights: ".*none\.safetensors": no such file'):
         build(weights=str(tmp_path / "none.safetensors"))
     (tmp_path / "x.pth").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"a \.safetensors file expected"):
+    with pytest.raises(UserError, match=r"is not a \.safetensors file"):
         build(weights=str(tmp_path / "x.pth"))
     (tmp_path / "x.safetensors").write_bytes(b"x" * 40)
     with pytest.raises(UserError, match="cannot be read"):
         build(weights=str(tmp_path / "x.safetensors"))
-    with pytest.raises(UserError, match="weights and init_from are both given"):
+    with pytest.raises(UserError, match="weights and init_from are both set"):
         build(weights="timm", init_from="run")
     with pytest.raises(UserError, match=r"holds no model\.json"):
         build(init_from=str(tmp_path))
@@ -178,12 +178,12 @@ def test_timm_weights_that_cannot_be_fetched(monkeypatch):
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr("fastav.model.tower.timm.create_model", offline)
-    with pytest.raises(UserError, match=r'weights of "resnet18" cannot be had \(no network\)'):
+    with pytest.raises(UserError, match=r'weights of "resnet18" could not be loaded \(no network\)'):
         build(name="resnet18", args={}, weights="timm")
 
 
 def test_misspelt_names_and_arguments():
-    with pytest.raises(UserError, match=r'"vit_bsae_patch16_224" is no model of timm .*mean "vit_base_patch16_224"'):
+    with pytest.raises(UserError, match=r'"vit_bsae_patch16_224" is not a model of timm .*mean "vit_base_patch16_224"'):
         build(name="vit_bsae_patch16_224")
     with pytest.raises(UserError, match=r"model\.audio\.args: .*'dephth'; did you mean \"depth\""):
         build(args={"dephth": 3}, modality="audio")
@@ -228,10 +228,10 @@ def test_a_network_of_ones_own(monkeypatch):
     assert tower.net.size == (32, 32)
     assert tower.feature_flops() == 0
     for config, message in [
-        ({"name": "brightness_towers:made"}, "cannot be imported"),
-        ({"name": "no_such_module:make"}, "cannot be imported: No module named 'no_such_module'"),
+        ({"name": "brightness_towers:made"}, r'has no "made"; did you mean "make"'),
+        ({"name": "no_such_module:make"}, r"cannot import .*: No module named 'no_such_module'"),
         ({"name": "brightness_towers:make", "args": {}}, "missing 1 required positional argument: 'scale'"),
-        ({"name": "brightness_towers:make", "weights": "timm"}, "is not a model of timm"),
+        ({"name": "brightness_towers:make", "weights": "timm"}, "is not a timm model"),
         ({"name": "brightness_towers:bad", "args": {}}, "has no forward_features, which a tower needs"),
         ({"name": "brightness_towers:make", "args": {"scale": 1.0}, "freeze": 1}, r"no group_matcher\(\)"),
     ]:

@@ -16,8 +16,8 @@ from fastav.optim.loss_guard import GuardConfig, LossGuard
 
 def step(guard, loss, grad_norm=1.0, number=0, clips=()):
     """A step as the trainer takes it; returns what it was and whether it was taken."""
-    kind = guard.judge(loss)
-    kind, taken = guard.record(kind, loss, grad_norm if guard.takes(kind) else math.nan)
+    kind = guard.classify(loss)
+    kind, taken = guard.record(kind, loss, grad_norm if guard.allows_step(kind) else math.nan)
     if kind:
         guard.check(kind, number, loss, grad_norm, clips)
     return kind, taken
@@ -53,24 +53,26 @@ def test_a_spike_is_measured_against_the_last_losses(rule, taken):
     assert guard.skipped == (not taken)
     resumed = LossGuard(GuardConfig(spike=2.0, window=4, on_spike=rule))
     resumed.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    assert resumed.judge(2.4) == guard.judge(2.4)
+    assert resumed.classify(2.4) == guard.classify(2.4)
 
 
 def test_a_spike_may_end_the_run_and_names_the_clips():
     guard = LossGuard(GuardConfig(spike=2.0, window=2, on_spike="stop"))
     step(guard, 1.0)
     step(guard, 1.0)
-    with pytest.raises(FastavError, match=r"step 7: loss 3 is more than 2 times the median of the last 2, 1; .*: a, b"):
+    with pytest.raises(
+        FastavError, match=r"step 7: loss 3 is more than 2 times the median of the last 2 losses, 1; .* a, b"
+    ):
         step(guard, 3.0, number=7, clips=["a", "b"])
 
 
 def test_slow_ranks_are_named():
     guard = LossGuard(GuardConfig())
-    assert guard.slow([1.0, 1.1, 1.7, 1.0]) == [(2, pytest.approx(1.7))]
-    assert guard.slow([1.0, 1.6]) == [(1, pytest.approx(1.6))]
-    assert guard.slow([1.0, 1.4]) == []
-    assert guard.slow([1.0]) == []
-    assert LossGuard(GuardConfig(slow_rank=0)).slow([1.0, 9.0]) == []
+    assert guard.slow_ranks([1.0, 1.1, 1.7, 1.0]) == [(2, pytest.approx(1.7))]
+    assert guard.slow_ranks([1.0, 1.6]) == [(1, pytest.approx(1.6))]
+    assert guard.slow_ranks([1.0, 1.4]) == []
+    assert guard.slow_ranks([1.0]) == []
+    assert LossGuard(GuardConfig(slow_rank=0)).slow_ranks([1.0, 9.0]) == []
 
 
 def test_the_rank_that_failed_first_is_named(tmp_path):
@@ -78,7 +80,7 @@ def test_the_rank_that_failed_first_is_named(tmp_path):
     logs[2].fail(ValueError("the first"))
     logs[1].fail(RuntimeError("Connection closed by peer"))
     told, mine = logs[1].first_failure()
-    assert told.startswith("rank 0 left no last words: killed, or out of memory; see ")
+    assert told.startswith("rank 0 exited without an error record (killed or out of memory); see ")
     assert mine, "the lowest rank that is left tells it"
     assert not logs[2].first_failure()[1]
     logs[0].fail(RuntimeError("Connection closed by peer"))
@@ -87,8 +89,8 @@ def test_the_rank_that_failed_first_is_named(tmp_path):
     assert "rank 2 on " in told
     assert told.endswith("failed first: ValueError: the first")
     assert "ValueError: the first" in (tmp_path / "rank_00002.log").read_text()
-    again = RankLog(tmp_path, 2, 3)  # a restart forgets last words
-    assert "rank 2 left no last words" in logs[0].first_failure()[0]
+    again = RankLog(tmp_path, 2, 3)  # a restart removes its error record
+    assert "rank 2 exited without an error record" in logs[0].first_failure()[0]
     for log in [*logs, again]:
         log.close()
 

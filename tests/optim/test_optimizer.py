@@ -224,7 +224,7 @@ def test_plateau_falls_after_patience_and_resumes():
     _, schedule = config.build(Net(), 100)
     found = []
     for metric in (10, 20, 20, 15, 30, 29, math.nan, 28, 27, 26, 25):
-        schedule.note_metric(metric)
+        schedule.record_metric(metric)
         found.append(schedule.set_step(50))
         _, fresh = config.build(Net(), 100)
         fresh.load_state_dict(json.loads(json.dumps(schedule.state_dict())))
@@ -290,7 +290,7 @@ def test_a_changed_recipe_keeps_its_own_settings():
 
 def test_state_of_another_optimizer_or_model_is_refused():
     tensors, meta = optimizer_tensors(Optim(name="sgd").build(Net(), 10)[0])
-    with pytest.raises(FastavError, match="saved optimizer is SGD, not AdamW"):
+    with pytest.raises(FastavError, match="saved optimizer is SGD, expected AdamW"):
         restore_optimizer(Optim().build(Net(), 10)[0], tensors, meta)
     with pytest.raises(FastavError, match=r'another model: "audio\.net\.blocks\.0\.attn\.proj\.bias" is missing'):
         restore_optimizer(Optim(name="sgd").build(Model(), 10)[0], tensors, meta)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -301,18 +300,25 @@ def digests(folder):
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
 
 
-def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(made, tmp_path):
-    settings = ["--shard-mib", "1", "--workers", "1"]
-    words = [sys.executable, "-m", "fastav", "pack", str(made)]
-    straight = tmp_path / "straight"
-    assert main(["pack", str(made), str(straight), *settings]) == 0
+SMALL = PackSettings(shard_mib=1)
+
+
+@pytest.fixture(scope="module")
+def straight(made, tmp_path_factory):
+    """A pack of several shards that was made in one go."""
+    return build_pack(Manifest.open(made), tmp_path_factory.mktemp("straight") / "p", SMALL, workers=1).root
+
+
+def test_a_killed_pack_takes_its_workers_along_and_goes_on_to_the_same_bytes(made, straight, tmp_path, capsys):
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*words, str(killed), *settings], start_new_session=True, stdout=subprocess.DEVNULL)
+    words = ["pack", str(made), str(killed), "--shard-mib", "1", "--workers", "1"]
+    process = subprocess.Popen([sys.executable, "-m", "fastav", *words], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and len(list(killed.glob("parts/[0-9]*.parquet"))) < 2:
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()  # itself alone: its worker has packed two shards' clips, and has more to pack
+    process.communicate(timeout=60)  # ends when the last process that holds its output does
+    assert process.returncode == -signal.SIGKILL, "it was still packing"
     kept = {
         p: p.stat().st_mtime_ns
         for p in killed.glob("shards/[0-9]*.tar")
@@ -320,30 +326,36 @@ def test_a_killed_pack_goes_on_and_ends_with_the_same_bytes(made, tmp_path):
     }
     assert len(kept) >= 2
     assert not (killed / "manifest.parquet").exists()
-    done = subprocess.run([*words, str(killed), *settings], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    assert "shards were packed before" in done.stdout
+    assert main(words) == 0
+    assert "shards were packed before" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert digests(killed) == digests(straight)
     assert sorted(p.name for p in killed.rglob(".*.tmp")) == []
-    again = subprocess.run([*words, str(killed), *settings], capture_output=True, text=True, timeout=200)
-    assert "is packed already" in again.stdout
+    assert main(words) == 0
+    assert "is packed already" in capsys.readouterr().out
 
 
-def test_a_shard_that_was_lost_is_packed_again(made, tmp_path, capsys):
-    settings = PackSettings(shard_mib=1)
+def test_a_shard_that_was_lost_is_packed_again(made, straight, tmp_path, capsys, monkeypatch):
     manifest = Manifest.open(made)
-    straight = build_pack(manifest, tmp_path / "straight", settings, workers=1)
     out = PackFolder(tmp_path / "lost")
-    two = plan_shards(manifest, settings)[:2]
-    with out.locked():
-        out.begin(manifest, settings)
-        fastav.pack.build._pack_shards(manifest, out, two, settings, 1, lambda: None, False)
-    assert all(out.has(shard) for shard in two)
-    (out.path / "shards" / "000001.tar").unlink()
-    build_pack(manifest, out.path, settings, workers=1)
+    one, two, *_ = plan_shards(manifest, SMALL)
+    each = fastav.pack.build.run_jobs
+
+    def interrupted(*jobs, **options):
+        for done in each(*jobs, **options):
+            if out.has(two):
+                raise KeyboardInterrupt
+            yield done
+
+    monkeypatch.setattr(fastav.pack.build, "run_jobs", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        build_pack(manifest, out.path, SMALL, workers=1)
+    monkeypatch.undo()
+    assert out.has(one)
+    (out.path / two.name).unlink()
+    build_pack(manifest, out.path, SMALL, workers=1)
     assert "1 of " in capsys.readouterr().out
-    assert digests(out.path) == digests(straight.root)
+    assert digests(out.path) == digests(straight)
 
 
 def test_files_that_are_gone_leave_their_shards_open(tmp_path, capsys):
@@ -376,20 +388,10 @@ def test_damage_that_ffmpeg_calls_an_io_error_is_damage(tmp_path, monkeypatch):
     def fail(order):
         raise MediaError(file, "input/output error", "video") from OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(transcode, "_pack", fail)
+    monkeypatch.setattr(transcode, "pack_readable", fail)
     assert transcode.pack_clip(None)[2] == "video"
     file.unlink()
     assert transcode.pack_clip(None)[2] == transcode.MISSING
-
-
-def test_a_killed_parent_takes_its_workers_along(made, tmp_path):
-    words = [sys.executable, "-m", "fastav", "pack", str(made), str(tmp_path / "p"), "--workers", "2"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((tmp_path / "p").glob("shards/.*.tmp")):
-        time.sleep(0.05)
-    process.kill()
-    process.communicate(timeout=60)  # ends when the last process that holds its output does
 
 
 def refused(manifest, out, settings):

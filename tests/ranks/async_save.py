@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastav.distributed.host_group import HostGroup
-from fastav.distributed.launcher import Requested, SpreadOptions, spread_model
+from fastav.distributed.launcher import Requested, WrapOptions, wrap_model
 from fastav.optim.optimizer import Optim
 from fastav.training.checkpoint import Checkpoints
 from fastav.training.checkpoint_writer import CheckpointWriter, TensorSplit
@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     model.blocks = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(12)))
     model.forward = model.blocks.forward
     wanted = Requested("fsdp" if world > 1 else "single", {"reshard": True})
-    spread = spread_model(wanted, model, lambda: Optim().build(model, 100)[0], SpreadOptions(4))
+    spread = wrap_model(wanted, model, lambda: Optim().build(model, 100)[0], WrapOptions(4))
     host_group = HostGroup(rank, world, dist.new_group(backend="gloo") if world > 1 else None)
     checkpoints = Checkpoints(folder, 2, host_group)
     savers = {name: CheckpointWriter(checkpoints, asynchronous=name == "async") for name in ("sync", "async")}
@@ -49,10 +49,10 @@ def main(folder: Path) -> None:
     for number in range(1, ROUNDS + 2):
         for name, checkpoint_writer in savers.items():
             step()
-            optimizer, _ = spread.saved_optimizer()
+            optimizer, _ = spread.optimizer_to_save()
             shares, tensors = TensorSplit(host_group), {}
-            for kind, named in (("model", spread.saved(spread.state())), ("optimizer", optimizer)):
-                tensors |= shares.own((f"{kind}/{key}", value) for key, value in named)
+            for kind, named in (("model", spread.tensors_to_save(spread.model_shards())), ("optimizer", optimizer)):
+                tensors |= shares.select((f"{kind}/{key}", value) for key, value in named)
             before = {key: _local(value).clone() for key, value in tensors.items()}
             dist.barrier()
             begun = time.perf_counter()

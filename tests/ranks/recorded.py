@@ -19,20 +19,28 @@ _STOP_AT = int(os.environ.get("FASTAV_STOP_AT", "-1"))
 _RANK = int(os.environ.get("RANK", "0"))
 
 
-def _recording(method):
-    def accumulate(trainer, batches):
-        step = trainer.state.step
-        if step + 1 == _STOP_AT and trainer.state.ranks.world - 1 == _RANK:
-            os.kill(os.getpid(), getattr(signal, os.environ.get("FASTAV_SIGNAL", "SIGTERM")))
-        sums, waited, ids = method(trainer, batches)
-        with (_FOLDER / f"rank_{_RANK}.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "ids": ids}) + "\n")
-        return sums, waited, ids
+def recording(method):
+    """The trainer's step, with the clips that it takes written down."""
 
-    return accumulate
+    def step(trainer, batches):
+        number, ids = trainer.session.step, []
+        if number + 1 == _STOP_AT and trainer.session.ranks.world - 1 == _RANK:
+            os.kill(os.getpid(), getattr(signal, os.environ.get("FASTAV_SIGNAL", "SIGTERM")))
+
+        def noted():
+            for batch in batches:
+                ids.extend(batch.ids)
+                yield batch
+
+        row = method(trainer, noted())
+        with (_FOLDER / f"rank_{_RANK}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": number, "ids": ids}) + "\n")
+        return row
+
+    return step
 
 
 if __name__ == "__main__":
     _FOLDER.mkdir(parents=True, exist_ok=True)
-    train.Trainer._accumulate = _recording(train.Trainer._accumulate)
+    train.Trainer.step = recording(train.Trainer.step)
     sys.exit(run("train", "fastav.train", sys.argv[1:]))

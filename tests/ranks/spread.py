@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fastav.distributed.host_group import HostGroup
-from fastav.distributed.launcher import Requested, SpreadOptions, spread_model
+from fastav.distributed.launcher import Requested, WrapOptions, wrap_model
 from fastav.optim.ema import Ema
 from fastav.optim.optimizer import Optim
 from fastav.training.checkpoint_writer import TensorSplit
@@ -51,7 +51,7 @@ def inputs(step, part, accumulation):
 def backward(spread, step, accumulation, spoil=1.0):
     """A step's backward passes."""
     for part in range(accumulation):
-        with spread.part(last=part == accumulation - 1):
+        with spread.micro_batch(last=part == accumulation - 1):
             loss = spread.network(inputs(step, part, accumulation)).square().sum()
             spread.backward(loss * spoil * dist.get_world_size() / BATCH)
 
@@ -59,7 +59,7 @@ def backward(spread, step, accumulation, spoil=1.0):
 def whole(spread, shards):
     """All saved tensors, whole."""
     found = {}
-    for name, tensor in spread.saved(shards):
+    for name, tensor in spread.tensors_to_save(shards):
         value = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
         found[name] = value.detach().clone()
     return found
@@ -72,7 +72,7 @@ def run(name, accumulation, clip_norm):
     if name.startswith("zero"):
         settings = json.loads((ROOT / "launch" / "deepspeed" / f"{name}.json").read_text())
     wanted = Requested(name.partition("_")[0], settings)
-    options = SpreadOptions(BATCH // 2 // accumulation, accumulation, clip_norm)
+    options = WrapOptions(BATCH // 2 // accumulation, accumulation, clip_norm)
 
     def build(model):
         made = {}
@@ -81,22 +81,22 @@ def run(name, accumulation, clip_norm):
             made["optimizer"], made["schedule"] = Optim(lr=0.05).build(model, STEPS)
             return made["optimizer"]
 
-        spread = spread_model(wanted, model, make_optimizer, options)
+        spread = wrap_model(wanted, model, make_optimizer, options)
         spread.check(2, accumulation)
         return spread, made["schedule"]
 
     spread, schedule = build(model)
-    ema = Ema(model, 0.9, spread.shards(), spread.refresh)
+    ema = Ema(model, 0.9, spread.trainable_shards(), spread.sync_from_shards)
     norms = []
     for step in range(STEPS):
         schedule.set_step(step)
-        before = whole(spread, spread.state())
+        before = whole(spread, spread.model_shards())
         if step == 1:
             backward(spread, 100, accumulation)
-            spread.discard()
+            spread.discard_gradients()
             backward(spread, 100, accumulation, spoil=float("inf"))
             assert not torch.tensor(spread.step(clip_norm)).isfinite()
-            after = whole(spread, spread.state())
+            after = whole(spread, spread.model_shards())
             assert all(torch.equal(before[key], after[key]) for key in before), f"{name}: a left-out step was taken"
         backward(spread, step, accumulation)
         norms.append(spread.step(clip_norm))
@@ -104,14 +104,18 @@ def run(name, accumulation, clip_norm):
     with ema.swap():
         averaged = model(inputs(0, 0, 1)).sum().item()
     host_group = HostGroup(dist.get_rank(), 2, None)
-    named, meta = spread.saved_optimizer()
+    named, meta = spread.optimizer_to_save()
     optimizer = whole_of(named)
-    states = {"model": whole(spread, spread.state()), "optimizer": optimizer, "ema": whole(spread, ema.state_dict())}
-    shares = [len(TensorSplit(host_group).own(iter(states["model"].items())))]
+    states = {
+        "model": whole(spread, spread.model_shards()),
+        "optimizer": optimizer,
+        "ema": whole(spread, ema.state_dict()),
+    }
+    shares = [len(TensorSplit(host_group).select(iter(states["model"].items())))]
     again = resumed(build, states, meta, accumulation, clip_norm, schedule)
     backward(spread, STEPS, accumulation)
     spread.step(clip_norm)
-    last = whole(spread, spread.state())
+    last = whole(spread, spread.model_shards())
     assert all(torch.equal(last[key], again[key]) for key in last), f"{name}: what was put back differs"
     return {
         "name": f"{name} {accumulation} {clip_norm}", "norms": norms, "averaged": averaged, "shares": shares,
@@ -130,7 +134,7 @@ def whole_of(named):
 def check_order(spread):
     """What has been put back is listed in one order on all ranks, though each hashes its words in another way."""
     shares, orders = TensorSplit(HostGroup(dist.get_rank(), 2, None)), [None] * 2
-    shares.own(spread.saved_optimizer()[0])
+    shares.select(spread.optimizer_to_save()[0])
     dist.all_gather_object(orders, shares.order)
     assert orders[0] == orders[1], f"{spread.name}: ranks list the optimizer's tensors in different orders"
 
@@ -142,7 +146,7 @@ def resumed(build, states, meta, accumulation, clip_norm, schedule):
     spread, schedule = build(model)
     targets = {}
     for full, value in states["optimizer"].items():
-        target = spread.target(full.rpartition(":")[0], value.shape, value.dtype)
+        target = spread.empty_target(full.rpartition(":")[0], value.shape, value.dtype)
         if hasattr(target, "device_mesh"):
             value = torch.distributed.tensor.distribute_tensor(value, target.device_mesh, target.placements)
         targets[full] = target.copy_(value)
@@ -151,7 +155,7 @@ def resumed(build, states, meta, accumulation, clip_norm, schedule):
     schedule.set_step(STEPS - 1)
     backward(spread, STEPS, accumulation)
     spread.step(clip_norm)
-    return whole(spread, spread.state())
+    return whole(spread, spread.model_shards())
 
 
 def hash_unlike_others():

@@ -7,7 +7,7 @@ import pytest
 from fastav.__main__ import main
 from fastav.core.errors import UserError
 from fastav.recipe.explain import Key, explain, keys
-from fastav.recipe.parse import leaves_of, load_recipe, to_table
+from fastav.recipe.parse import leaves, load_recipe, to_table
 from fastav.recipe.schema import Recipe
 
 
@@ -26,8 +26,7 @@ def test_every_key_is_explained_and_takes_the_default_that_is_told(key: Key) -> 
 
 def test_all_keys_of_a_default_recipe_are_there() -> None:
     have = {key.name for key in keys()}
-    leaves = {name for name, _ in leaves_of(to_table(Recipe()))}
-    assert leaves <= have
+    assert {name for name, _ in leaves(to_table(Recipe()))} <= have
 
 
 def test_a_key_is_explained_by_its_values_default_and_meaning(capsys: pytest.CaptureFixture[str]) -> None:

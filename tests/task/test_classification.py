@@ -152,7 +152,7 @@ def test_empty_predictions_come_back(tmp_path):
 
 
 def test_files_that_are_no_predictions_are_named(tmp_path):
-    with pytest.raises(UserError, match="no such file of predictions"):
+    with pytest.raises(UserError, match="no such file, expected a Parquet file of predictions"):
         read_predictions(tmp_path / "absent.parquet")
     (tmp_path / "text.parquet").write_text("hello")
     with pytest.raises(UserError, match=r"text\.parquet: not a file of predictions"):

@@ -283,7 +283,7 @@ def test_interval_of_map_is_that_of_resampled_clips():
 def test_interval_of_map_is_the_same_in_pieces(monkeypatch):
     given_ = random_predictions(30, 4, seed=4, several=True)
     whole = bootstrap_map(given_.probabilities_NK, given_.targets_NK, seed=3, resamples=50)
-    monkeypatch.setattr("fastav.task.metrics._BOOTSTRAP_CELLS", 30 * 7)
+    monkeypatch.setattr("fastav.task.metrics.BOOTSTRAP_CELLS", 30 * 7)
     assert bootstrap_map(given_.probabilities_NK, given_.targets_NK, seed=3, resamples=50) == whole
 
 

@@ -104,7 +104,7 @@ def test_shards_that_are_gone_are_an_error_of_the_run(pack, tiny, tmp_path, caps
     assert trained(tmp_path, [*words]) == 2
     told = capsys.readouterr().err
     assert "nowhere/shards/000000.tar: shard: no such file" in told
-    assert "name their folder or URL by --data.shards" in told
+    assert "set --data.shards to their folder or URL" in told
     dead = [*words, "--data.shards", "http://127.0.0.1:9/pack", "--loading.shards.retries", "0"]
     assert trained(tmp_path, dead) == 2
     assert "its shards cannot be read (http://127.0.0.1:9/pack/shards/000000.tar" in capsys.readouterr().err

@@ -17,7 +17,7 @@ def test_metrics_are_cut_back_to_the_resumed_step_and_a_half_line_is_dropped(tmp
     with run.metrics.open("a") as file:
         file.write('{"step": 40, "lo')
     assert [row["step"] for row in run.read_metrics()] == [10, 20, 30]
-    run.cut_back(20)
+    run.drop_rows_after(20)
     assert [row["step"] for row in run.read_metrics()] == [10, 20]
 
 
@@ -33,7 +33,7 @@ def test_a_broken_clip_is_listed_once_with_its_reason(tmp_path):
         ("a,b", "video", 'says "no"', "3"),
         ("c", "open", "gone", "9"),
     ]
-    again.cut_back_skipped(5)
+    again.drop_skipped_after(5)
     assert [row["id"] for row in again.read_skipped()] == ["a,b"]
     again.skip("c", MediaError("c.mp4", "gone"), 7)
     assert [row["step"] for row in again.read_skipped()] == ["3", "7"]
@@ -81,11 +81,11 @@ def test_what_other_ranks_skip_reaches_the_writers_list_once(tmp_path):
     main.skip("a", MediaError("a.mp4", "gone"), 1)
     other.skip("a", MediaError("a.mp4", "gone"), 1)
     other.skip("b", MediaError("b.mp4", "cut"), 2)
-    main.add_skipped(other.take_skipped())
-    assert other.take_skipped() == []
+    main.add_skipped(other.pop_skipped())
+    assert other.pop_skipped() == []
     assert [row["id"] for row in main.read_skipped()] == ["a", "b"]
     with main.skipped.open("a") as file:
         file.write("c,c.mp4,vid")
     assert [row["id"] for row in main.read_skipped()] == ["a", "b"]
-    main.cut_back_skipped(1)
+    main.drop_skipped_after(1)
     assert [row["id"] for row in main.read_skipped()] == ["a"]

@@ -31,10 +31,10 @@ SCHEMA_VERSION = 2
 """Version of the Parquet columns and metadata; a manifest with a larger one is refused."""
 
 _COPY_VERSION = 2
-_COPY_ROWS = 1 << 18  # rows of a record batch of the copy
-_PAGED_BYTES = (
-    1 << 22
-)  # copies larger than this are read with pread, row by row: what is touched of a mapping stays resident
+COPY_ROWS = 1 << 18
+"""Rows of a record batch of the copy."""
+PAGED_BYTES = 1 << 22
+"""Copies larger than this are read with pread, row by row: what is touched of a mapping stays resident."""
 _DENSE = 8  # rows at random from a run at most this many times as long are read as one run
 PATHS = ("video", "audio", "image", "mel")
 TEXTS = ("id", *PATHS, "shard", "video_codec", "audio_codec", "group")
@@ -111,7 +111,7 @@ class RowStore:
         self._label_offsets = [labels.offsets.to_numpy() for labels in lists]
         self._label_values = [labels.values.to_numpy() for labels in lists]
         self._view = memoryview(buffer)
-        self._paged = self._mapping is not None and len(self._mapping) > _PAGED_BYTES
+        self._paged = self._mapping is not None and len(self._mapping) > PAGED_BYTES
 
     def records(self, rows: NDArray[np.int64]) -> NDArray[np.void]:
         """Returns the records of the rows, [n]."""
@@ -259,7 +259,7 @@ def open_store(path: Path) -> RowStore:
     copy = path.with_suffix(".arrow")
     if copy == path:
         raise UserError(f"manifest {path}: this is the copy; expected {path.with_suffix('.parquet')}")
-    store = _map_copy(copy, path)
+    store = map_copy(copy, path)
     if store is not None:
         return store
     with path.open("rb") as file:
@@ -275,13 +275,13 @@ def open_store(path: Path) -> RowStore:
                 raise UserError(f"{path}: the manifest is damaged ({error})") from None
             return RowStore(path, memory.getvalue(), source, None)
     # Another process may have put its copy there in the meantime; it is checked like any other.
-    store = _map_copy(copy, path)
+    store = map_copy(copy, path)
     if store is None:
         raise FastavError(f"{path}: the manifest is being rewritten; open it again when that is done")
     return store
 
 
-def _map_copy(copy: Path, path: Path) -> RowStore | None:
+def map_copy(copy: Path, path: Path) -> RowStore | None:
     """Maps the copy if it was made from just this Parquet file."""
     try:
         file = copy.open("rb")
@@ -342,7 +342,7 @@ def write_copy(path: Path, parquet: pq.ParquetFile, sink: Any, source: dict[str,
     names = [name for name in SCHEMA.names if name in parquet.schema_arrow.names]
     classes, start = pa.array(header.classes, pa.string()), 0
     with pa.ipc.new_file(sink, schema) as writer:
-        for batch in parquet.iter_batches(batch_size=_COPY_ROWS, columns=names):
+        for batch in parquet.iter_batches(batch_size=COPY_ROWS, columns=names):
             for name, (first, last) in header.splits.items():
                 here = batch.column("split").slice(max(first - start, 0), max(last - max(first, start), 0))
                 if len(here) and not pc.all(pc.equal(here, name)).as_py():

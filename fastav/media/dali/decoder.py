@@ -103,7 +103,9 @@ _CONTAINERS = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"})
 _PIXELS = frozenset({"yuv420p", "yuvj420p"})
 _BT601 = frozenset({2, 5, 6})  # FFmpeg's numbers; 2 is unspecified
 _LARGEST_FILE_BYTES = 1 << 26
-_TRIAL_SIDE, _TRIAL_GREYS, _TRIAL_LEVELS = 128, (40, 90, 140, 190), 8
+_TRIAL_SIDE, _TRIAL_LEVELS = 128, 8
+TRIAL_GREYS = (40, 90, 140, 190)
+"""Of the pictures of the clip on which DALI is tried."""
 
 
 class Dali(Kind, frozen=True, tag="dali"):
@@ -156,7 +158,7 @@ def missing_requirement(device: Device) -> str:
 def self_test_failure(device: Device) -> str:
     """Returns why DALI does not show the pictures of a made, spliced stream here; empty where it does. Tried once."""
     place = PipelinePlace(None if device_kind(device) == "cpu" else torch.cuda.current_device(), 2)
-    slot = _Slot(place, DecodeSpec(("video",), _TRIAL_SIDE))
+    slot = Slot(place, DecodeSpec(("video",), _TRIAL_SIDE))
     with slot.current():
         return slot.trial(device_kind(device))
 
@@ -182,7 +184,7 @@ class DaliDecoder:
             )
         read.frontend.build()  # says where its settings contradict one another
         self.device = torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
-        self.threads = config.threads or _threads(self.device)
+        self.threads = config.threads or num_threads(self.device)
         self._shards = ShardReader(read.reading)
         # What DALI does not take; each sees one modality, so that nothing is decoded twice.
         self._video_fallback, self._audio_fallback, self._full_fallback = (
@@ -191,9 +193,9 @@ class DaliDecoder:
             )
             for some in (("video",), ("audio",), read.modalities)
         )
-        self._slots: queue.LifoQueue[_Slot] = queue.LifoQueue()
+        self._slots: queue.LifoQueue[Slot] = queue.LifoQueue()
         for _ in range(config.pipelines):
-            self._slots.put(_Slot(PipelinePlace(self.device.index, self.threads), read))
+            self._slots.put(Slot(PipelinePlace(self.device.index, self.threads), read))
         with self._slot() as slot:
             why = slot.trial(self.kind)
         if why:
@@ -282,7 +284,7 @@ class DaliDecoder:
             self._slots.put(slot)
 
     @contextmanager
-    def _slot(self) -> Iterator[_Slot]:
+    def _slot(self) -> Iterator[Slot]:
         """Lends one of the pairs of pipelines, with its CUDA stream as the current one."""
         slot = self._slots.get()
         try:
@@ -317,7 +319,7 @@ class DaliDecoder:
     ) -> VideoSample | None:
         """A clip's video for DALI; None where PyAV must decode it."""
         if spliced is not None:
-            _check_size(spliced, clip)
+            check_size(spliced, clip)
             data = mp4.wrap(spliced.codec, spliced.units, spliced.keys, clip.width, clip.height)
             frames_U = np.array(spliced.shown, np.int32)
         else:
@@ -352,7 +354,7 @@ class DaliDecoder:
         return AudioSample(wav_of(wave_S, frontend.sample_rate), 0, len(wave_S), cut.first, cut.total, starts_W)
 
 
-class _Slot:
+class Slot:
     """A pair of pipelines, and the CUDA stream on which their batches are put together."""
 
     def __init__(self, place: PipelinePlace, read: DecodeSpec) -> None:
@@ -381,7 +383,7 @@ class _Slot:
             trials.append((AudioGraph(self.place, frontend), wave))
         if "video" in self.read.modalities:
             trials.append(
-                (VideoGraph(self.place, self.read.image_size), _made_film("h264" if kind == "gpu" else "mjpeg"))
+                (VideoGraph(self.place, self.read.image_size), made_film("h264" if kind == "gpu" else "mjpeg"))
             )
         for graph, sample in trials:
             engine: Engine[Any] = Engine(graph)
@@ -404,7 +406,7 @@ def device_kind(device: Device) -> Literal["gpu", "cpu"]:
     return device
 
 
-def _threads(device: torch.device) -> int:
+def num_threads(device: torch.device) -> int:
     """Threads of a pipeline: two for each video decoder, as one sample is decoded by one thread."""
     if device.type == "cpu":
         return num_cores()
@@ -435,7 +437,7 @@ def can_decode(kind: str, codec: str, width: int, height: int) -> bool:
     return kind == "cpu" or (width % 2 == 0 and height % 2 == 0)
 
 
-def _check_size(spliced: SplicedFrames, clip: Clip) -> None:
+def check_size(spliced: SplicedFrames, clip: Clip) -> None:
     """Looks at the size that the stream itself tells: the decoder writes into room for that of the row.
 
     Raises:
@@ -493,7 +495,7 @@ def _is_plain(packets: list[Any], stream: Any, clip: Clip) -> bool:
     return bool(times_N[count - 1] < end_s <= times_N[count])
 
 
-def _made_film(codec: str) -> VideoSample:
+def made_film(codec: str) -> VideoSample:
     """Two groups of grey pictures out of three, spliced: what packs give, with x264's `idr_pic_id` twice the same."""
     context: Any = av.CodecContext.create("libx264" if codec == "h264" else codec, "w")
     context.width = context.height = _TRIAL_SIDE
@@ -502,7 +504,7 @@ def _made_film(codec: str) -> VideoSample:
     if codec == "h264":
         context.options = {"x264-params": "keyint=2:min-keyint=2:scenecut=0:bframes=0:aud=1:repeat-headers=1"}
     units: list[bytes] = []
-    first, second = _TRIAL_GREYS[:2], _TRIAL_GREYS[2:]
+    first, second = TRIAL_GREYS[:2], TRIAL_GREYS[2:]
     for number, grey in enumerate((*first, *first, *second)):
         grey_HWC = np.full((_TRIAL_SIDE, _TRIAL_SIDE, 3), grey, np.uint8)
         frame = av.VideoFrame.from_ndarray(grey_HWC, format="rgb24").reformat(format=context.pix_fmt)
@@ -518,7 +520,7 @@ def _made_film(codec: str) -> VideoSample:
 def _seen_wrong(results: GraphResults) -> str:
     """Says whether the made film came out as other pictures than went in: unwritten memory is no failure for DALI."""
     shown = results.parts[0][1][0][0].float().mean((1, 2, 3)).tolist()
-    if all(abs(level - grey) < _TRIAL_LEVELS for level, grey in zip(shown, _TRIAL_GREYS, strict=True)):
+    if all(abs(level - grey) < _TRIAL_LEVELS for level, grey in zip(shown, TRIAL_GREYS, strict=True)):
         return ""
     levels = ", ".join(f"{level:.0f}" for level in shown)
-    return f"spliced groups of grey {', '.join(map(str, _TRIAL_GREYS))} come out as {levels}"
+    return f"spliced groups of grey {', '.join(map(str, TRIAL_GREYS))} come out as {levels}"

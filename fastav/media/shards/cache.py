@@ -180,7 +180,7 @@ class Cached:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
         # Room is made and taken under one lock: a count by another process in between would miss this block.
-        with self._flocked(self._folder / "used.lock"):
+        with self.flocked(self._folder / "used.lock"):
             self._make_room(len(data))
             try:
                 beside.write_bytes(data)
@@ -226,11 +226,12 @@ class Cached:
         places = sorted({int(digest[:8], 16) + number for number in numbers}, key=lambda place: place % _LOCKS)
         with contextlib.ExitStack() as stack:
             for place in dict.fromkeys(place % _LOCKS for place in places):
-                stack.enter_context(self._flocked(self._folder / "locks" / f"{place:04d}.lock"))
+                stack.enter_context(self.flocked(self._folder / "locks" / f"{place:04d}.lock"))
             yield
 
     @contextlib.contextmanager
-    def _flocked(self, path: Path) -> Iterator[None]:
+    def flocked(self, path: Path) -> Iterator[None]:
+        """Holds a lock file against all processes of the node; a child that is forked meanwhile keeps nothing."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)

@@ -17,7 +17,8 @@ from fastav.media.shards.store import Range, ReadStats, merge_ranges
 _GAP_BYTES = 1 << 16
 """Ranges no further apart than this are one request: at 100 MB/s 64 KiB take less than a millisecond."""
 
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 5.0
+"""Before a request is tried again; it doubles up to the longest."""
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp",
              "az": "adlfs", "abfs": "adlfs"}  # fmt: skip
 
@@ -111,7 +112,7 @@ class Remote:
             tries = f" ({attempt + 1} tries)" if attempt else ""
             raise MediaError(name, f"{reason}{tries}", "shard") from error
         log.info("%s: %s; trying again", name, reason)
-        time.sleep(min(_FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
+        time.sleep(min(FIRST_PAUSE_S * 2**attempt, _LONGEST_PAUSE_S))
 
     def _system(self, name: str) -> Any:
         """The file system of a URL; another one after a fork, as the old one's thread is in the parent."""

@@ -68,13 +68,16 @@ class Bottleneck(FusionKind, frozen=True, tag="bottleneck"):
             tower.require_blocks("bottleneck")
         depths = len(video.blocks), len(audio.blocks)
         if depths[0] != depths[1]:
-            raise UserError(f"model.fusion: towers of {depths[0]} and {depths[1]} layers given, equal expected")
+            raise UserError(
+                f"model.fusion: the video tower has {depths[0]} layers, the audio tower {depths[1]}; bottleneck fusion "
+                "needs equal depth"
+            )
         if self.start > depths[0]:
-            raise UserError(f"model.fusion.start: {self.start} given, at most the towers' {depths[0]} layers expected")
+            raise UserError(f"model.fusion.start = {self.start}: the towers have only {depths[0]} layers")
         if video.width != audio.width and not self.project:
             raise UserError(
-                f"model.fusion.project: towers of width {video.width} and {audio.width} need project = true, "
-                "a linear layer between them for the bottleneck"
+                f"model.fusion.project: the video tower has width {video.width}, the audio tower {audio.width}; set "
+                "project = true for a linear layer between them"
             )
         if self.attention not in ("auto", *IMPLEMENTATIONS):
             near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])

@@ -34,8 +34,8 @@ class Early(FusionKind, frozen=True, tag="early"):
             tower.require_blocks("early")
         if video.width != audio.width or video.num_prefix != audio.num_prefix:
             raise UserError(
-                f"{audio.where}: the audio tower has width {audio.width} and {audio.num_prefix} class and register "
-                f"tokens, the video tower {video.width} and {video.num_prefix}; early fusion needs the same"
+                f"{audio.where}: width {audio.width} and {audio.num_prefix} class and register tokens, the video tower "
+                f'has {video.width} and {video.num_prefix}; fusion "early" needs them equal'
             )
         audio.keep_embedding()
         return EarlyFusion(video.width, num_frames)

@@ -96,22 +96,22 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
         depth = len(video.blocks)
         if len(audio.blocks) != depth or audio.width != video.width:
             raise UserError(
-                f"{audio.where}: {len(audio.blocks)} layers of width {audio.width} given, the video tower's {depth} of "
-                f'width {video.width} expected by fusion kind "mbt"'
+                f"{audio.where}: has {len(audio.blocks)} layers of width {audio.width}, the video tower {depth} of "
+                f'width {video.width}; fusion "mbt" needs them equal'
             )
         if self.start > depth:
-            raise UserError(f"model.fusion.start: {self.start} given, at most the towers' {depth} layers expected")
+            raise UserError(f"model.fusion.start = {self.start}: the towers have only {depth} layers")
         if self.attention not in ("auto", *IMPLEMENTATIONS):
             near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])
             raise UserError(f'model.fusion.attention: "{self.attention}" is unknown{near}')
         sides = {"sampling.image_size": video.input_size[0], "frontend.num_mels": audio.input_size[0]}
         for key, side in sides.items():
             if side % self.patch:
-                raise UserError(f"{key}: {side} given, a multiple of model.fusion.patch {self.patch} expected")
+                raise UserError(f"{key} = {side}: expected a multiple of model.fusion.patch ({self.patch})")
         if self.sampled > num_frames or (not self.sampled and num_frames % self.tubelet):
             raise UserError(
-                f"sampling.frames: {num_frames} given, a multiple of model.fusion.tubelet {self.tubelet} expected, or "
-                f"at least model.fusion.sampled {self.sampled}"
+                f"sampling.frames = {num_frames}: expected a multiple of model.fusion.tubelet ({self.tubelet}), or at "
+                f"least model.fusion.sampled ({self.sampled})"
             )
 
     def check(self, towers: Mapping[Modality, TowerConfig], classes: Sequence[str]) -> None:
@@ -119,11 +119,11 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
         for name, tower in towers.items():
             if self.image_vit and (tower.weights or tower.init_from):
                 raise UserError(
-                    f"model.fusion.image_vit and a start of model.{name} are both given, one of them expected"
+                    f"model.fusion.image_vit and model.{name}.weights or .init_from are both set; set only one of them"
                 )
             if tower.freeze:
                 raise UserError(
-                    f'model.{name}.freeze: {tower.freeze} given, 0 expected by kind "mbt" (its embeddings learn)'
+                    f'model.{name}.freeze = {tower.freeze}: fusion "mbt" trains its own embeddings and needs 0'
                 )
 
     def without_sources(self) -> Self:

@@ -66,7 +66,7 @@ def copy_image_vit(fusion: FusionToFill, towers: Mapping[Modality, Tower], vit: 
         needed.add("cls_token")
     for name in sorted(needed):
         if name not in vit:
-            raise UserError(f'{_WHERE}: has no "{name}", an image ViT with timm\'s names expected')
+            raise UserError(f'{_WHERE}: has no "{name}"; expected an image ViT with timm\'s parameter names')
     kernel = vit["patch_embed.proj.weight"]
     fills = {
         "embed.audio.weight": kernel,
@@ -94,7 +94,7 @@ def _positions(fusion: FusionToFill, positions_1ND: Tensor, classed: bool) -> di
     first, patches = positions_1ND[0, : int(classed)], positions_1ND[0, int(classed) :]
     side = math.isqrt(len(patches))
     if side * side != len(patches):
-        raise UserError(f"{_WHERE}: {len(patches)} positions given, those of a square grid expected")
+        raise UserError(f"{_WHERE}: has {len(patches)} position embeddings, which do not form a square grid")
     grid_HWD = patches.unflatten(0, (side, side))
     prefix = first if fusion.prefix else first[:0]
     time, height, width = fusion.frame_grid
@@ -117,7 +117,7 @@ def _positions(fusion: FusionToFill, positions_1ND: Tensor, classed: bool) -> di
 
 def _fill(parameter: Tensor, name: str, value: Tensor) -> None:
     if parameter.shape != value.shape:
-        raise UserError(f'{_WHERE}: "{name}" is {list(value.shape)}, {list(parameter.shape)} expected')
+        raise UserError(f'{_WHERE}: "{name}" has shape {list(value.shape)}, expected {list(parameter.shape)}')
     parameter.copy_(value)
 
 

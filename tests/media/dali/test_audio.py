@@ -95,11 +95,16 @@ def test_the_cut_of_a_sound_holds_its_windows_frames_exactly():
 
 
 @needs_dali
-def test_only_the_needed_frames_of_flac_are_read(spoken):
+def test_only_the_needed_frames_of_flac_are_read(spoken, monkeypatch):
     decoder = cpu(reading(("audio",)))
     asked = []
-    fetch = decoder._shards.fetch
-    decoder._shards.fetch = lambda clip, numbers, samples: asked.append(samples) or fetch(clip, numbers, samples)
+    fetch = ShardReader.fetch
+
+    def noted(self, clip, numbers, samples):
+        asked.append(samples)
+        return fetch(self, clip, numbers, samples)
+
+    monkeypatch.setattr(ShardReader, "fetch", noted)
     wave = decoder.prepare(spoken, [plan_of(windows=[400])]).wave
     begin, end = asked[0]
     assert (begin, end) == (51_200 - 256, (499 * 128) + 257)

@@ -25,7 +25,7 @@ from fastav.media.dali import decoder as dali
 from fastav.media.dali.decoder import Dali, missing_requirement
 from fastav.media.dali.graph import Engine, PipelinePlace, VideoGraph, VideoSample
 from fastav.media.decoder import DecodeSpec
-from fastav.media.pyav import PyAV
+from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.media.shards import SplicedFrames
 from fastav.pack.settings import PackSettings
 from tests.helpers.dali_media import (  # fixtures
@@ -88,8 +88,8 @@ def test_threads_are_two_for_each_video_decoder_of_the_gpu(monkeypatch):
     names = {"NVIDIA H200": 14, "NVIDIA A100-SXM4-80GB": 10, "NVIDIA L4": 8, "NVIDIA GeForce RTX 3070": 4}
     for name, threads in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert dali._threads(gpu) == threads
-    assert dali._threads(torch.device("cpu")) >= 1
+        assert dali.num_threads(gpu) == threads
+    assert dali.num_threads(torch.device("cpu")) >= 1
 
 
 def test_a_gpu_takes_neither_mjpeg_nor_odd_sides():
@@ -151,7 +151,7 @@ def test_settings_of_the_spectrogram_that_contradict_one_another_are_refused():
 @needs_dali
 def test_a_dali_that_does_not_work_is_found_when_the_decoder_is_built(monkeypatch):
     broken = VideoSample(b"no film", *[np.zeros(1, np.int32)] * 2, ((0, 0, 1, 1),), (False,), 3)
-    monkeypatch.setattr(dali, "_made_film", lambda codec: broken)
+    monkeypatch.setattr(dali, "made_film", lambda codec: broken)
     with pytest.raises(FastavError, match=r'^decode\.kind "dali" with device "cpu" does not work here: DALI: \S'):
         cpu(reading(("video",)))
     cpu(reading(("audio",)))  # which needs no film
@@ -160,10 +160,10 @@ def test_a_dali_that_does_not_work_is_found_when_the_decoder_is_built(monkeypatc
 @needs_dali
 def test_a_dali_that_shows_other_pictures_is_found_when_the_decoder_is_built(monkeypatch):
     assert dali.self_test_failure("cpu") == ""
-    monkeypatch.setattr(dali, "_TRIAL_GREYS", (40, 90, 140, 190))
-    made = dali._made_film("mjpeg")
-    monkeypatch.setattr(dali, "_made_film", lambda codec: made)
-    monkeypatch.setattr(dali, "_TRIAL_GREYS", (40, 90, 40, 90))  # as if the second group were the first one again
+    monkeypatch.setattr(dali, "TRIAL_GREYS", (40, 90, 140, 190))
+    made = dali.made_film("mjpeg")
+    monkeypatch.setattr(dali, "made_film", lambda codec: made)
+    monkeypatch.setattr(dali, "TRIAL_GREYS", (40, 90, 40, 90))  # as if the second group were the first one again
     with pytest.raises(FastavError, match=r"of grey 40, 90, 40, 90 come out as \d\d, \d\d, 1\d\d, 1\d\d"):
         cpu(reading(("video",)))
 
@@ -318,9 +318,9 @@ def test_a_row_of_another_size_than_the_stream_is_broken(wide):
         decoder.prepare(replace(wide, width=176), [plan_of([0])])
     units, keys = coded("h264", 4)
     spliced = SplicedFrames("h264", units, keys, [0])
-    dali._check_size(spliced, replace(wide, width=128, height=96))
+    dali.check_size(spliced, replace(wide, width=128, height=96))
     with pytest.raises(MediaError, match=r"is 128x96, its row says 160x96"):
-        dali._check_size(spliced, wide)
+        dali.check_size(spliced, wide)
     with pytest.raises(ValueError, match=r"frames \[75\] planned of 75"):
         decoder.prepare(wide, [plan_of([75])])
 
@@ -370,7 +370,7 @@ def poisoned(prepared, part):
     return replace(prepared, wave=replace(prepared.wave, data=prepared.wave.data[:300]))
 
 
-def unreadable(clip, plans):
+def unreadable(self, clip, plans):
     raise MediaError(clip.shard, "PyAV cannot either", "video")
 
 
@@ -403,7 +403,7 @@ def test_a_poisoned_clip_is_pyavs_or_named_and_the_others_come_out_as_without_it
         assert torch.equal(made.frames_BTCHW[1], sample.frames_TCHW)
         if sample.mel_WCML is not None:
             assert torch.equal(made.mel_BWCML[1], sample.mel_WCML)
-        with patch.object(decoder._second, "decode", unreadable):
+        with patch.object(PyAVDecoder, "decode", unreadable):
             made = decoder.decode(bad, rows, **shape)
         others_are_clean(made)
         assert [error is not None for error in made.errors] == [False, False, True, False]
@@ -427,10 +427,10 @@ def test_where_all_clips_fail_a_made_one_tells_whether_dali_still_works(wide, mo
     decoder = cpu(reading(("video",)))
     bad = poisoned(decoder.prepare(wide, [plan_of([0])]), "no film")
     shape = {"size": 2, "frames": 1, "windows": 1}
-    monkeypatch.setattr(decoder._second, "decode", unreadable)
+    monkeypatch.setattr(PyAVDecoder, "decode", unreadable)
     made = decoder.decode([bad, bad], [[0], [1]], **shape)
     assert all(error is not None for error in made.errors)
-    monkeypatch.setattr(dali._Slot, "trial", lambda self, kind: "out of memory")
+    monkeypatch.setattr(dali.Slot, "trial", lambda self, kind: "out of memory")
     with pytest.raises(FastavError, match="DALI stopped working: out of memory"):
         decoder.decode([bad, bad], [[0], [1]], **shape)
     decoder.close()  # the slot was given back

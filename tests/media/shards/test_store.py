@@ -44,7 +44,7 @@ def server(folder):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("fastav.media.shards.remote._FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr("fastav.media.shards.remote.FIRST_PAUSE_S", 0.01)
 
 
 def ranges_of(rng, count=6):
@@ -403,14 +403,14 @@ def test_wrong_blocks_that_cannot_be_deleted_are_passed(folder, server, tmp_path
 
 def test_a_child_forked_in_the_middle_keeps_no_lock(server, tmp_path):
     store = cached(server, tmp_path)
-    with store._flocked(tmp_path / "a.lock"):
+    with store.flocked(tmp_path / "a.lock"):
         child = os.fork()
         if not child:
             time.sleep(20)
             os._exit(0)
     try:
         asked = time.perf_counter()
-        with store._flocked(tmp_path / "a.lock"):
+        with store.flocked(tmp_path / "a.lock"):
             assert time.perf_counter() - asked < 10
     finally:
         os.kill(child, signal.SIGKILL)

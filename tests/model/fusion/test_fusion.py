@@ -297,16 +297,30 @@ def test_clips_do_not_touch_one_another(config):
     close(model(swapped), model(streams)[order])
 
 
-@pytest.mark.parametrize("config", ALL, ids=NAMES)
+def own_parameters(model):
+    """Those of towers and fusion, without the towers' copies that tests compare to."""
+    return {name: p for name, p in model.named_parameters() if not name.startswith("plain")}
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(c, id=n) for c, n in zip(ALL, NAMES, strict=True) if not isinstance(c, Score)]
+)
 def test_every_parameter_learns(config):
     """No parameter is left without a gradient, which distributed training would wait for."""
     model = Fused(config, dtype=torch.float32).train()
-    if isinstance(config, Score):
-        return
     model(feed(dtype=torch.float32)).square().sum().backward()
-    idle = [name for name, p in model.named_parameters() if not name.startswith("plain") and p.grad is None]
-    still = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.norm() == 0]
+    idle = [name for name, p in own_parameters(model).items() if p.grad is None]
+    still = [name for name, p in own_parameters(model).items() if p.grad is not None and p.grad.norm() == 0]
     assert (idle, still) == ([], [])
+
+
+def test_score_fusion_learns_nothing():
+    """It sums what two finished models say, and has nothing that distributed training could wait for."""
+    model = Fused(Score(), dtype=torch.float32).train()
+    parameters = own_parameters(model)
+    assert {name.partition(".")[0] for name in parameters} == {"video", "audio"}
+    assert not [name for name, p in parameters.items() if p.requires_grad]
+    assert not model(feed(dtype=torch.float32)).requires_grad
 
 
 @pytest.mark.parametrize("frames", ["mean", "shared", "joint"])
@@ -350,7 +364,9 @@ def test_frozen_blocks_stay_frozen_in_fusion():
 
 def test_towers_of_different_width():
     narrow = {"args": TINY | {"embed_dim": 16}}
-    with pytest.raises(UserError, match=r"model\.fusion\.project: towers of width 32 and 16 need project = true"):
+    with pytest.raises(
+        UserError, match=r"model\.fusion\.project: the video tower has width 32, the audio tower 16; set project = true"
+    ):
         Fused(Bottleneck(start=1), audio=narrow)
     model = Fused(Bottleneck(start=1, project=True), audio=narrow)
     assert model.fusion.to_audio.weight.shape == (16, 32)
@@ -358,7 +374,9 @@ def test_towers_of_different_width():
     assert model.fusion.to_video.weight.grad.norm() > 0
     # With one fusion layer nothing goes back, so that nothing is there to go unused.
     assert isinstance(Fused(Bottleneck(start=2, project=True), audio=narrow).fusion.to_video, nn.Identity)
-    with pytest.raises(UserError, match=r"model\.audio: width 16 and 1 class and register tokens given"):
+    with pytest.raises(
+        UserError, match=r"model\.audio: width 16 and 1 class and register tokens, the video tower has 32"
+    ):
         Fused(Early(), audio=narrow)
     assert Fused(Late(), audio=narrow)(feed()).shape == (B, K)
 
@@ -366,11 +384,19 @@ def test_towers_of_different_width():
 def test_what_does_not_fit_is_named():
     resnet = {"name": "resnet18", "args": {}}
     for config, changes, message in [
-        (Bottleneck(), {}, r"model\.fusion\.start: 8 given, at most the towers' 3 layers"),
-        (Bottleneck(start=1), {"audio": {"args": TINY | {"depth": 2}}}, "towers of 3 and 2 layers given"),
-        (Bottleneck(start=1), {"audio": resnet}, r'model\.audio\.name: "resnet18" given.*kind "bottleneck"'),
-        (Early(), {"video": resnet}, r'model\.video\.name: "resnet18" given.*kind "early"'),
-        (Bottleneck(start=1), {"video": {"args": TINY | {"qk_norm": True}}}, r"block 1 .* plain attention expected"),
+        (Bottleneck(), {}, r"model\.fusion\.start = 8: the towers have only 3 layers"),
+        (
+            Bottleneck(start=1),
+            {"audio": {"args": TINY | {"depth": 2}}},
+            "the video tower has 3 layers, the audio tower 2",
+        ),
+        (
+            Bottleneck(start=1),
+            {"audio": resnet},
+            r'model\.audio\.name: "resnet18" is not a plain timm ViT, which fusion "bottleneck"',
+        ),
+        (Early(), {"video": resnet}, r'model\.video\.name: "resnet18" is not a plain timm ViT, which fusion "early"'),
+        (Bottleneck(start=1), {"video": {"args": TINY | {"qk_norm": True}}}, r"block 1 .* needs plain attention"),
         (Bottleneck(start=1, attention="refrence"), {}, r'attention: "refrence" is unknown; did you mean "reference"'),
     ]:
         with pytest.raises(UserError, match=message):

@@ -259,9 +259,9 @@ def test_the_bottleneck_of_a_clip_with_one_modality_is_that_ones_alone():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"start": 4}, "model.fusion.start: 4 given, at most the towers' 3 layers expected"),
-        ({"patch": 7}, "sampling.image_size: 16 given, a multiple of model.fusion.patch 7 expected"),
-        ({"tubelet": 3}, "sampling.frames: 2 given, a multiple of model.fusion.tubelet 3 expected"),
+        ({"start": 4}, "model.fusion.start = 4: the towers have only 3 layers"),
+        ({"patch": 7}, "sampling.image_size = 16: expected a multiple of model.fusion.patch ."),
+        ({"tubelet": 3}, "sampling.frames = 2: expected a multiple of model.fusion.tubelet ."),
         ({"attention": "spda"}, 'model.fusion.attention: "spda" is unknown; did you mean "sdpa"'),
     ],
 )
