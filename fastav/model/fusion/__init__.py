@@ -6,8 +6,8 @@ A fusion consists of two classes:
   `model.fusion` of a recipe. Its `build` receives both towers, may change them, and returns the module.
 * A module, a `torch.nn.Module` with the fusion's own parameters and the two methods described below.
 
-Where it goes: in this project, one file in this folder and the union `Fusion` below. Outside the project, any importable
-module; a recipe names the config as `kind = "my_package.my_module:MyFusion"` and nothing here is edited.
+Where it goes: in this project, one file in this folder and a line in the union `Fusion` below. Outside the project, any
+importable module: a recipe names the config as `kind = "my_package.my_module:MyFusion"`, and nothing here is edited.
 
 The module's methods:
 
@@ -26,8 +26,8 @@ What `forward` must handle:
 * Windows. Training has W = 1 audio window per clip, evaluation W of them. Compute what depends only on frames once per
   clip, the rest once per window, and average with `mean_over_windows`, which ignores windows that are padding.
 * Missing modalities. `has_video_B` and `has_audio_B` are masks; None means that every clip has the modality. A clip's
-  logits must not depend on the content of a modality that it lacks. Use masks, not Python branches on tensor values: the
-  model is compiled and exported as one graph. `mean_over_modalities`, `concat_features` and `key_mask` do this.
+  logits must not depend on the content of a modality that it lacks. Use masks, not Python branches on tensor values:
+  the model is compiled and exported as one graph. `mean_over_modalities`, `concat_features` and `key_mask` do this.
 * Stochastic depth is drawn per clip. `tower.features(images, rows_per_clip)` handles it; call
   `tower.rows_per_clip(n)` before running `tower.blocks` directly.
 

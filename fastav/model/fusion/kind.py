@@ -83,21 +83,22 @@ class FusionKind(Kind, frozen=True):
         Called once, with the towers on the CPU and already loaded from their `weights` or `init_from`.
 
         Args:
-            video: The `Tower` of the frames; None if `modalities` leaves the video out. It may be changed: `replace_block`
-                puts another block in place, `keep_embedding` and `keep_blocks` remove parts. Useful attributes: `width`
-                (features F, or the token width of a ViT), `blocks`, `num_prefix` (class and register tokens), `num_patches`.
+            video: The `Tower` of the frames; None if `modalities` leaves the video out. It may be changed:
+                `replace_block` exchanges a block, `keep_embedding` and `keep_blocks` remove parts. Useful attributes:
+                `width` (features F, or the token width of a ViT), `blocks`, `num_prefix` (class and register tokens),
+                `num_patches`.
             audio: The `Tower` of the spectrogram; None if `modalities` leaves the audio out. It may be changed, too.
             num_classes: Number of classes K.
             num_frames: Frames per clip T.
 
         Raises:
-            UserError: The towers do not fit this fusion or each other. (`Tower.require_blocks` raises it for a tower that
-                is not a ViT.)
+            UserError: The towers do not fit this fusion or each other. (`Tower.require_blocks` raises it for a tower
+                that is not a ViT.)
         """
         raise NotImplementedError
 
     def check(self, towers: Mapping[Modality, TowerConfig], classes: Sequence[str]) -> None:
-        """Rejects tower settings that contradict this fusion. Called at the start of a new run, before towers are built.
+        """Rejects tower settings that contradict this fusion. A new run calls it before the towers are built.
 
         Args:
             towers: Settings of both towers, keyed `video` and `audio`.
@@ -108,7 +109,7 @@ class FusionKind(Kind, frozen=True):
         """
 
     def without_sources(self) -> Self:
-        """Returns the config without the files that `build` would load, for a model whose weights are loaded afterwards.
+        """Returns the config without the files that `build` loads, for a model whose weights are loaded afterwards.
 
         Override it if the config has a field that names a file of weights: return a copy with that field empty.
         """

@@ -54,8 +54,8 @@ class Score(FusionKind, frozen=True, tag="score"):
                 given = tuple(read_description(model_folder(Path(tower.init_from)), where).get("classes", ()))
                 if given != tuple(classes):
                     raise UserError(
-                        f'{where}: the model in "{tower.init_from}" was trained on {len(given)} classes that differ from '
-                        f'the {len(classes)} of this data (or in their order); fusion "score" needs the same'
+                        f'{where}: the model in "{tower.init_from}" was trained on {len(given)} classes that differ '
+                        f'from the {len(classes)} of this data (or in their order); fusion "score" needs the same'
                     )
 
 
