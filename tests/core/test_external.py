@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import textwrap
 
@@ -145,7 +146,7 @@ def test_a_kind_from_outside_is_written_short_and_kept_whole(tmp_path):
         ("my_birds:Product", {"power": "x"}, "model.fusion.args: my_birds:Product: Expected `float`, got `str`"),
         ("my_birds:Product", {"pwer": 1.0}, "fusion.args: my_birds:Product: Object contains unknown field `pwer`"),
         ("my_birds:not_a_fusion", {"x": 1}, "fusion.args: my_birds:not_a_fusion: not_a_fusion() got an unexpected"),
-        ("my_birds:not_a_fusion", {}, '"my_birds:not_a_fusion" returns a int, expected a subclass of fastav.model.fusion'),
+        ("my_birds:not_a_fusion", {}, '"my_birds:not_a_fusion" returns a int, expected a subclass of fastav.model'),
     ],
 )  # fmt: skip
 def test_mistakes_name_the_key_and_the_code(name, args, message):
@@ -210,13 +211,13 @@ def test_a_data_set_from_outside_is_indexed(made, tmp_path, capsys):
 
 
 def test_the_documented_fusion_runs(tmp_path, monkeypatch):
-    """The example in `FusionKind` is complete: as a file of one's own it builds, trains and ignores what a clip lacks."""
-    example = FusionKind.__doc__.partition("Example:")[2]
-    (tmp_path / "documented.py").write_text(textwrap.dedent(example[example.index("            import torch") :]))
+    """The example in `FusionKind` is complete: as a file, it builds, trains and ignores a missing modality."""
+    lines = inspect.getdoc(FusionKind).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.strip() == "import torch")
+    (tmp_path / "documented.py").write_text(textwrap.dedent("\n".join(lines[first:])))
     monkeypatch.syspath_prepend(tmp_path)
-    tower = TowerConfig(
-        name="vit_tiny_patch16_224", args={"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
-    )
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    tower = TowerConfig(name="vit_tiny_patch16_224", args=args)
     config = Model(video=tower, audio=tower, fusion=ExternalFusion("documented:GatedSum", {"gate": 0.5}))
     sampling = Sampling(frames=2, image_size=16, window=24)
     model = AVModel.build(config, ("crow", "gull"), sampling, Frontend(num_mels=16, mean=-40.0, std=20.0))

@@ -31,13 +31,9 @@ class FusionKind(Kind, frozen=True):
 
 
             class GatedSum(FusionKind, frozen=True):
-                '''A learned sum of both towers' features, then one linear layer.
+                '''A learned sum of both towers' features, then one linear layer.'''
 
-    Attributes:
-                    gate: Initial weight of the audio features, relative to those of the video.
-                '''
-
-                gate: float = 1.0
+                gate: float = 1.0  # initial weight of the audio features, relative to the video features
 
                 @property
                 def tower_heads(self):
