@@ -184,7 +184,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such folder"):
         AVModel.from_pretrained(tmp_path / "nowhere")
     (folder / "model.json").unlink()
-    with pytest.raises(UserError, match=r"holds no model\.json"):
+    with pytest.raises(UserError, match=r"has no model\.json"):
         AVModel.from_pretrained(folder)
 
     def offline(*args, **kwargs):
