@@ -1,8 +1,9 @@
 """Tile sizes of the kernels for each architecture, from `plans/*.json`.
 
-`python -m benchmarks kernels --tune` writes these files. Nothing is tuned at run time: the same call launches the same kernels on every rank and in every run. A file lists the
-tile sizes for each kernel, head width, element size and maximum number of keys. `wins` lists the shapes for which the
-kernels were measured to be faster than PyTorch's attention; `impl = "auto"` uses the kernels only for these.
+`python -m benchmarks kernels --tune` writes these files. Nothing is tuned at run time: the same call launches the same
+kernels on every rank and in every run. A file lists the tile sizes for each kernel, head width, element size and
+maximum number of keys. `wins` lists the shapes for which the kernels were measured to be faster than PyTorch's
+attention; `impl = "auto"` uses the kernels only for these.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The Triton kernels of bottleneck attention; `launch` calls them.
 
 One program computes one head of one sequence. A sequence is a frame (kinds `mean` and `shared`) or a clip (`joint`, and
-any kind with a single frame). Local row i < N of a sequence is its token i, row N + z is bottleneck token z. Rows of the
-packed matrix follow by index arithmetic, so nothing is gathered, concatenated or copied. The few bottleneck queries use
-the padding of the last tile of rows.
+any kind with a single frame). Local row i < N of a sequence is its token i, row N + z is bottleneck token z. Rows of
+the packed matrix follow by index arithmetic, so nothing is gathered, concatenated or copied. The few bottleneck queries
+use the padding of the last tile of rows.
 
 `KIND` defines how the results of a sequence's bottleneck queries are used:
 
