@@ -74,6 +74,7 @@ from fastav.decode.pyav import PyAV
 from fastav.errors import FastavError, MediaError, UserError
 from fastav.meter import num_cores
 from fastav.shards import Packed, Shards, SplicedFrames, SplicedSound
+from fastav.x264 import SAME_BYTES
 
 Device = Literal["auto", "gpu", "cpu"]
 
@@ -486,7 +487,8 @@ def _made_film(codec: str) -> Film:
     context.pix_fmt = "yuv420p" if codec == "h264" else "yuvj420p"
     context.time_base, context.thread_count = Fraction(1, 25), 1
     if codec == "h264":
-        context.options = {"x264-params": "keyint=2:min-keyint=2:scenecut=0:bframes=0:aud=1:repeat-headers=1"}
+        parameters = f"keyint=2:min-keyint=2:scenecut=0:bframes=0:aud=1:repeat-headers=1:{SAME_BYTES}"
+        context.options = {"x264-params": parameters}
     units: list[bytes] = []
     first, second = _TRIAL_GREYS[:2], _TRIAL_GREYS[2:]
     for number, grey in enumerate((*first, *first, *second)):
