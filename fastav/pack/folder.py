@@ -9,7 +9,7 @@
 
 Which clips go into which shard follows from the manifest's numbers alone, before anything is decoded, and encoders give
 the same bytes each time, on every x86-64 machine; so a run that was killed ends with the bytes of one that was not. (It
-may go on on another machine where both have AVX2: without it, FFmpeg decodes AAC and resamples sound to other last bits.)
+may go on on another machine if both have AVX2: without it, FFmpeg decodes AAC and resamples sound to other last bits.)
 One begun with other encoders, or with x264 as it was before it was held to that, is refused and not continued.
 """
 
