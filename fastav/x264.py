@@ -10,7 +10,7 @@ def same_bytes(machine: str) -> str:
 
     `cpu-independent=1` is x264's own switch for it. Left to itself, x264
 
-    - lets AVX-512 code do the macroblock-tree rate control, which takes eight macroblocks of a row at a time, also where
+    - lets AVX-512 code do the macroblock-tree rate control, which takes eight macroblocks of a row at once, also where
       fewer are left: those behind the right edge, whose memory holds the next row or anything, give their weight to
       those within that their motion vectors point to. Pictures 448, 96 and 64 pixels wide have such (rows of 28, 6 and
       4 macroblocks), with B-frames or without: streams then differ from encode to encode;
