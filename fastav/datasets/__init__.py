@@ -1,5 +1,6 @@
-"""Data sets: one file each, from its published files to unprobed clips. Probing them is `fastav index`'s work.
+"""Data sets: one module each, which turns the published files into a list of unprobed clips for `fastav index`.
 
-A data set's module has `add_arguments(parser)` for its own options and `listing(args) -> Listing`; its line in
-`fastav.datasets.registry.DATASETS` gives it its word on the command line.
+The module of a data set has `add_arguments(parser)` for its own options and `listing(args) -> Listing`. A line in
+`fastav.datasets.registry.DATASETS` gives it a name on the command line. Its docstring is the text of
+`fastav index NAME --help`.
 """

@@ -1,18 +1,19 @@
-"""Annotated recordings: Raven selection tables and Audacity label files, as one clip each or as windows.
+"""Annotated recordings: Raven selection tables and Audacity label files; clips are annotations or fixed windows.
 
-ROOT holds tables (.txt or .tsv, in any folders), of one recording each unless a Raven table names others. Raven: a
-header line with Begin Time (s), End Time (s) and a column of labels. Audacity: start, end and label parted by tabs.
-The recording of NAME.txt, NAME.selections.txt, NAME.Table.1.selections.txt or the like is NAME with any suffix of
-sound or video; where a Raven table has Begin Path or Begin File, that name counts, and its times count from the start
-of each file (File Offset (s) where it is there). Several tables of a recording are taken together; an annotation that
-is there twice, such as in two views, is taken once. Text that is not UTF-8 or UTF-16 is read as Windows-1252.
+ROOT contains tables (.txt or .tsv, also in subfolders). A Raven table has a header line with Begin Time (s),
+End Time (s) and a label column. An Audacity file has lines of start, end and label, separated by tabs. The recording of
+NAME.txt, NAME.selections.txt, NAME.Table.1.selections.txt and similar is NAME with any audio or video suffix. If a
+Raven table has the column Begin Path or Begin File, that file is the recording, and times count from its start (column
+File Offset (s), if it exists). All tables of a recording are merged; repeated annotations, such as those of two views,
+are used once. Text that is neither UTF-8 nor UTF-16 is read as Windows-1252.
 
-Without --window-s each annotation is a clip, with its own label (and with --min-overlap those of others). With
---window-s recordings are cut into windows of one length, the last of which ends with the recording. Overlap rule: a
-window has the label of each annotation of which at least SHARE lies in it, or that covers at least SHARE of it (the
-two differ where one is longer; a point counts where it lies). With a SHARE of 0.5 or less no annotation is lost, but
-for such of less than 0.2 s at the very end of a recording, where a rest of up to 0.1 s gets no window of its own.
-Windows that touch annotations but get no label are left out; so are those that touch none, unless --background.
+Without --window-s each annotation becomes a clip with its label (with --min-overlap also the labels of annotations that
+overlap it). With --window-s the recordings are cut into windows of equal length, the last of which ends at the end of
+the recording. Overlap rule: a window gets the label of each annotation of which at least the fraction --min-overlap is
+inside the window, or which covers at least that fraction of the window. An annotation of zero length belongs to the
+window that contains it. With --min-overlap of 0.5 or less every annotation labels some window, except those shorter
+than 0.2 s at the very end of a recording, where a remainder of up to 0.1 s gets no window. Windows that overlap
+annotations but get no label are left out; so are windows without annotations, unless --background is given.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets.folder import AUDIO_SUFFIXES, VIDEO_SUFFIXES, HoldOut
 from fastav.datasets.listing import Listing
-from fastav.datasets.tables import parse_table
+from fastav.datasets.splits import HoldOut
+from fastav.datasets.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from fastav.datasets.tables import read_table
 
-METRIC = "none published: top-1 accuracy with one label a clip, mAP with several"
+METRIC = "none published: top-1 accuracy with one label per clip, mAP with several"
 LABEL_COLUMNS = ("Species", "Annotation", "Label", "Common Name", "Species Code", "Class")
-"""Where Raven tables have their labels by custom; the first of them that a table has."""
+"""Common label columns of Raven tables; the first one that a table has is used."""
 
 TABLE_SUFFIXES = (".txt", ".tsv")
 SHARE = 0.5
 REST_S = 0.1
-"""What a recording may be longer than its windows without another one: less than any call that is annotated."""
+"""Longest remainder of a recording that gets no window of its own, in seconds; shorter than annotated calls."""
 
 _TIMES = ("Begin Time (s)", "End Time (s)")
 _ENDINGS = re.compile(r"(\.(table(\.\d+)?|selections?|birdnet|results|labels?|annotations?))+$", re.IGNORECASE)
@@ -53,7 +55,7 @@ _ROUNDING_S = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Annotation:
-    """A labelled span of a recording; seconds from its start. A point has no length; `label` may be empty."""
+    """A labelled span of a recording, in seconds from its start; may have zero length or an empty label."""
 
     begin_s: float
     end_s: float
@@ -64,7 +66,14 @@ class Annotation:
 
 @dataclass(frozen=True, slots=True)
 class Windows:
-    """How recordings are cut: windows of `window_s` every `hop_s`; for `share` see the module."""
+    """How recordings are cut: windows of `window_s` seconds every `hop_s` seconds.
+
+    Attributes:
+        window_s: Length of a window in seconds.
+        hop_s: Distance between the starts of windows in seconds.
+        share: Fraction of the overlap rule; see the module.
+        background: Class of windows without annotations; empty to leave them out.
+    """
 
     window_s: float
     hop_s: float
@@ -73,50 +82,58 @@ class Windows:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this data set's options."""
-    parser.add_argument("root", metavar="ROOT", type=Path, help="the folder with the tables, or one table")
+    """Adds the options of this kind."""
+    parser.add_argument("root", metavar="ROOT", type=Path, help="folder with the tables, or a single table")
     parser.add_argument(
         "--media-root",
         metavar="FOLDER",
         type=Path,
-        help="where the recordings lie, in whatever folders below it; ROOT by default",
+        help="folder with the recordings, searched with its subfolders; ROOT by default",
     )
     parser.add_argument(
         "--label-column",
         metavar="NAME",
         default="",
-        help=f"the column of Raven tables with the labels; by default the first of\n{', '.join(LABEL_COLUMNS)}",
+        help=f"label column of Raven tables; by default the first existing one of\n{', '.join(LABEL_COLUMNS)}",
     )
     parser.add_argument(
-        "--label", metavar="NAME", default="", help="the label of annotations without one, and of tables without them"
+        "--label", metavar="NAME", default="", help="label of annotations without a label, and of tables without labels"
     )
     parser.add_argument("--window-s", type=float, metavar="S", help="cut recordings into windows of S seconds")
-    parser.add_argument("--hop-s", type=float, metavar="S", help="a window every S seconds; by default end to end")
+    parser.add_argument(
+        "--hop-s",
+        type=float,
+        metavar="S",
+        help="start a window every S seconds; by default end to end, without overlap",
+    )
     parser.add_argument(
         "--min-overlap",
         type=float,
-        metavar="SHARE",
-        help=f"the share of the overlap rule, more than 0, at most 1; {SHARE} by default for windows",
+        metavar="F",
+        help=f"fraction of the overlap rule, above 0 and at most 1; {SHARE} by default with --window-s",
     )
     parser.add_argument(
-        "--background", metavar="NAME", default="", help="the class of windows that touch no annotation"
+        "--background",
+        metavar="NAME",
+        default="",
+        help="class of windows without annotations; by default they are left out",
     )
     parser.add_argument(
         "--hold-out",
         default="none",
         metavar="RULE",
-        help="what goes to the test split: none (default), or fraction:F, that share of the recordings, chosen by a\n"
-        "hash of the name, as far as each class keeps one in train",
+        help="which recordings go to the test split: none (default), or fraction:F: that fraction of the recordings,\n"
+        "chosen by a hash of the name; each class keeps at least one in train",
     )
 
 
 def listing(args: argparse.Namespace) -> Listing:
-    """Lists the annotations, or the recordings to be cut into windows.
+    """Lists the annotations as clips, or with `--window-s` the recordings to cut into windows.
 
     Raises:
-        UserError: No table, a malformed one, none of the recordings, or options that contradict each other.
+        UserError: A table is missing or malformed, no recording exists, or the options contradict each other.
     """
-    rule, share, held = _options(args)
+    rule, share, held_out = _options(args)
     root = Path(args.root)
     tables = _tables(root)
     folder = root if root.is_dir() else root.parent
@@ -131,16 +148,16 @@ def listing(args: argparse.Namespace) -> Listing:
         clips = found.wholes(with_empty=bool(rule.background))
     if not clips:
         first = f"; the first problem: {found.problems[0].message}" if found.problems else ""
-        raise UserError(f"{root}: no annotation of a recording to make a clip of in {len(tables)} tables{first}")
-    if held:
-        hold_out(clips, fraction=held)  # fails now rather than when all is probed
-    said = _said(rule, share)
+        raise UserError(f"{root}: no annotations that could become clips in {len(tables)} tables{first}")
+    if held_out:
+        hold_out(clips, fraction=held_out)  # checks the rule now rather than after probing
+    rule_text = _describe(rule, share)
     return Listing(
         clips,
         found.problems,
-        [*found.notes, said],
+        [*found.notes, rule_text],
         cut=None if rule is None else partial(_cut, annotations=found.by_id(), rule=rule),
-        split=partial(hold_out, fraction=held) if held else None,
+        split=partial(hold_out, fraction=held_out) if held_out else None,
         metadata={
             "source": "fastav index annotations",
             "root": str(root),
@@ -148,48 +165,50 @@ def listing(args: argparse.Namespace) -> Listing:
             "label_column": args.label_column,
             "label": args.label,
             "hold_out": args.hold_out,
-            "rule": said,
+            "rule": rule_text,
             "metric": METRIC,
         },
     )
 
 
 def _options(args: argparse.Namespace) -> tuple[Windows | None, float | None, float]:
-    """How to cut (None: not at all), the share of the overlap rule, and the share to hold out."""
+    """Returns the windows (None: no cutting), the fraction of the overlap rule and the fraction to hold out."""
     for name, value in (("--window-s", args.window_s), ("--hop-s", args.hop_s), ("--min-overlap", args.min_overlap)):
         if value is not None and not (math.isfinite(value) and value > 0):
-            raise UserError(f"{name} {value}: expected a number, more than 0")
+            raise UserError(f"{name} {value}: expected a number above 0")
     if args.min_overlap is not None and args.min_overlap > 1:
-        raise UserError(f"--min-overlap {args.min_overlap}: expected a share, at most 1")
-    held = HoldOut.parse(args.hold_out)
-    if held.kind == "every":
-        raise UserError(f'--hold-out "{args.hold_out}": tears recordings, expected none or fraction:F')
+        raise UserError(f"--min-overlap {args.min_overlap}: expected a fraction of at most 1")
+    held_out = HoldOut.parse(args.hold_out)
+    if held_out.kind == "every":
+        raise UserError(
+            f'--hold-out "{args.hold_out}": would put parts of a recording in both splits; use none or fraction:F'
+        )
     if args.window_s is None:
         for name, value in (("--hop-s", args.hop_s), ("--background", args.background)):
             if value:
-                raise UserError(f"{name} {value}: is for windows, expected --window-s with it")
-        return None, args.min_overlap, held.number
+                raise UserError(f"{name} {value}: needs --window-s")
+        return None, args.min_overlap, held_out.number
     hop_s = args.window_s if args.hop_s is None else args.hop_s
     if hop_s > args.window_s:
-        raise UserError(f"--hop-s {hop_s}: leaves gaps, expected at most --window-s {args.window_s}")
+        raise UserError(f"--hop-s {hop_s}: leaves gaps between windows; expected at most --window-s {args.window_s}")
     share = SHARE if args.min_overlap is None else args.min_overlap
-    return Windows(args.window_s, hop_s, share, args.background), share, held.number
+    return Windows(args.window_s, hop_s, share, args.background), share, held_out.number
 
 
-def _said(rule: Windows | None, share: float | None) -> str:
-    """The rule by which labels are given, in words."""
+def _describe(rule: Windows | None, share: float | None) -> str:
+    """Describes the clips and how they get their labels, for the notes and the metadata."""
     if rule is None:
-        other = "" if share is None else f", and the label of each other one: {_overlap_in_words(share, 'clip')}"
+        other = "" if share is None else f", and the labels of all {_describe_overlap(share, 'clip')}"
         return f"each annotation is a clip with its label{other}"
     empty = f'are of class "{rule.background}"' if rule.background else "are left out"
     return (
-        f"windows of {rule.window_s:g} s every {rule.hop_s:g} s with the label of each annotation: "
-        f"{_overlap_in_words(rule.share, 'window')}; windows that touch no annotation {empty}"
+        f"windows of {rule.window_s:g} s every {rule.hop_s:g} s with the labels of all "
+        f"{_describe_overlap(rule.share, 'window')}; windows without annotations {empty}"
     )
 
 
-def _overlap_in_words(share: float, what: str) -> str:
-    return f"{share:g} or more of it in the {what}, or {share:g} or more of the {what} in it"
+def _describe_overlap(share: float, what: str) -> str:
+    return f"annotations with at least {share:g} of their length in the {what}, or that cover at least {share:g} of it"
 
 
 def _tables(root: Path) -> list[Path]:
@@ -197,28 +216,29 @@ def _tables(root: Path) -> list[Path]:
         return [root]
     if not root.is_dir():
         near = did_you_mean(root.name, [p.name for p in root.parent.glob("*")]) if root.parent.is_dir() else ""
-        raise UserError(f"{root}: no such folder or table{near}")
+        raise UserError(f"{root}: no such file or folder{near}")
     found = [path for path in _walk(root) if path.suffix.lower() in TABLE_SUFFIXES]
     if not found:
         raise UserError(
-            f"{root}: no table in it or below, expected Raven's or Audacity's ({', '.join(TABLE_SUFFIXES)})"
+            f"{root}: no tables in this folder or its subfolders; expected Raven or Audacity files "
+            f"({', '.join(TABLE_SUFFIXES)})"
         )
     return found
 
 
 def _walk(root: Path) -> list[Path]:
-    """The files below a folder, hidden ones left out, by name; linked folders are followed, each real one once."""
-    found, seen = [], set()
+    """Returns the files of a folder and its subfolders, sorted, without hidden ones; visits linked folders once."""
+    found, visited = [], set()
     for folder, below, names in os.walk(root, followlinks=True):
         real = Path(folder).resolve()
-        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
-        found += [Path(folder) / name for name in names if not name.startswith(".") and real not in seen]
-        seen.add(real)
+        below[:] = [] if real in visited else sorted(name for name in below if not name.startswith("."))
+        found += [Path(folder) / name for name in names if not name.startswith(".") and real not in visited]
+        visited.add(real)
     return sorted(found)
 
 
 def read_text(path: Path) -> tuple[str, bool]:
-    """Text in UTF-8, in UTF-16, or else in Windows-1252; and whether the last was a guess.
+    """Reads text in UTF-8, in UTF-16 or else in Windows-1252; returns it and whether it had to assume the last.
 
     Raises:
         UserError: The file cannot be read.
@@ -239,7 +259,7 @@ def _lines(text: str) -> list[str]:
 
 
 def kind_of(text: str) -> str:
-    """`raven`, `audacity`, `empty` for no text at all, or nothing for any other text."""
+    """Returns `raven`, `audacity`, `empty` for an empty text, or an empty string for any other text."""
     first = next((line for line in _lines(text) if line.strip()), "")
     fields = [value.strip().casefold() for value in first.split("\t")]
     if not first:
@@ -250,7 +270,7 @@ def kind_of(text: str) -> str:
 
 
 def _seconds(text: str) -> float | None:
-    """A finite number, also with a decimal comma; None for anything else."""
+    """Parses a finite number, also with a decimal comma; returns None for anything else."""
     try:
         value = float(text.strip() if "." in text else text.strip().replace(",", "."))
     except ValueError:
@@ -262,25 +282,25 @@ def raven(text: str, path: Path, label_column: str = "", label: str = "") -> Ite
     """Reads a Raven selection table.
 
     Args:
-        text: Its content.
-        path: For messages.
-        label_column: The column of labels; by default the first of `LABEL_COLUMNS` that is there.
-        label: Stands in for empty labels and for a column that is not there.
+        text: Content of the table.
+        path: File of the table, for messages.
+        label_column: Label column; by default the first existing one of `LABEL_COLUMNS`.
+        label: Label to use if the label is empty or the column does not exist.
 
     Yields:
-        The recording's name as the table gives it, empty where it gives none, and the annotation.
+        The name of the recording in the table (empty if the table has none), and the annotation.
 
     Raises:
-        UserError: A column is missing, or a time is no number.
+        UserError: A column is missing, or a time is not a number.
     """
     lines = _lines(text)
     header = next(line for line in lines if line.strip()).rstrip("\r\n").split("\t")
     column = label_column or _label_column(header)
     if not column and not label:
         named = ", ".join(name.strip() for name in header if name.strip())
-        raise UserError(f"{path}: no column of labels, expected --label-column with one of {named}; or --label NAME")
+        raise UserError(f"{path}: no label column; use --label-column with one of {named}, or --label NAME")
     required = [*_TIMES, *([column] if column else [])]
-    for at, row in parse_table(lines, path, delimiter="\t", required=required, quoted=False, ragged=True):
+    for at, row in read_table(path, lines=lines, delimiter="\t", required=required, quoted=False, ragged=True):
         name = row.get("Begin Path", "").strip() or row.get("Begin File", "").strip()
         begin_s, end_s = (_time(row[key], key, path, at) for key in _TIMES)
         if name and (offset := row.get("File Offset (s)", "").strip()):
@@ -297,15 +317,15 @@ def _label_column(header: Sequence[str]) -> str:
 def _time(text: str, column: str, path: Path, line: int) -> float:
     value = _seconds(text)
     if value is None:
-        raise UserError(f'{path}, line {line}: {column} "{text.strip()}", expected seconds')
+        raise UserError(f'{path}, line {line}: {column} = "{text.strip()}": expected seconds')
     return value
 
 
 def audacity(text: str, path: Path, label: str = "") -> Iterator[Annotation]:
-    """Reads an Audacity label file; lines with the frequencies of the label before (backslash first) are left out.
+    """Reads an Audacity label file; skips lines with the frequencies of a label (they start with a backslash).
 
     Raises:
-        UserError: A line is not of the form start, end, label.
+        UserError: A line is not start, end and label.
     """
     for at, line in enumerate(_lines(text), 1):
         if not line.strip() or line.startswith("\\"):
@@ -313,12 +333,13 @@ def audacity(text: str, path: Path, label: str = "") -> Iterator[Annotation]:
         fields = line.rstrip("\r\n").split("\t")
         times = [_seconds(value) for value in fields[:2]]
         if len(times) < 2 or times[0] is None or times[1] is None:
-            raise UserError(f'{path}, line {at}: "{line.strip()[:80]}", expected start, end and label parted by tabs')
+            where = f"{path}, line {at}"
+            raise UserError(f'{where}: "{line.strip()[:80]}": expected start, end and label, separated by tabs')
         yield Annotation(times[0], times[1], " ".join(fields[2:]).strip() or label, path, at)
 
 
 class _Recordings:
-    """The media files below a folder, and which of them a table means."""
+    """Finds the recording of a table among the media files of a folder."""
 
     def __init__(self, root: Path, media_root: Path) -> None:
         if not media_root.is_dir():
@@ -335,9 +356,9 @@ class _Recordings:
         return path.relative_to(self.media_root).as_posix()
 
     def find(self, table: Path, name: str = "") -> Path | Problem:
-        """The file of a Begin Path or Begin File, or else of a table itself; a problem where it is none or several."""
+        """Returns the file that the name (of Begin Path or Begin File) or the table refers to, or a problem."""
         if name:
-            parts = PureWindowsPath(name).parts  # takes both kinds of slashes
+            parts = PureWindowsPath(name).parts  # accepts both kinds of slashes
             wanted = [parts[-1], PurePosixPath(parts[-1]).stem] if parts else []
         else:
             stem = table.stem
@@ -348,13 +369,15 @@ class _Recordings:
                 if len(paths) == 1:
                     return paths[0]
                 files = " or ".join(map(str, paths[:3]))
-                return Problem("ambiguous_recording", "", str(table), f"{table}: may be of {files}, left out", False)
+                return Problem(
+                    "ambiguous_recording", "", str(table), f"{table}: its recording could be {files}; left out", False
+                )
         expected = self.media_root / (wanted[0] if name and wanted else f"{wanted[-1] if wanted else name}.*")
-        message = f"{table}: no recording {expected.name} in or below {self.media_root}"
+        message = f"{table}: no recording {expected.name} in {self.media_root} or its subfolders"
         return Problem("missing_file", "", str(expected), message, False)
 
     def _narrowed(self, paths: list[Path], name: str, parts: Sequence[str], table: Path) -> list[Path]:
-        """Of several files of one name those of the same case, on the same path, and in the table's folder."""
+        """Narrows files of one name down by case of the name, by path, and by the table's folder."""
         paths = [p for p in paths if name in (p.name, p.stem)] or paths
         if len(parts) > 1:
             depth = {p: _shared_end(p.parts, parts) for p in paths}
@@ -364,14 +387,14 @@ class _Recordings:
 
 
 def _shared_end(one: Sequence[str], two: Sequence[str]) -> int:
-    """How many of the last parts of two paths are the same."""
+    """Returns the number of equal parts at the end of two paths."""
     pairs = zip(reversed(one), reversed(two), strict=False)
     return next((k for k, (a, b) in enumerate(pairs) if a.casefold() != b.casefold()), min(len(one), len(two)))
 
 
 @dataclass
 class _Found:
-    """The annotations of each recording, gathered from all tables."""
+    """Collects the annotations of each recording from all tables."""
 
     recordings: _Recordings
     annotations: dict[Path, dict[tuple[float, float, str], Annotation]] = field(default_factory=dict)
@@ -380,64 +403,64 @@ class _Found:
     num_twice: int = 0
 
     def read(self, table: Path, label_column: str, label: str) -> None:
-        """Takes the annotations of one table."""
+        """Adds the annotations of one table."""
         text, guessed = read_text(table)
         kind = kind_of(text)
         if kind in ("", "empty") and (not kind or isinstance(self.recordings.find(table), Problem)):
-            message = f"{table}: neither Raven's table nor Audacity's, left out"
+            message = f"{table}: neither a Raven nor an Audacity table; left out"
             self.problems.append(Problem("not_annotations", "", str(table), message, False))
             return
         if guessed:
-            self.notes.append(f"{table}: neither UTF-8 nor UTF-16, read as Windows-1252")
+            self.notes.append(f"{table}: neither UTF-8 nor UTF-16; read as Windows-1252")
         found = raven(text, table, label_column, label) if kind == "raven" else (
             ("", annotation) for annotation in audacity(text, table, label)
         )  # fmt: skip
         by_name: dict[str, list[Annotation]] = defaultdict(list)
         for name, annotation in found:
             by_name[name].append(annotation)
-        for name, those in by_name.items() or [("", [])]:
+        for name, named in by_name.items() or [("", [])]:
             path = self.recordings.find(table, name)
             if isinstance(path, Problem):
-                self.problems.append(replace(path, message=f"{path.message} ({len(those)} annotations)"))
+                self.problems.append(replace(path, message=f"{path.message} ({len(named)} annotations)"))
                 continue
             known = self.annotations.setdefault(path, {})
-            for annotation in those:
+            for annotation in named:
                 self._take(annotation, known, path)
 
     def _take(self, one: Annotation, known: dict[tuple[float, float, str], Annotation], path: Path) -> None:
         where, span = f"{one.table}, line {one.line}", f"{one.begin_s:g} s to {one.end_s:g} s"
         clip_id = self.recordings.id(path)
         if not 0 <= one.begin_s <= one.end_s:
-            message = f"{where}: {span} is no span, left out"
+            message = f"{where}: {span} is not a valid span; left out"
             self.problems.append(Problem("bad_span", clip_id, str(path), message, False))
             return
-        # A table of two views, or of two channels, has each annotation twice.
+        # A table with two views, or two channels, lists each annotation twice.
         key = (round(one.begin_s, 6), round(one.end_s, 6), one.label)
         self.num_twice += key in known
         if key not in known and not one.label:
-            message = f"{where}: {span} has no label, expected one, or --label NAME"
+            message = f"{where}: {span} has no label; give it one, or use --label NAME"
             self.problems.append(Problem("no_label", clip_id, str(path), message, False))
         known.setdefault(key, one)
 
     def finish(self, tables: Collection[Path]) -> None:
-        """Names what no table speaks of."""
+        """Adds a problem for each recording without a table, and notes."""
         for path in self.recordings.files:
             if path not in self.annotations:
-                message = f"{path}: no table of it among {len(tables)}, left out"
+                message = f"{path}: none of the {len(tables)} tables annotates this recording; left out"
                 self.problems.append(Problem("no_table", self.recordings.id(path), str(path), message, False))
         if self.num_twice:
-            self.notes.append(f"{self.num_twice} annotations are there more than once, each taken once")
+            self.notes.append(f"{self.num_twice} repeated annotations, each used once")
 
     def in_order(self, path: Path) -> list[Annotation]:
-        """A recording's annotations in order of time."""
+        """Returns the annotations of a recording in order of time."""
         return sorted(self.annotations[path].values(), key=lambda one: (one.begin_s, one.end_s, one.label))
 
     def by_id(self) -> dict[str, list[Annotation]]:
-        """Clip id of a whole recording -> its annotations."""
+        """Returns clip id of a whole recording -> its annotations."""
         return {self.recordings.id(path): self.in_order(path) for path in self.annotations}
 
     def wholes(self, *, with_empty: bool) -> list[Clip]:
-        """Whole recordings to be cut, with all of their labels; those without only `with_empty`."""
+        """Returns whole recordings to cut, with all their labels; with `with_empty` also those without labels."""
         clips = []
         for path in sorted(self.annotations):
             labels = tuple(dict.fromkeys(one.label for one in self.in_order(path) if one.label))
@@ -446,14 +469,15 @@ class _Found:
         return clips
 
     def clips(self, share: float | None) -> list[Clip]:
-        """A clip for each annotation with a label and a length."""
+        """Returns a clip for each annotation with a label and a length."""
         clips = []
         for path in sorted(self.annotations):
             every = self.in_order(path)
             for number, one in enumerate(every):
                 whole = self._clip(path, (one.label,))
                 if one.end_s == one.begin_s:
-                    message = f"{one.table}, line {one.line}: {one.begin_s:g} s is a point, expected --window-s for it"
+                    where = f"{one.table}, line {one.line}"
+                    message = f"{where}: the annotation at {one.begin_s:g} s has zero length; use --window-s"
                     self.problems.append(Problem("bad_span", whole.id, str(path), message, False))
                 elif one.label:
                     others = [] if share is None else _labels(every, one.begin_s, one.end_s, share)
@@ -469,7 +493,7 @@ class _Found:
 
 
 def _part(clip: Clip, name: str, begin_s: float, end_s: float, labels: Sequence[str]) -> Clip:
-    """A span of a clip, seconds from the clip's start."""
+    """Returns a span of a clip as a clip; times are in seconds from the clip's start."""
     return replace(
         clip,
         id=f"{clip.id}{name}",
@@ -480,13 +504,13 @@ def _part(clip: Clip, name: str, begin_s: float, end_s: float, labels: Sequence[
 
 
 def _labels(annotations: Sequence[Annotation], begin_s: float, end_s: float, share: float) -> list[str]:
-    """The labels that the overlap rule gives a span, each once, in order of time."""
-    given = [one.label for one in annotations if one.label and _counts(one, begin_s, end_s, share)]
-    return list(dict.fromkeys(given))
+    """Returns the labels of a span by the overlap rule, each once, in order of time."""
+    labels = [one.label for one in annotations if one.label and _counts(one, begin_s, end_s, share)]
+    return list(dict.fromkeys(labels))
 
 
 def _counts(one: Annotation, begin_s: float, end_s: float, share: float) -> bool:
-    """The overlap rule: `share` of the annotation in the span, or of the span in the annotation."""
+    """Applies the overlap rule: `share` of the annotation is in the span, or `share` of the span in the annotation."""
     if one.end_s == one.begin_s:
         return begin_s <= one.begin_s < end_s
     shorter_s = min(one.end_s - one.begin_s, end_s - begin_s)
@@ -498,9 +522,10 @@ def _shared_s(one: Annotation, begin_s: float, end_s: float) -> float:
 
 
 def starts(duration_s: float, window_s: float, hop_s: float) -> list[float]:
-    """Where the windows of a recording start; the last one ends with it. One at 0 where it is not longer than that.
+    """Returns the starts of the windows of a recording in seconds; the last window ends at the end of the recording.
 
-    A rest of `REST_S` or less gets no window of its own, as formats round the length of a recording up.
+    A recording shorter than a window gets one window at 0. A remainder of `REST_S` or less gets no window of its own,
+    as file formats round the length of a recording up.
     """
     if duration_s <= window_s + REST_S:
         return [0.0]
@@ -516,10 +541,10 @@ def _cut(clip: Clip, *, annotations: Mapping[str, Sequence[Annotation]], rule: W
 
 
 def cut(clip: Clip, annotations: Sequence[Annotation], rule: Windows) -> list[Clip]:
-    """Cuts a probed recording into windows with labels, numbered from 0 in their ids; see the module for the rule.
+    """Cuts a probed recording into labelled windows, whose ids end with their numbers from 0; see the module.
 
-    Annotations are in order of time. One that starts after the end of the recording comes as a clip of that span,
-    which `fastav index` then names as one that is not in the file.
+    The annotations must be in order of time. An annotation that starts after the end of the recording becomes a clip
+    of its own span, which `fastav index` then reports as outside the file.
     """
     made = []
     begins = [one.begin_s for one in annotations]
@@ -540,13 +565,13 @@ def cut(clip: Clip, annotations: Sequence[Annotation], rule: Windows) -> list[Cl
 
 
 def hold_out(clips: Sequence[Clip], *, fraction: float) -> list[Clip]:
-    """Moves a share of the recordings, rounded, at least one, to the test split; see `--hold-out`.
+    """Moves a fraction of the recordings (rounded, at least one) to the test split; see `--hold-out`.
 
-    Recordings are taken in the order of a hash of their names. One that is the last in train with one of its classes
-    stays there, so that fewer may be taken.
+    Recordings are chosen in the order of a hash of their names. A recording that is the last one in train of one of
+    its classes stays there, so fewer recordings may be moved.
 
     Raises:
-        UserError: No recording can be taken.
+        UserError: No recording can be moved.
     """
     classes: dict[str, set[str]] = defaultdict(set)
     for clip in clips:
@@ -560,7 +585,7 @@ def hold_out(clips: Sequence[Clip], *, fraction: float) -> list[Clip]:
             left.subtract(classes[group])
     if not taken:
         raise UserError(
-            f"--hold-out fraction:{fraction:g}: each of the {len(classes)} recordings is the only one of a class; "
-            "expected several recordings a class, or --hold-out none"
+            f"--hold-out fraction:{fraction:g}: each of the {len(classes)} recordings is the only one of some class; "
+            "expected several recordings per class, or --hold-out none"
         )
     return [replace(clip, split="test") if clip.group in taken else clip for clip in clips]

@@ -1,11 +1,12 @@
-"""AudioSet: ten-second YouTube clips with any of 527 classes of sound.
+"""AudioSet: ten-second YouTube clips with one or more of 527 sound classes.
 
-ROOT holds class_labels_indices.csv (index,mid,display_name), balanced_train_segments.csv and
-unbalanced_train_segments.csv, those that are wanted, and eval_segments.csv (# comments, then rows: YTID, start, end,
-"mid,mid"). For --labels strong ROOT, or strong/ in it, holds audioset_train_strong.tsv, audioset_eval_strong.tsv
-(segment_id, start_time_seconds, end_time_seconds, label) and mid_to_display_name.tsv. Media lie in any folders, named
-ID, ID_30, ID_30000, ID_30.000_40.000 or alike, also with a Y before it, with any suffix of video or sound; those that
-are gone are listed.
+ROOT contains class_labels_indices.csv (columns: index, mid, display_name), eval_segments.csv and one or both of
+balanced_train_segments.csv and unbalanced_train_segments.csv (lines with # are comments; columns: YTID, start, end,
+"mid,mid"). For --labels strong, ROOT or ROOT/strong contains audioset_train_strong.tsv, audioset_eval_strong.tsv
+(columns: segment_id, start_time_seconds, end_time_seconds, label) and mid_to_display_name.tsv.
+
+The media files may be in any subfolders. They are named ID, ID_30, ID_30000, ID_30.000_40.000 or similar, also with the
+prefix Y, with any video or audio suffix. Clips whose file is missing are reported and left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import YoutubeRow
 
 CLIP_S = 10
-METRIC = "several labels: average precision, averaged over the classes (mAP), on the eval clips, which are split test"
+METRIC = "several labels per clip: average precision, averaged over the classes (mAP), on the eval clips (split test)"
 
 _BALANCED, _UNBALANCED, _EVAL = "balanced_train_segments.csv", "unbalanced_train_segments.csv", "eval_segments.csv"
 _TRAIN = {
@@ -40,45 +41,45 @@ _NAMES = "mid_to_display_name.tsv"
 _SEGMENT = re.compile(r"(?P<video>.+)_(?P<start_ms>\d+)")
 
 Event = tuple[float, float, str]
-"""Start and end in the clip, seconds, and the class."""
+"""Start and end within the clip in seconds, and the class."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this data set's options."""
-    youtube.add_arguments(parser, tables="class_labels_indices.csv and the tables of segments")
-    youtube.add_media_argument(parser)
+    """Adds the options of this data set."""
+    youtube.add_arguments(parser, tables="class_labels_indices.csv and the segment tables")
     parser.add_argument(
         "--labels",
         choices=("weak", "strong"),
         default="weak",
-        help="weak (default): the classes of a clip. strong: those of the clips whose events have known times",
+        help="weak (default): labels of whole clips. strong: labels with start and end times, for the clips with such\n"
+        "labels",
     )
     parser.add_argument(
         "--train",
         choices=tuple(_TRAIN),
-        help="with weak labels, the training clips: balanced (default; 22,176 clips), unbalanced (2,042,985), full\n"
+        help="training clips, with weak labels only: balanced (default; 22,176 clips), unbalanced (2,042,985), full\n"
         "(both) or none",
     )
     parser.add_argument(
         "--unit",
         choices=("clip", "second"),
         default="clip",
-        help="clip (default): a row a clip, with all of its classes. second, with strong labels only: a row a second,\n"
-        "with the classes of the events that are in any part of it, if any",
+        help="clip (default): one row per clip, with all of its classes. second (with strong labels only): one row\n"
+        "per second, with the classes of all events that overlap it, if any",
     )
 
 
 def listing(args: argparse.Namespace) -> Listing:
-    """Lists the clips of the tables whose media are there.
+    """Lists the clips of the tables that have a media file.
 
     Raises:
-        UserError: No table, a malformed one, options that contradict each other, or media of none of the clips.
+        UserError: A table is missing or malformed, the options contradict each other, or no clip has a media file.
     """
     strong = args.labels == "strong"
     if strong and args.train is not None:
-        raise UserError(f"--train {args.train}: parts the weak labels, expected --labels weak with it")
+        raise UserError(f"--train {args.train}: selects weak labels; needs --labels weak")
     if args.unit == "second" and not strong:
-        raise UserError("--unit second: needs times of events, expected --labels strong with it")
+        raise UserError("--unit second: needs the times of events; use --labels strong")
     classes = _Classes(args.root, strong=strong)
     events: dict[str, list[Event]] = {}
     rows, notes = _strong(args.root, classes, events) if strong else _weak(args.root, classes, args.train or "balanced")
@@ -89,27 +90,22 @@ def listing(args: argparse.Namespace) -> Listing:
         pairs = zip(found.rows, clips, strict=True)
         clips = [piece for row, clip in pairs for piece in _seconds(clip, events[_name(row)])]
     options = {"media": args.media, "labels": args.labels, "train": args.train or "balanced", "unit": args.unit}
-    return Listing(
-        clips,
-        found.problems,
-        [*notes, *found.notes],
-        published_splits=True,
-        metadata={
-            "source": "fastav index audioset",
-            "root": str(args.root),
-            **{key: value for key, value in options.items() if key != "train" or not strong},
-            "metric": METRIC,
-            **({"class_order": class_order(classes.names.values())} if not strong else {}),
-        },
-    )
+    metadata = {
+        "source": "fastav index audioset",
+        "root": str(args.root),
+        **{key: value for key, value in options.items() if key != "train" or not strong},
+        "metric": METRIC,
+        **({"class_order": class_order(classes.names.values())} if not strong else {}),
+    }
+    return found.listing(metadata, clips=clips, notes=notes)
 
 
 class _Classes:
-    """Class names by their machine id (mid), in the order of the file that names them."""
+    """Class names by their machine id (mid), in the order of the file that defines them."""
 
     def __init__(self, root: Path, *, strong: bool) -> None:
         table = youtube.table_in(root, (_NAMES, f"strong/{_NAMES}")) if strong else None
-        if table is not None:  # it names more than the 527 classes
+        if table is not None:  # this file has more than the 527 classes
             found = {
                 row["mid"].strip(): row["name"].strip()
                 for _, row in read_table(table, delimiter="\t", header=("mid", "name"), quoted=False)
@@ -127,17 +123,17 @@ class _Classes:
         self._table, self._unknown = table, Counter[str]()
 
     def of(self, mids: str) -> tuple[str, ...]:
-        """The names of a comma list of ids, each once; an id that has no name stands for itself."""
+        """Returns the class names of a comma-separated list of ids, each once; an id without a name is its own name."""
         wanted = dict.fromkeys(mid.strip() for mid in mids.split(",") if mid.strip())
         self._unknown.update(mid for mid in wanted if mid not in self.names)
         return tuple(self.names.get(mid, mid) for mid in wanted)
 
     def notes(self) -> list[str]:
-        """Which ids had no name."""
+        """Returns a note on the ids without a name."""
         if not self._unknown:
             return []
         shown = ", ".join(sorted(self._unknown)[:5])
-        return [f"{self._table}: has no name for {len(self._unknown)} classes, which go by their ids: {shown}"]
+        return [f"{self._table}: has no name for {len(self._unknown)} classes; they are named by their ids: {shown}"]
 
 
 def _weak(root: Path, classes: _Classes, train: str) -> tuple[list[YoutubeRow], list[str]]:
@@ -149,7 +145,7 @@ def _weak(root: Path, classes: _Classes, train: str) -> tuple[list[YoutubeRow], 
         return [*rows, *_segments(table, "test", classes)], []
     if train == "none":
         find_file(root, (_EVAL,), "table of AudioSet")
-    return rows, [f"{root}: no {_EVAL}, so no test split"]
+    return rows, [f"{root}: no {_EVAL}, so there is no test split"]
 
 
 def _segments(path: Path, split: str, classes: _Classes) -> Iterator[YoutubeRow]:
@@ -162,7 +158,7 @@ def _segments(path: Path, split: str, classes: _Classes) -> Iterator[YoutubeRow]
 
 
 def _strong(root: Path, classes: _Classes, events: dict[str, list[Event]]) -> tuple[list[YoutubeRow], list[str]]:
-    """Rows of the segments in the order of their first event; fills in their events."""
+    """Returns the segments in the order of their first event, and notes; adds their events to `events`."""
     tables = {split: youtube.table_in(root, (name, f"strong/{name}")) for split, name in _STRONG.items()}
     if not any(tables.values()):
         find_file(root, (_STRONG["train"], f"strong/{_STRONG['train']}"), "strong labels of AudioSet")
@@ -171,7 +167,7 @@ def _strong(root: Path, classes: _Classes, events: dict[str, list[Event]]) -> tu
         if table is not None:
             rows += _strong_rows(table, split, classes, events)
         else:
-            notes.append(f"{root}: no {_STRONG[split]}, so no {split} split")
+            notes.append(f"{root}: no {_STRONG[split]}, so there is no {split} split")
     return rows, notes
 
 
@@ -183,7 +179,7 @@ def _strong_rows(path: Path, split: str, classes: _Classes, events: dict[str, li
         start_s, end_s = (number(row, column, path, line) for column in columns[1:3])
         name = row["segment_id"].strip()
         if _SEGMENT.fullmatch(name) is None:
-            raise UserError(f'{path}, line {line}: segment_id "{name}", expected such as s9d-2nhuJCQ_30000')
+            raise UserError(f'{path}, line {line}: segment_id = "{name}": expected a name such as s9d-2nhuJCQ_30000')
         first.setdefault(name, line)
         events.setdefault(name, []).extend((start_s, end_s, label) for label in classes.of(row["label"]))
     return [_strong_row(name, line, events[name], split, path) for name, line in first.items()]

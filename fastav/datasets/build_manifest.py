@@ -1,4 +1,4 @@
-"""Builds a manifest: probes what each media file really holds, fills the rows, and names what is wrong with which."""
+"""Builds a manifest: probes each media file, fills the rows with its properties and reports problems."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastav.data.manifest import Extent, Manifest, Problem, check, write_manifes
 from fastav.media.probe import MediaInfo, probe, probe_image, probe_mel
 
 OVERRUN_S = 0.1
-"""A span that ends later than its file by more than this is reported; all of them are shortened to it."""
+"""Spans that end after their file are shortened; if by more than this, in seconds, they are also reported."""
 
 _PATHS = ("video", "audio", "image", "mel")
 _UNPROBED: dict[str, Any] = {
@@ -46,53 +46,60 @@ def build_manifest(
     split: Callable[[list[Clip]], list[Clip]] | None = None,
     problems: Sequence[Problem] = (),
 ) -> tuple[Manifest, list[Problem]]:
-    """Probes every media file once, fills the rows with what it holds, and writes the manifest.
+    """Probes every media file once, fills the rows with the results, and writes the manifest.
 
-    Clips of files that cannot be read are left out and named. What `check` finds in the finished manifest is among
-    the problems; all of them are written beside it as `.problems.csv`.
+    Clips of files that cannot be read are left out and reported. The problems include those that `check` finds in the
+    finished manifest; all of them are written next to it as `.problems.csv`.
 
     Args:
-        clips: Rows with media paths, ids, labels, splits, and spans (`start_s`, `duration_s`, 0 to the end).
-            A path both in `video` and `audio` is a container whose streams need not be there.
+        clips: Rows with media paths, ids, labels, splits and spans (`start_s`, `duration_s`; 0 for to the end). The
+            same path in `video` and `audio` is a container that may lack one of the two streams.
         out: The `.parquet` file.
-        workers: Processes; 0 for one a core.
-        metadata: Notes to keep with the manifest.
-        console: Where the progress goes; standard output by default.
-        cut: Turns one probed clip into the clips to keep, by their spans.
+        workers: Number of processes; 0 for one per core.
+        metadata: Notes to store in the manifest.
+        console: Where to print the progress; standard output by default.
+        cut: Turns one probed clip into the clips to keep; only their spans may differ.
         split: Assigns splits to the probed clips.
-        problems: Known before, to be written with the others.
+        problems: Problems known before, written with the others.
+
+    Returns:
+        The manifest and all problems.
 
     Raises:
-        UserError: Nothing can be read.
+        UserError: No media file can be read.
         FastavError: The manifest cannot be written.
+
+    Example:
+        >>> clips = [Clip("a", audio=Path("a.wav"), labels=("owl",)), Clip("b", audio=Path("b.wav"), labels=("crow",))]
+        >>> manifest, problems = build_manifest(clips, Path("birds.parquet"))
     """
     out = Path(out)
     if out.suffix != ".parquet":
         raise UserError(f'--out {out}: expected a name that ends in ".parquet"')
     work = _Work(clips, cut)
     with progress(console or Console(), "probing", len(work.jobs), "files") as advance:
-        for path, found in probe_all(work.jobs, workers):
-            work.add(path, found)
+        for path, result in probe_all(work.jobs, workers):
+            work.add(path, result)
             advance()
-    made, lost = work.result()
-    every = [*problems, *lost]
-    if not made:
+    filled, found = work.result()
+    every = [*problems, *found]
+    if not filled:
         _write_problems(out, every)
-        first = f"; the first: {lost[0].message}" if lost else ""
+        first = f"; the first: {found[0].message}" if found else ""
         raise UserError(f"none of the {len(work.jobs)} media files can be read (see {problems_path(out)}){first}")
-    manifest = write_manifest(out, split(made) if split else made, None, metadata, work.extents)
+    manifest = write_manifest(out, split(filled) if split else filled, None, metadata, work.extents)
     every += [*_lost_classes(clips, manifest), *check(manifest)]
     _write_problems(out, every)
     return manifest, every
 
 
 def problems_path(out: Path) -> Path:
-    """Where the problems of a manifest are written: `manifest.parquet` -> `manifest.problems.csv`."""
+    """Returns the file for the problems of a manifest: `manifest.parquet` -> `manifest.problems.csv`."""
     return out.with_suffix(".problems.csv")
 
 
 class _Work:
-    """Clips waiting for their files; a file's frame times are forgotten when its last clip is filled."""
+    """Fills each clip once all its files are probed; drops a file's results after its last clip, to save memory."""
 
     def __init__(self, clips: Sequence[Clip], cut: Callable[[Clip], list[Clip]] | None) -> None:
         self._clips, self._cut = clips, cut
@@ -112,7 +119,7 @@ class _Work:
         self.jobs: list[ProbeJob] = [(path, tuple(sorted(names))) for path, names in wanted.items()]
 
     def add(self, path: Path, found: MediaInfo | MediaError) -> None:
-        """Takes what one file holds, and fills the clips that have waited for it."""
+        """Adds the result of one file, and fills the clips that have now all of their files."""
         self._found[path] = found
         users = self._users[path]
         if isinstance(found, MediaError):
@@ -131,10 +138,10 @@ class _Work:
                         del self._found[file]
 
     def result(self) -> tuple[list[Clip], list[Problem]]:
-        """Returns the filled clips and the problems, both in the order of the clips given."""
+        """Returns the filled clips and the problems, both in the order of the clips."""
         for number, clip in enumerate(self._clips):
             if not _files_of(clip):
-                message = f'clip "{clip.id}" names no video, audio, image or mel'
+                message = f'clip "{clip.id}" has no video, audio, image or mel file'
                 self._problems[number].append(Problem("no_media", clip.id, "", message, False))
         return [c for made in self._made for c in made], [p for found in self._problems for p in found]
 
@@ -161,32 +168,36 @@ class _Work:
 
 
 def _files_of(clip: Clip) -> list[Path]:
-    """The files of a clip, run_jobs once."""
+    """Returns the files of a clip, each once."""
     return list(dict.fromkeys(p for name in _PATHS if (p := getattr(clip, name)) is not None))
 
 
 def fill(clip: Clip, infos: Mapping[Path, MediaInfo]) -> tuple[Clip | None, Problem | None]:
-    """Fills a clip with what its files hold within its span.
+    """Fills a clip with the properties of its files within its span.
 
-    A span counts along the video's frames, or along the sound where there is no video. Streams that are not there,
-    or hold nothing within the span, are taken out of the clip.
+    Spans refer to the times of the video frames, or to the audio if there is no video. Streams that do not exist, or
+    have nothing within the span, are removed from the clip.
+
+    Args:
+        clip: The unprobed clip.
+        infos: Probe results of all files of the clip.
 
     Returns:
-        The clip, None where nothing of it is left; and what is wrong with it, if anything.
+        The filled clip, or None if nothing of it is left; and a problem of the clip, or None.
     """
     video, audio, image, mel = (infos[p] if (p := getattr(clip, name)) else None for name in _PATHS)
     video = video if video is not None and video.has_video else None
     audio = audio if audio is not None and audio.has_audio else None
     path = str(clip.video or clip.audio or clip.image or clip.mel or "")
     if video is None and audio is None and image is None and mel is None:
-        return None, Problem("no_media", clip.id, path, f"{path}: none of the wanted streams is in it", False)
+        return None, Problem("no_media", clip.id, path, f"{path}: has none of the expected streams", False)
     filled: Clip | None = clip
     problem = None
     if video is not None or audio is not None:
         if audio is not None and (video is None or clip.audio != clip.video):
             offset_s = clip.audio_offset_s if video is not None else 0.0
-            alone_s = audio.num_samples / audio.sample_rate
-            audio = replace(audio, audio_offset_s=offset_s, duration_s=alone_s)
+            length_s = audio.num_samples / audio.sample_rate
+            audio = replace(audio, audio_offset_s=offset_s, duration_s=length_s)
         filled, problem = _cut_span(clip, path, video, audio)
     if filled is not None and image is not None:
         filled = replace(
@@ -201,44 +212,46 @@ def fill(clip: Clip, infos: Mapping[Path, MediaInfo]) -> tuple[Clip | None, Prob
 def _cut_span(
     clip: Clip, path: str, video: MediaInfo | None, audio: MediaInfo | None
 ) -> tuple[Clip | None, Problem | None]:
-    """Counts the frames and samples of a clip's span."""
+    """Fills a clip with the frames and samples of its span."""
     total_s = video.duration_s if video is not None else audio.duration_s if audio is not None else 0.0
     length_s = clip.duration_s or total_s - clip.start_s
     span = f'clip "{clip.id}": span {clip.start_s:.3f} s + {length_s:.3f} s'
     problem = None
     if not (clip.start_s >= 0 and length_s > 0 and clip.start_s < total_s):
-        return None, Problem("bad_span", clip.id, path, f"{span} is not in {path}, of {total_s:.3f} s", False)
+        return None, Problem(
+            "bad_span", clip.id, path, f"{span} is outside {path}, which is {total_s:.3f} s long", False
+        )
     if (over_s := clip.start_s + length_s - total_s) > OVERRUN_S:
-        message = f"{span} ends {over_s:.3f} s after {path}; shortened"
+        message = f"{span} ends {over_s:.3f} s after the end of {path}; shortened"
         problem = Problem("bad_span", clip.id, path, message, False)
     to_end = over_s >= 0
     length_s = min(length_s, total_s - clip.start_s)
-    seen = video.cut(clip.start_s, None if to_end else length_s) if video is not None else None
+    frames = video.cut(clip.start_s, None if to_end else length_s) if video is not None else None
     end_s = None if to_end and (audio is video or video is None) else length_s
-    heard = audio.cut(clip.start_s, end_s) if audio is not None else None
+    samples = audio.cut(clip.start_s, end_s) if audio is not None else None
     filled = replace(clip, duration_s=length_s, **_UNPROBED)
-    if video is not None and seen is not None and seen.num_frames:
+    if video is not None and frames is not None and frames.num_frames:
         filled = replace(
-            filled, video=clip.video, start_frame=seen.start_frame, num_frames=seen.num_frames, fps=video.fps,
+            filled, video=clip.video, start_frame=frames.start_frame, num_frames=frames.num_frames, fps=video.fps,
             width=video.width, height=video.height, rotation=video.rotation, video_codec=video.video_codec,
         )  # fmt: skip
-    if audio is not None and heard is not None and heard.num_samples:
+    if audio is not None and samples is not None and samples.num_samples:
         filled = replace(
-            filled, audio=clip.audio, start_sample=heard.start_sample, num_samples=heard.num_samples,
+            filled, audio=clip.audio, start_sample=samples.start_sample, num_samples=samples.num_samples,
             sample_rate=audio.sample_rate, channels=audio.channels, audio_codec=audio.audio_codec,
             audio_offset_s=audio.audio_offset_s,
         )  # fmt: skip
     if filled.video is None and filled.audio is None:
-        message = f"{span} holds no frame and no sample of {path}"
+        message = f"{span} contains no frame and no sample of {path}"
         return None, Problem("bad_span", clip.id, path, message, False)
     return filled, problem
 
 
 def _lost_classes(clips: Sequence[Clip], manifest: Manifest) -> Iterator[Problem]:
-    """Classes of which nothing could be read: they are not in the manifest, so `check` cannot miss them."""
+    """Reports classes without a readable clip: they are not in the manifest, so `check` cannot report them."""
     counts = Counter(label for clip in clips for label in clip.labels)
     for name in sorted(set(counts) - set(manifest.classes)):
-        message = f'class "{name}" is left out: none of its clips can be read ({counts[name]})'
+        message = f'class "{name}" is left out: none of its {counts[name]} clips can be read'
         yield Problem("lost_class", "", "", message, False)
 
 
@@ -251,20 +264,20 @@ def _write_problems(out: Path, problems: Sequence[Problem]) -> None:
 
 
 ProbeJob = tuple[Path, tuple[str, ...]]
-"""A file, and what is wanted of it: "video", "audio" or both, or "image", or "mel"."""
+"""A file, and what to probe: "video", "audio" or both, or "image", or "mel"."""
 
 
 ProbeResult = tuple[Path, "MediaInfo | MediaError"]
 
 
 def probe_all(jobs: Sequence[ProbeJob], workers: int = 0) -> Iterator[ProbeResult]:
-    """Yields what each file holds, or why it cannot be read, in the order in which they are done.
+    """Yields the properties of each file, or why it cannot be read, in the order of completion.
 
-    A file that kills its process (a crash inside FFmpeg, out of memory) is found and named like any other fault.
+    A file that kills its process (a crash in FFmpeg, out of memory) is reported like any other unreadable file.
 
     Args:
-        jobs: Each file once.
-        workers: Processes; 0 for one a core.
+        jobs: The files, each once.
+        workers: Number of processes; 0 for one per core.
     """
     for done in run_jobs(jobs, probe_one, max(1, min(workers or num_cores(), len(jobs)))):
         path, found = done.job[0], done.result
@@ -275,7 +288,7 @@ def probe_all(jobs: Sequence[ProbeJob], workers: int = 0) -> Iterator[ProbeResul
 
 
 def probe_one(job: ProbeJob) -> MediaInfo | tuple[str, str]:
-    """Probes one file; returns reason and stage where it cannot be read (an error with three arguments is not sent)."""
+    """Probes one file; returns reason and stage if it cannot be read."""
     path, wanted = job
     try:
         if "image" in wanted:
@@ -283,5 +296,5 @@ def probe_one(job: ProbeJob) -> MediaInfo | tuple[str, str]:
         return probe_mel(path) if "mel" in wanted else probe(path, wanted)
     except MediaError as error:
         return error.reason, error.stage
-    except Exception as error:  # whatever it is, it is about this file, and the others must go on
+    except Exception as error:  # any failure concerns this file only; the others go on
         return f"{type(error).__name__}: {error}", "probe"

@@ -1,9 +1,8 @@
 """iNatSounds 2024: recordings of animals from iNaturalist, one species each.
 
-ROOT holds those of train.json, val.json and test.json that are wanted, and the recordings in train/, val/ and test/
-(SPLIT/CATEGORY/RECORDING.wav). A clip is a whole recording, of any length. The classes are the scientific names;
-5,569 species are trained on, those with "evaluation": 1 (1,212) are evaluated. Recordings without coordinates, or
-with impossible ones, get none.
+ROOT contains one or more of train.json, val.json and test.json, and the recordings in train/, val/ and test/
+(SPLIT/CATEGORY/RECORDING.wav). Each clip is a whole recording, of any length. The classes are the scientific names of
+the 5,569 species for training; the 1,212 species with "evaluation": 1 are evaluated. Invalid coordinates are dropped.
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ from fastav.datasets.listing import Listing
 from fastav.datasets.tables import ClipRows, MediaFolders, class_order, coordinates, find_file
 
 METRIC = (
-    "one label a recording, its score the mean over windows (3 s, every 1.5 s) of their softmax, classes that are "
-    "not in the split masked: class-averaged top-1 and top-5, macro AP over the classes of the split, F1 at each "
-    "class's best threshold, all of them per supercategory too"
+    "one label per recording; its scores are the mean softmax over windows of 3 s every 1.5 s, with classes that are "
+    "not in the split masked: class-averaged top-1 and top-5, macro AP over the classes of the split, and F1 at each "
+    "class's best threshold, all of them also per supercategory"
 )
 SPLITS = ("train", "val", "test")
 
-# The published suffix first; the others are what people convert to.
+# The published suffix first, then those of converted copies.
 _SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this data set's options."""
-    parser.add_argument("root", metavar="ROOT", type=Path, help="the folder with train.json, val.json, test.json")
+    """Adds the options of this data set."""
+    parser.add_argument("root", metavar="ROOT", type=Path, help="folder with train.json, val.json, test.json")
     parser.add_argument(
         "--splits",
         nargs="+",
         choices=SPLITS,
         metavar="SPLIT",
-        help="train, val, test: those to take, all that have their .json by default",
+        help="splits to index: train, val, test; by default all that have a .json file",
     )
 
 
 def listing(args: argparse.Namespace) -> Listing:
-    """Lists the recordings of the splits that are there.
+    """Lists the recordings of the splits that have a media file.
 
     Raises:
-        UserError: No table, a malformed one, or none of its recordings.
+        UserError: A table is missing or malformed, or none of the recordings exists.
     """
     root = Path(args.root)
     what = "table of iNatSounds (train.json, val.json or test.json)"
@@ -60,23 +59,19 @@ def listing(args: argparse.Namespace) -> Listing:
         content = _read(table)
         categories |= _by_id(content["categories"], table)
         _split(rows, folders, root, split, table, content)
-    rows.refuse_none(" and ".join(map(str, tables.values())))
     known = [categories[k] for k in sorted(categories)]
-    return Listing(
-        rows.clips,
-        rows.problems,
-        [f"{root}: no {split}.json, so no {split} split" for split in SPLITS if not (root / f"{split}.json").is_file()],
-        published_splits=True,
-        metadata={
-            "source": "fastav index inatsounds",
-            "root": str(root),
-            "splits": " ".join(tables),
-            "metric": METRIC,
-            "class_order": class_order(c["name"] for c in known),
-            "evaluated_classes": class_order(c["name"] for c in known if c.get("evaluation") == 1),
-            "supercategories": json.dumps({c["name"]: c.get("supercategory", "") for c in known}, ensure_ascii=False),
-        },
-    )
+    absent = [split for split in SPLITS if not (root / f"{split}.json").is_file()]
+    metadata = {
+        "source": "fastav index inatsounds",
+        "root": str(root),
+        "splits": " ".join(tables),
+        "metric": METRIC,
+        "class_order": class_order(c["name"] for c in known),
+        "evaluated_classes": class_order(c["name"] for c in known if c.get("evaluation") == 1),
+        "supercategories": json.dumps({c["name"]: c.get("supercategory", "") for c in known}, ensure_ascii=False),
+    }
+    notes = [f"{root}: no {split}.json, so there is no {split} split" for split in absent]
+    return rows.listing(tables.values(), metadata, notes=notes)
 
 
 def _split(
@@ -89,19 +84,21 @@ def _split(
     for entry in content["annotations"]:
         audio_id, category_id = _field(entry, "audio_id", int, table), _field(entry, "category_id", int, table)
         if category_id not in names:
-            raise UserError(f"{table}: an annotation of audio {audio_id} has category {category_id}, which is none")
+            raise UserError(
+                f"{table}: an annotation of audio {audio_id} has category {category_id}, which is not in categories"
+            )
         if category_id not in found[audio_id]:
             found[audio_id].append(category_id)
     for entry in content["audio"]:
         audio_id, file_name = _field(entry, "id", int, table), _field(entry, "file_name", str, table)
-        name = f"{split}/{audio_id}"  # the numbers of another split may be the same
+        name = f"{split}/{audio_id}"  # ids may be the same in another split
         places = _places(split, file_name, [folder_of[k] for k in found[audio_id]])
         paths = [folders.find_media(root / place.parent, place.stem, _SUFFIXES) for place in places]
         path = next((path for path in paths if path is not None), None)
         if path is None:
-            rows.lose(name, root / places[0], table)
+            rows.add_missing(name, root / places[0], table)
         elif not found[audio_id]:
-            message = f"{table}: audio {audio_id} ({path}) has no annotation, left out"
+            message = f"{table}: audio {audio_id} ({path}) has no annotation; left out"
             rows.problems.append(Problem("no_label", name, str(path), message, False))
         else:
             labels = tuple(names[k] for k in found[audio_id])
@@ -115,9 +112,9 @@ def _read(path: Path) -> dict[str, list[Any]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:  # neither JSON nor UTF-8
-        raise UserError(f"{path}: no JSON ({error})") from None
+        raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a list or a value, expected an object with audio, categories and annotations")
+        raise UserError(f"{path}: expected a JSON object with audio, categories and annotations at the top level")
     for key in ("audio", "categories", "annotations"):
         if not isinstance(content.get(key), list):
             raise UserError(f'{path}: no list "{key}"{did_you_mean(key, set(content) - {key})}')
@@ -127,8 +124,8 @@ def _read(path: Path) -> dict[str, list[Any]]:
 def _field(entry: Any, key: str, kind: type, path: Path) -> Any:
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool) or value == "":
-        wanted = "a number" if kind is int else "a text"
-        raise UserError(f'{path}: "{key}" of {json.dumps(entry)[:120]} is not {wanted}')
+        expected = "a number" if kind is int else "a non-empty text"
+        raise UserError(f'{path}: "{key}" of {json.dumps(entry)[:120]} is not {expected}')
     return value
 
 
@@ -137,24 +134,24 @@ def _by_id(categories: list[Any], path: Path) -> dict[int, Mapping[str, Any]]:
     for entry in categories:
         number = _field(entry, "id", int, path)
         if number in found:
-            raise UserError(f"{path}: category {number} is there twice, expected once")
+            raise UserError(f"{path}: category {number} is listed twice, expected once")
         found[number] = entry
     return found
 
 
 def _class_names(categories: list[Any], path: Path) -> dict[int, str]:
-    """Category id -> scientific name; `UserError` where two categories share it."""
+    """Returns category id -> scientific name; raises `UserError` if two categories have the same name."""
     names = {number: _field(entry, "name", str, path) for number, entry in _by_id(categories, path).items()}
     if len(set(names.values())) < len(names):
         twice = next(name for name in names.values() if list(names.values()).count(name) > 1)
-        raise UserError(f'{path}: two categories are named "{twice}", expected each name once')
+        raise UserError(f'{path}: two categories have the name "{twice}"; expected unique names')
     return names
 
 
 def _places(split: str, file_name: str, categories: list[str]) -> list[PurePosixPath]:
-    """Where a recording may lie below ROOT, the published layout first.
+    """Returns possible paths of a recording relative to ROOT, the published layout first.
 
-    Whether `file_name` has the folders of the split and of the category in it is not documented.
+    The data set does not document whether `file_name` includes the folders of split and category.
     """
     name = PurePosixPath(file_name)
     inner = name if name.parts[:1] == (split,) else PurePosixPath(split) / name

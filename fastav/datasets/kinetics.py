@@ -1,8 +1,9 @@
 """Kinetics-400, -600 and -700: ten-second YouTube clips of one action each; also the Kinetics-Sounds subset.
 
-ROOT, or annotations/ in it, holds train.csv, val.csv (or validate.csv) and test.csv, those that are wanted, with the
-columns label, youtube_id, time_start and time_end; names such as kinetics_400_train.csv do as well. Media lie in any
-folders, named ID_000030_000040 or alike, with any suffix of video or sound; those that are gone are listed.
+ROOT or ROOT/annotations contains one or more of train.csv, val.csv (or validate.csv) and test.csv, with the columns
+label, youtube_id, time_start and time_end. Names such as kinetics_400_train.csv work too. The media files may be in any
+subfolders, named ID_000030_000040 or similar, with any video or audio suffix. Clips whose file is missing are reported
+and left out.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ SOUNDS = (
     "playing xylophone", "ripping paper", "shoveling snow", "shuffling cards", "singing", "stomping grapes",
     "tap dancing", "tapping guitar", "tapping pen", "tickling", "typing",
 )  # fmt: skip
-"""The 34 classes of Kinetics-Sounds (Arandjelovic and Zisserman, Look, Listen and Learn, 2017), by today's names.
+"""The 34 classes of Kinetics-Sounds (Arandjelovic and Zisserman, Look, Listen and Learn, 2017), by their current names.
 
 The paper took them from an early version of Kinetics; fingerpicking, patting and typing are not in Kinetics-400.
 """
@@ -37,7 +38,7 @@ ALIASES = {
     "mowing the lawn by pushing lawnmower": "mowing lawn",
     "stomping": "stomping grapes",
 }
-"""Names in the list of Kinetics-Sounds -> names of the same classes in the releases of Kinetics."""
+"""Class name in the paper on Kinetics-Sounds -> name of the same class in the releases of Kinetics."""
 
 _FILES = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 _FOLDERS = ("", "annotations/")
@@ -53,29 +54,28 @@ _COLUMNS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this data set's options."""
+    """Adds the options of this data set."""
     youtube.add_arguments(parser, tables="train.csv, val.csv and test.csv")
-    youtube.add_media_argument(parser)
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--sounds",
         action="store_true",
-        help="only the 34 classes of Kinetics-Sounds, those of them that the tables have (31 in Kinetics-400).\n"
-        "Classes of the paper's list that the releases have renamed go by the new name",
+        help="use only the 34 classes of Kinetics-Sounds, as far as the tables have them (31 in Kinetics-400);\n"
+        "classes renamed since the paper have their current names",
     )
     which.add_argument(
         "--classes",
         metavar="FILE",
         type=Path,
-        help="only the classes in this file, one a line; empty lines and those that start with # are left out",
+        help="use only the classes in FILE, one per line; empty lines and lines that start with # are ignored",
     )
 
 
 def listing(args: argparse.Namespace) -> Listing:
-    """Lists the clips of the tables whose media are there.
+    """Lists the clips of the tables that have a media file.
 
     Raises:
-        UserError: No table, a malformed one, an unknown class in `--classes`, or media of none of the clips.
+        UserError: A table is missing or malformed, `--classes` has an unknown class, or no clip has a media file.
     """
     rows, notes = _read(args.root)
     classes = {label for row in rows for label in row.labels}
@@ -84,26 +84,21 @@ def listing(args: argparse.Namespace) -> Listing:
         wanted = classes & set(SOUNDS)
         if missing := sorted(set(SOUNDS) - classes):
             names = ", ".join(missing)
-            notes.append(f"of the 34 classes of Kinetics-Sounds {len(missing)} are not in the tables: {names}")
+            notes.append(f"{len(missing)} of the 34 classes of Kinetics-Sounds are not in the tables: {names}")
         if not wanted:
             raise UserError(f"{args.root}: --sounds: the tables have none of the classes of Kinetics-Sounds")
     elif args.classes is not None:
         wanted = _wanted(args.classes, classes)
     rows = [row for row in rows if row.labels[0] in wanted]
     found = youtube.find(rows, args.media_root or args.root, args.media)
-    return Listing(
-        found.clips,
-        found.problems,
-        [*notes, *found.notes],
-        published_splits=True,
-        metadata={
-            "source": "fastav index kinetics",
-            "root": str(args.root),
-            "media": args.media,
-            "classes": "Kinetics-Sounds" if args.sounds else str(args.classes or "all"),
-            "metric": METRIC,
-        },
-    )
+    metadata = {
+        "source": "fastav index kinetics",
+        "root": str(args.root),
+        "media": args.media,
+        "classes": "Kinetics-Sounds" if args.sounds else str(args.classes or "all"),
+        "metric": METRIC,
+    }
+    return found.listing(metadata, notes=notes)
 
 
 def _read(root: Path) -> tuple[list[YoutubeRow], list[str]]:
@@ -113,7 +108,7 @@ def _read(root: Path) -> tuple[list[YoutubeRow], list[str]]:
     rows, notes = [], []
     for split, path in tables.items():
         if path is None:
-            notes.append(f"{root}: no {split}.csv, so no {split} split")
+            notes.append(f"{root}: no {split}.csv, so there is no {split} split")
             continue
         unlabelled = 0
         for row in _rows(path, split):
@@ -122,7 +117,7 @@ def _read(root: Path) -> tuple[list[YoutubeRow], list[str]]:
             else:
                 rows.append(row)
         if unlabelled:
-            notes.append(f"{path}: {unlabelled} clips have no label and are left out")
+            notes.append(f"{path}: {unlabelled} clips without a label are left out")
     return rows, notes
 
 
@@ -136,7 +131,7 @@ def _rows(path: Path, split: str) -> Iterator[YoutubeRow]:
 
 
 def _wanted(path: Path, classes: set[str]) -> set[str]:
-    """The classes that a file names, by today's or older names."""
+    """Returns the classes in a file, given by their current or older names."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -146,12 +141,12 @@ def _wanted(path: Path, classes: set[str]) -> set[str]:
         name = text.strip()
         if not name or name.startswith("#"):
             continue
-        # Folders of classes, from which such lists are made, often have underscores for the spaces.
+        # Such lists are often made from class folders, which have underscores instead of spaces.
         name = next((n for n in (name, name.replace("_", " ")) if ALIASES.get(n, n) in classes), name)
         if (name := ALIASES.get(name, name)) not in classes:
             near = did_you_mean(name, classes)
             raise UserError(f'--classes {path}, line {line}: the tables have no class "{name}"{near}')
         named.add(name)
     if not named:
-        raise UserError(f"--classes {path}: no class in it, expected one a line")
+        raise UserError(f"--classes {path}: contains no class; expected one per line")
     return named

@@ -1,4 +1,4 @@
-"""Listing: what a data set's published files say before anything is probed."""
+"""Listing: the clips of a data set according to its published files, before probing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fastav.data.manifest import Problem
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """What a data set's files say before anything is probed.
+    """The clips of a data set according to its published files, before probing.
 
     Attributes:
-        clips: Rows whose spans are given (`start_s`, `duration_s`; 0 for the whole file) and nothing is counted.
-        problems: What was left out already, and why.
-        notes: Lines for the report.
-        cut: Turns one probed clip into the clips to keep; None where the rows are final.
-        split: Assigns splits to all of them in the end; None where they have theirs.
-        published_splits: Whether the splits are the data set's own: what two of them share, or one
-            lacks, is told and ends nothing.
-        metadata: Notes to keep with the manifest.
+        clips: Unprobed rows: paths, labels and spans (`start_s`, `duration_s`; 0 for the whole file).
+        problems: Clips and files that were left out, and why.
+        notes: Lines to print after indexing.
+        cut: Turns one probed clip into the clips to keep; None to keep it unchanged.
+        split: Assigns splits to all probed clips; None if they have splits already.
+        published_splits: Whether the splits were published with the data set. Leaks between published splits and
+            classes missing in one of them are warnings instead of errors.
+        metadata: Notes to store in the manifest.
     """
 
     clips: Sequence[Clip]

@@ -1,8 +1,9 @@
-"""LLP (Look, Listen and Parse): ten-second clips with any of 25 events, heard, seen or both.
+"""LLP (Look, Listen and Parse): ten-second clips with one or more of 25 events, audible, visible or both.
 
-ROOT, or data/ in it, holds the tables AVVP_train.csv, AVVP_val_pd.csv and AVVP_test_pd.csv (filename, event_labels;
-parted by tabs) and, for --unit second, AVVP_eval_audio.csv and AVVP_eval_visual.csv (filename, onset, offset,
-event_labels). Media lie in any folders, named ID_30_40, as in the tables, or ID, with any suffix of video or sound.
+ROOT or ROOT/data contains the tab-separated tables AVVP_train.csv, AVVP_val_pd.csv and AVVP_test_pd.csv (columns:
+filename, event_labels). For --unit second it also contains AVVP_eval_audio.csv and AVVP_eval_visual.csv (columns:
+filename, onset, offset, event_labels). The media files may be in any subfolders. They are named ID_30_40, as in the
+tables, or ID, with any video or audio suffix. Clips whose file is missing are reported and left out.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ CLASSES = (
     "Lawn_mower", "Motorcycle", "Helicopter", "Acoustic_guitar", "Telephone_bell_ringing", "Baby_cry_infant_cry",
     "Blender", "Clapping",
 )  # fmt: skip
-"""In the order of their numbers: https://github.com/YapengTian/AVVP-ECCV20, dataloader.py."""
+"""Class names in the order of their numbers: https://github.com/YapengTian/AVVP-ECCV20, dataloader.py."""
 
 METRIC = (
-    "several labels: F-scores for audio, visual and audio-visual events and both averages (Type@AV, Event@AV), per "
-    "second and per event (IoU of 0.5), averaged over the videos of the test split"
+    "several labels per clip: F-scores for audio, visual and audio-visual events and both averages (Type@AV, "
+    "Event@AV), per second and per event (IoU of 0.5), averaged over the videos of the test split"
 )
 
 _TABLES = {"train": "AVVP_train.csv", "val": "AVVP_val_pd.csv", "test": "AVVP_test_pd.csv"}
@@ -39,36 +40,35 @@ _NAME = re.compile(r"(?P<video>.+)_(?P<start>\d+)_(?P<end>\d+)")
 _ID_LENGTH = 11
 
 Spans = dict[str, set[tuple[int, str]]]
-"""File name -> seconds and the events in them."""
+"""File name -> pairs of second and event."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds this data set's options."""
+    """Adds the options of this data set."""
     youtube.add_arguments(parser, tables="the AVVP_*.csv tables")
-    youtube.add_media_argument(parser)
     parser.add_argument(
         "--unit",
         choices=("clip", "second"),
         default="clip",
-        help="clip (default): a row a clip, with all of its events. second: the clips of val and test as a row a\n"
-        "second, with the events of that second, if any; those of train stay whole, as only their events are known",
+        help="clip (default): one row per clip, with all of its events. second: one row per second of val and test,\n"
+        "with the events of that second, if any; clips of train stay whole, as the times of their events are unknown",
     )
     parser.add_argument(
         "--label",
         choices=("audio", "visual", "both", "either"),
-        help="with --unit second, the events that count: those heard, those seen, those heard and seen in that\n"
-        "second, or those heard or seen (default)",
+        help="events that label a second, with --unit second: audible ones, visible ones, those that are both in that\n"
+        "second, or those that are either (default)",
     )
 
 
 def listing(args: argparse.Namespace) -> Listing:
-    """Lists the clips of the tables whose media are there.
+    """Lists the clips of the tables that have a media file.
 
     Raises:
-        UserError: No table, a malformed one, an event that is none of `CLASSES`, or media of none of the clips.
+        UserError: A table is missing or malformed, an event is not in `CLASSES`, or no clip has a media file.
     """
     if args.label is not None and args.unit == "clip":
-        raise UserError(f"--label {args.label}: is for the events of a second, expected --unit second with it")
+        raise UserError(f"--label {args.label}: selects the events of a second; needs --unit second")
     tables, notes = _tables(args.root)
     rows = [row for split, path in tables.items() for row in _rows(path, split)]
     found = youtube.find(rows, args.media_root or args.root, args.media)
@@ -80,22 +80,17 @@ def listing(args: argparse.Namespace) -> Listing:
             clips += [clip] if row.split == "train" else _seconds(row, clip, _choose(audio, visual, row, label))
         dense = [row for row in rows if row.split != "train"]
         if unknown := [row.id for row in dense if row.names[0] not in audio and row.names[0] not in visual]:
-            notes.append(f'{len(unknown)} clips are in none of {" and ".join(_EVENTS)}, such as "{unknown[0]}"')
-    return Listing(
-        clips,
-        found.problems,
-        [*notes, *found.notes],
-        published_splits=True,
-        metadata={
-            "source": "fastav index llp",
-            "root": str(args.root),
-            "media": args.media,
-            "unit": args.unit,
-            "label": label if args.unit == "second" else "weak",
-            "metric": METRIC,
-            "class_order": class_order(CLASSES),
-        },
-    )
+            notes.append(f'{len(unknown)} clips, such as "{unknown[0]}", are neither in {" nor in ".join(_EVENTS)}')
+    metadata = {
+        "source": "fastav index llp",
+        "root": str(args.root),
+        "media": args.media,
+        "unit": args.unit,
+        "label": label if args.unit == "second" else "weak",
+        "metric": METRIC,
+        "class_order": class_order(CLASSES),
+    }
+    return found.listing(metadata, clips=clips, notes=notes)
 
 
 def _find(root: Path, name: str) -> Path:
@@ -106,7 +101,9 @@ def _tables(root: Path) -> tuple[dict[str, Path], list[str]]:
     found = {split: youtube.table_in(root, (name, f"data/{name}")) for split, name in _TABLES.items()}
     if not any(found.values()):
         _find(root, _TABLES["train"])
-    notes = [f"{root}: no {_TABLES[split]}, so no {split} split" for split, path in found.items() if path is None]
+    notes = [
+        f"{root}: no {_TABLES[split]}, so there is no {split} split" for split, path in found.items() if path is None
+    ]
     return {split: path for split, path in found.items() if path is not None}, notes
 
 
@@ -115,8 +112,8 @@ def _rows(path: Path, split: str) -> Iterator[YoutubeRow]:
         name = row["filename"].strip()
         parts = _NAME.fullmatch(name)
         if parts is None:
-            raise UserError(f'{path}, line {line}: filename "{name}", expected such as 4YdbENYcIyE_23_33')
-        # The authors' own files are named by the first 11 characters, also where an id has lost some of its own.
+            raise UserError(f'{path}, line {line}: filename = "{name}": expected a name such as 4YdbENYcIyE_23_33')
+        # The authors' files are named by the first 11 characters, even where the id in the table is truncated.
         names = (name, name[:_ID_LENGTH]) if len(parts["video"]) < _ID_LENGTH else (name,)
         labels = _labels(row["event_labels"], path, line)
         start_s, end_s = float(parts["start"]), float(parts["end"])
@@ -124,16 +121,16 @@ def _rows(path: Path, split: str) -> Iterator[YoutubeRow]:
 
 
 def _labels(text: str, path: Path, line: int) -> tuple[str, ...]:
-    """The events of a comma list, each once."""
+    """Returns the events of a comma-separated list, each once."""
     names = dict.fromkeys(name.strip() for name in text.split(",") if name.strip())
     for name in names:
         if name not in CLASSES:
-            raise UserError(f'{path}, line {line}: event "{name}", expected one of LLP{did_you_mean(name, CLASSES)}')
+            raise UserError(f'{path}, line {line}: unknown event "{name}"{did_you_mean(name, CLASSES)}')
     return tuple(names)
 
 
 def _spans(path: Path) -> Spans:
-    """The seconds that each event covers: from its onset up to, but not with, its offset."""
+    """Reads the seconds that each event covers: from its onset (included) to its offset (excluded)."""
     spans: Spans = defaultdict(set)
     columns = ("filename", "onset", "offset", "event_labels")
     for line, row in read_table(path, delimiter="\t", required=columns):
@@ -145,8 +142,8 @@ def _spans(path: Path) -> Spans:
 
 def _choose(audio: Spans, visual: Spans, row: YoutubeRow, label: str) -> set[tuple[int, str]]:
     name = row.names[0]
-    heard, seen = audio.get(name, set()), visual.get(name, set())
-    return {"audio": heard, "visual": seen, "both": heard & seen, "either": heard | seen}[label]
+    audible, visible = audio.get(name, set()), visual.get(name, set())
+    return {"audio": audible, "visual": visible, "both": audible & visible, "either": audible | visible}[label]
 
 
 def _seconds(row: YoutubeRow, clip: Clip, events: Iterable[tuple[int, str]]) -> Iterator[Clip]:

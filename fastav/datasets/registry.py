@@ -1,4 +1,4 @@
-"""The data sets by their word on the command line; others are named `module:attribute`."""
+"""The data sets by their name on the command line; external ones are named `module:attribute`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastav.datasets.listing import Listing
 
 
 class Dataset(Protocol):
-    """What a data set's module has. Its docstring is the help on the command line."""
+    """The interface of a data set's module; the docstring is its help text on the command line."""
 
     __doc__: str | None
 
@@ -21,10 +21,10 @@ class Dataset(Protocol):
         ...
 
     def listing(self, args: argparse.Namespace) -> Listing:
-        """Reads its published files; no media are opened.
+        """Reads the published files and lists the clips; opens no media.
 
         Raises:
-            UserError: A file is missing or is not what its publishers describe.
+            UserError: A file is missing or does not have the published format.
         """
         ...
 
@@ -42,17 +42,17 @@ DATASETS: dict[str, Dataset] = {
     "tau": tau,
     "vggsound": vggsound,
 }
-"""Word on the command line -> module of `fastav.datasets`."""
+"""Name on the command line -> module of `fastav.datasets`."""
 
 
 def external_dataset(name: str) -> Dataset:
-    """Imports a data set from outside this project: `module:attribute` names an object with the two functions.
+    """Imports an external data set: `module:attribute` names an object with the functions of `Dataset`.
 
     Raises:
-        UserError: It cannot be imported, or lacks one of them.
+        UserError: The object cannot be imported, or lacks one of the functions.
     """
     found = load_external(name, "fastav index")
     for function in ("add_arguments", "listing"):
         if not hasattr(found, function):
-            raise UserError(f'fastav index: "{name}" has no {function}(), which a data set needs')
+            raise UserError(f'fastav index: "{name}" has no function {function}(), which a data set needs')
     return cast(Dataset, found)

@@ -1,7 +1,7 @@
-"""What the data sets made of YouTube clips share: how the file of a clip may be named, and clips from rows of a table.
+"""Shared code of the data sets made of YouTube clips: finds the media files of table rows and makes clips of them.
 
-Media come from other hands than the tables, so their names follow several conventions (see `file_names`), they lie in
-any folder, and part of them is always gone.
+The media are not published with the tables. So their names follow several conventions (see `file_names`), they may be
+in any folder, and some of them are always missing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Literal
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets.folder import AUDIO_SUFFIXES, VIDEO_SUFFIXES
+from fastav.datasets.listing import Listing
+from fastav.datasets.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from fastav.datasets.tables import at_line, missing_file
 
 Media = Literal["trimmed", "whole"]
@@ -27,18 +28,18 @@ _VIDEO, _AUDIO = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class YoutubeRow:
-    """A row of a table, before anyone has looked for its file.
+    """A row of a table, before its media file is searched.
 
     Attributes:
-        id: The clip's id.
-        video_id: The YouTube id.
-        start_s: Where the clip starts in the YouTube video, seconds.
-        end_s: Where it ends.
-        labels: Its classes.
-        split: Its official split.
-        table: Where the row is.
-        line: Its line there.
-        names: Names without suffix that the data set itself uses for trimmed clips; tried before the general ones.
+        id: Id of the clip.
+        video_id: YouTube id of the video.
+        start_s: Start of the clip in the YouTube video, seconds.
+        end_s: End of the clip in the YouTube video, seconds.
+        labels: Class names.
+        split: Published split.
+        table: File that has the row.
+        line: Line number in that file.
+        names: File names without suffix that the data set itself uses for trimmed clips; tried before the general ones.
     """
 
     id: str
@@ -54,13 +55,13 @@ class YoutubeRow:
 
 @dataclass(frozen=True, slots=True)
 class FoundRows:
-    """Rows whose files are there.
+    """Rows whose media files exist.
 
     Attributes:
-        rows: These rows.
-        clips: Their clips, one each: the whole file where it is trimmed, else the span of the clip in it.
-        problems: The rows that were left out, and why.
-        notes: Lines for the report.
+        rows: The rows.
+        clips: One clip per row: the whole file if it is a trimmed clip, otherwise the clip's span of the file.
+        problems: Rows that were left out, and why.
+        notes: Lines to print after indexing.
     """
 
     rows: list[YoutubeRow]
@@ -68,45 +69,72 @@ class FoundRows:
     problems: list[Problem]
     notes: list[str]
 
+    def listing(
+        self,
+        metadata: dict[str, str],
+        *,
+        clips: Sequence[Clip] | None = None,
+        problems: Sequence[Problem] = (),
+        notes: Sequence[str] = (),
+    ) -> Listing:
+        """Returns the listing of a data set with published splits.
 
-def add_arguments(parser: argparse.ArgumentParser, *, tables: str) -> None:
-    """Adds the options that these data sets share; `tables` says what lies in ROOT."""
-    parser.add_argument("root", metavar="ROOT", type=Path, help=f"the folder with {tables}")
+        Args:
+            metadata: See `Listing`.
+            clips: Clips to list instead of the found ones, such as their seconds.
+            problems: Earlier problems, listed first.
+            notes: Earlier notes, listed first.
+        """
+        return Listing(
+            self.clips if clips is None else clips,
+            [*problems, *self.problems],
+            [*notes, *self.notes],
+            published_splits=True,
+            metadata=metadata,
+        )
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, tables: str, media: bool = True) -> None:
+    """Adds the shared options of these data sets.
+
+    Args:
+        parser: Parser of the data set's options.
+        tables: The files in ROOT, for the help text.
+        media: Whether to add `--media`, for data sets whose tables have the span of a clip in its YouTube video.
+    """
+    parser.add_argument("root", metavar="ROOT", type=Path, help=f"folder with {tables}")
     parser.add_argument(
         "--media-root",
         metavar="FOLDER",
         type=Path,
-        help="where the media lie, in whatever folders below it; ROOT by default",
+        help="folder with the media files, searched with its subfolders; ROOT by default",
     )
-
-
-def add_media_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds `--media`, for data sets that know where a clip is in its YouTube video."""
-    parser.add_argument(
-        "--media",
-        choices=("trimmed", "whole"),
-        default="trimmed",
-        help="what a media file holds. trimmed (default): the clip alone, so the clip is all of its file. whole: the\n"
-        "YouTube video (ID.mp4), so the clip is the seconds of it that the table names",
-    )
+    if media:
+        parser.add_argument(
+            "--media",
+            choices=("trimmed", "whole"),
+            default="trimmed",
+            help="content of a media file. trimmed (default): the clip only. whole: the whole YouTube video (ID.mp4), of\n"
+            "which the clip is the seconds given in the table",
+        )
 
 
 def table_in(root: Path, names: Sequence[str]) -> Path | None:
-    """The first of these files in ROOT, None where there is none of them."""
+    """Returns the first of `names` that is a file in ROOT, or None."""
     return next((root / name for name in names if (root / name).is_file()), None)
 
 
 def file_names(row: YoutubeRow, media: Media, *, alone: bool) -> list[str]:
-    """The names without suffix that the file of a row may have, the likeliest first.
+    """Returns the names without suffix that the media file of a row may have, the most likely first.
 
-    A trimmed clip of the seconds 30 to 40 of a video ID: ID_000030, ID_000030_000040, ID_30000_40000 (milliseconds),
-    ID_30_40, ID_30.000_40.000, ID_30.0_40.0, ID_30000, ID_30, ID_30.000, ID_30.0, and ID if it is the video's only
-    clip. AudioSet's audio often has a Y before it all.
+    A trimmed clip of the seconds 30 to 40 of the video ID may be named: ID_000030, ID_000030_000040, ID_30000_40000
+    (milliseconds), ID_30_40, ID_30.000_40.000, ID_30.0_40.0, ID_30000, ID_30, ID_30.000, ID_30.0, and ID if it is the
+    only clip of the video. AudioSet's audio files often have the prefix Y.
 
     Args:
         row: The row.
-        media: What the file holds.
-        alone: Whether the table has no other clip of this video, so that its id says which it is.
+        media: Content of a media file: a trimmed clip, or a whole YouTube video.
+        alone: Whether the table has no other clip of this video, so that its id identifies the clip.
     """
     if media == "whole":
         return [row.video_id, f"Y{row.video_id}"]
@@ -122,22 +150,30 @@ def file_names(row: YoutubeRow, media: Media, *, alone: bool) -> list[str]:
 
 
 def find(rows: Sequence[YoutubeRow], folder: Path, media: Media = "trimmed") -> FoundRows:
-    """Finds the files of rows anywhere below a folder, whatever the case of their suffix, and makes clips of them.
+    """Finds the media files of rows in a folder and its subfolders, and makes clips of them.
 
-    A sound file of the same name as a video is its sound. The clip's group is the YouTube id, so that `check` tells
-    of a video in two splits. A row that is there twice is taken once; rows of one id that differ get ids of their own.
+    The case of suffixes does not matter. An audio file with the same name as a video is used as the clip's audio. The
+    group of a clip is its YouTube id, so that `check` reports videos in two splits. Of equal rows the first is kept;
+    different rows with the same id get different ids.
+
+    Args:
+        rows: Rows of the tables.
+        folder: Folder to search.
+        media: Content of a media file: a trimmed clip, or a whole YouTube video.
 
     Raises:
-        UserError: No such folder, or it holds the file of none of the rows.
+        UserError: The folder does not exist, or has no media file of any row.
     """
     if not folder.is_dir():
         near = did_you_mean(folder.name, [p.name for p in folder.parent.glob("*/")]) if folder.parent.is_dir() else ""
-        raise UserError(f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}, expected media{near}")
+        raise UserError(
+            f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; expected a folder with media files{near}"
+        )
     rows, problems = _distinct(rows)
     times = Counter(row.video_id for row in rows)
-    files, doubles = _media_files(folder, problems)
+    files, extra_files = _media_files(folder, problems)
     found = FoundRows([], [], problems, [])
-    lost = by_id = 0
+    num_missing = num_by_id = 0
     for row in rows:
         names = file_names(row, media, alone=times[row.video_id] == 1)
         name = next((name for name in names if name in files), None)
@@ -145,40 +181,40 @@ def find(rows: Sequence[YoutubeRow], folder: Path, media: Media = "trimmed") -> 
             video, audio = files[name]
             found.rows.append(row)
             found.clips.append(_clip(row, video, audio or video, media))
-            by_id += media == "trimmed" and name in (row.video_id, f"Y{row.video_id}") and name not in row.names
+            num_by_id += media == "trimmed" and name in (row.video_id, f"Y{row.video_id}") and name not in row.names
             problems += [
-                Problem("several_files", row.id, str(other), f"{other}: left out, {taken} has the same name", False)
-                for taken, other in doubles.pop(name, ())
+                Problem("several_files", row.id, str(other), f"{other}: left out, as {taken} has the same name", False)
+                for taken, other in extra_files.pop(name, ())
             ]
             continue
-        lost += 1
+        num_missing += 1
         if row.video_id in files:
-            message = f"{files[row.video_id][_VIDEO] or files[row.video_id][_AUDIO]}: may be any of the "
-            message += f"{times[row.video_id]} clips of this video, expected such as {names[0]}"
+            message = f"{files[row.video_id][_VIDEO] or files[row.video_id][_AUDIO]}: could be any of the "
+            message += f"{times[row.video_id]} clips of this video; expected a name such as {names[0]}"
             problems.append(Problem("missing_file", row.id, str(folder / names[0]), message, False))
         else:
             problems.append(missing_file(row.id, folder / f"{names[0]}.*", row.table, row.line))
     if not found.rows:
         raise UserError(_nothing_found(rows, folder, media, files))
-    if lost:
-        found.notes.append(f"{lost} of {len(rows)} clips have no file in {folder}")
-    if by_id:
+    if num_missing:
+        found.notes.append(f"{num_missing} of {len(rows)} clips have no file in {folder}")
+    if num_by_id:
         found.notes.append(
-            f"{by_id} files are named by the YouTube id alone and taken for trimmed clips; if they are whole videos, "
-            "say --media whole"
+            f"{num_by_id} files are named by the YouTube id alone and treated as trimmed clips; if they are whole "
+            "videos, use --media whole"
         )
     return found
 
 
 def _nothing_found(rows: Sequence[YoutubeRow], folder: Path, media: Media, files: Collection[str]) -> str:
     if not rows:
-        return f"{folder}: no rows to find media for, expected a table with some"
+        return f"{folder}: the tables list no clips; expected at least one"
     names = ", ".join(file_names(rows[0], media, alone=True)[:4])
     first = min(files, default="").encode("utf-8", "backslashreplace").decode()
-    held = f'it holds {len(files)} media files, such as "{first}"' if files else "it holds no media files"
-    other = "; for untrimmed videos say --media whole" if any(row.video_id in files for row in rows) else ""
-    what = f'the file of none of the {len(rows)} clips, expected such as {names} for "{rows[0].id}"'
-    return f"{folder}: {what}; {held}{other}"
+    content = f'it has {len(files)} media files, such as "{first}"' if files else "it has no media files"
+    hint = "; for untrimmed videos use --media whole" if any(row.video_id in files for row in rows) else ""
+    what = f'no media file of any of the {len(rows)} clips; expected names such as {names} for "{rows[0].id}"'
+    return f"{folder}: {what}; {content}{hint}"
 
 
 def _clip(row: YoutubeRow, video: Path | None, audio: Path | None, media: Media) -> Clip:
@@ -196,20 +232,20 @@ def _clip(row: YoutubeRow, video: Path | None, audio: Path | None, media: Media)
 
 
 def second(clip: Clip, number: int, labels: Iterable[str]) -> Clip:
-    """One second of a clip, counted from 0, as a row of its own."""
+    """Returns second `number` of a clip, counted from 0, as a row of its own."""
     return replace(clip, id=f"{clip.id}@{number}", start_s=clip.start_s + number, duration_s=1.0, labels=tuple(labels))
 
 
 def _distinct(rows: Iterable[YoutubeRow]) -> tuple[list[YoutubeRow], list[Problem]]:
-    """Takes rows that are the same once, and tells others of the same id apart."""
+    """Drops repeated rows, and gives different rows with the same id different ids."""
     kept: list[YoutubeRow] = []
     problems = []
-    seen: dict[str, set[tuple[tuple[str, ...], str]]] = {}
+    by_id: dict[str, set[tuple[tuple[str, ...], str]]] = {}
     for row in rows:
-        known = seen.setdefault(row.id, set())
+        known = by_id.setdefault(row.id, set())
         content = (row.labels, row.split)
         if content in known:
-            message = f'{at_line(row.table, row.line)}: clip "{row.id}" is there already, left out'
+            message = f'{at_line(row.table, row.line)}: clip "{row.id}" is already listed; left out'
             problems.append(Problem("duplicate_row", row.id, str(row.table), message, False))
             continue
         kept.append(replace(row, id=f"{row.id}#{len(known)}") if known else row)
@@ -221,31 +257,31 @@ Pair = tuple[Path | None, Path | None]
 
 
 def _media_files(folder: Path, problems: list[Problem]) -> tuple[dict[str, Pair], dict[str, list[tuple[Path, Path]]]]:
-    """Name without suffix -> video file and sound file below a folder; and what else there is of the same name.
+    """Returns name without suffix -> video and audio file of a folder, and the extra files of the same name.
 
-    A folder whose name is not UTF-8 cannot be kept in a manifest; it is left out and added to `problems`.
+    A folder whose name is not UTF-8 cannot be stored in a manifest; it is left out and added to `problems`.
     """
     files: dict[str, Pair] = {}
-    doubles: dict[str, list[tuple[Path, Path]]] = {}
-    seen = set()
+    extra_files: dict[str, list[tuple[Path, Path]]] = {}
+    visited = set()
     for at, below, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(at)
-        below[:] = [] if real in seen else sorted(name for name in below if not name.startswith("."))
-        if real in seen:
+        below[:] = [] if real in visited else sorted(name for name in below if not name.startswith("."))
+        if real in visited:
             continue
-        seen.add(real)
+        visited.add(real)
         if (shown := at.encode("utf-8", "backslashreplace").decode()) != at:
-            problems.append(Problem("bad_name", "", shown, f"{shown}: the name is not UTF-8, rename it", False))
+            problems.append(Problem("bad_name", "", shown, f"{shown}: the name is not UTF-8; rename it", False))
             below.clear()
             continue
         for name in sorted(names):
-            stem, suffix = os.path.splitext(name)  # noqa: PTH122  a Path for each of a million names is slow
+            stem, suffix = os.path.splitext(name)  # noqa: PTH122  building a Path for each of a million names is slow
             kind = _VIDEO if suffix.lower() in VIDEO_SUFFIXES else _AUDIO
             if name.startswith(".") or (kind == _AUDIO and suffix.lower() not in AUDIO_SUFFIXES):
                 continue
-            path, held = Path(at, name), files.get(stem, (None, None))
-            if (taken := held[kind]) is not None:
-                doubles.setdefault(stem, []).append((taken, path))
+            path, pair = Path(at, name), files.get(stem, (None, None))
+            if (taken := pair[kind]) is not None:
+                extra_files.setdefault(stem, []).append((taken, path))
             else:
-                files[stem] = (path, held[_AUDIO]) if kind == _VIDEO else (held[_VIDEO], path)
-    return files, doubles
+                files[stem] = (path, pair[_AUDIO]) if kind == _VIDEO else (pair[_VIDEO], path)
+    return files, extra_files

@@ -1,1 +1,1 @@
-"""The made data set: real media files on which only fusion can win."""
+"""The synthetic data set: mp4 files that can only be classified from video and audio together."""

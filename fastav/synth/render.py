@@ -1,11 +1,10 @@
-"""Draws and encodes the streams of the made data set: a bird with a plumage pattern, and its call.
+"""Draws and encodes the streams of the synthetic data set: a bird with a plumage pattern, and its call.
 
-Everything here is a pure function of its arguments; a random generator is always passed in. Only numpy and
-PyAV are needed, so that a worker process starts quickly.
+All functions are pure; random generators are passed in. Only numpy and PyAV are imported, so that worker processes
+start quickly.
 
-What the eye can tell apart is the plumage alone (`PATTERNS`), what the ear can tell apart is the call alone
-(`CALLS`). All else varies freely within each of them: place, size, motion, hue, landscape, pitch, tempo,
-level, noise.
+Video classes differ in the plumage only (`PATTERNS`), audio classes in the call only (`CALLS`). Position, size, motion,
+hue, landscape, pitch, tempo, level and noise vary independently of both.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ NUM_FRAMES = 100
 GOP = 250
 SAMPLE_RATE = 44_100
 NUM_SAMPLES = 176_400
-NUM_POSES = 5  # tilts in which a bird is drawn; after that it is only moved
+NUM_POSES = 5  # tilts in which a bird is drawn; its frames are copies of these
 
 Floats = NDArray[np.float32]
 Rng = np.random.Generator
@@ -45,9 +44,9 @@ class StreamSpec(NamedTuple):
     """One stream to draw.
 
     Attributes:
-        content: Number in `PATTERNS` of a video, in `CALLS` of an audio stream.
-        recorder: Key of the generator that draws its `Recorder`.
-        key: Key of the generator that draws everything else.
+        content: Index in `PATTERNS` for a video stream, in `CALLS` for an audio stream.
+        recorder: Seed of the generator for its `Recorder`.
+        key: Seed of the generator for everything else.
     """
 
     content: int
@@ -56,7 +55,7 @@ class StreamSpec(NamedTuple):
 
 
 class OutputFile(NamedTuple):
-    """One mp4 file: which of its job's streams it holds (`audio` None: no sound), and how it is broken."""
+    """One mp4 file: which of its job's streams it contains (`audio` None: no audio), and how it is damaged."""
 
     path: str
     video: int
@@ -65,7 +64,7 @@ class OutputFile(NamedTuple):
 
 
 class RenderJob(NamedTuple):
-    """Streams that are drawn and encoded once, and the files they are put into; a worker's unit of work."""
+    """A worker's unit of work: streams that are drawn and encoded once, and the files that contain them."""
 
     videos: tuple[StreamSpec, ...]
     audios: tuple[StreamSpec, ...]
@@ -75,15 +74,15 @@ class RenderJob(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Recorder:
-    """One recording device at one place: what its clips share besides their classes.
+    """One recording device at one place: the properties that its clips share.
 
     Attributes:
-        sky: RGB at the top of the picture and at the horizon, 0-255, each of 3.
+        sky: RGB at the top of the picture and at the horizon, 0-255, each [3].
         ground: RGB of the hills, 0-255.
         exposure: Factor on the picture's brightness.
         grain: Standard deviation of the sensor noise, grey levels.
-        noise_slope: Power of the frequency by which the noise amplitude falls: 0 white, 1 brown.
-        noise_db: Level of the noise against the call, dB.
+        noise_slope: Exponent by which the noise amplitude falls with frequency: 0 white, 1 brown.
+        noise_db: Level of the noise relative to the call, dB.
         gain_db: Level of the whole track, dB.
         balance: Share of the left channel's gain that the right one lacks, -1 to 1.
     """
@@ -131,18 +130,18 @@ def _sign(rng: Rng) -> float:
 
 
 def _edge(distance: Floats, width: float) -> Floats:
-    """Returns 1 inside (negative distance), 0 outside, a ramp of `width` between."""
+    """Returns 1 inside (negative distance), 0 outside, with a ramp of `width` in between."""
     return np.clip(0.5 - distance / width, 0.0, 1.0)
 
 
 def _ellipse(x: Floats, y: Floats, centre: tuple[float, float], radii: tuple[float, float]) -> Floats:
-    """Returns roughly the signed distance to an axis-parallel ellipse."""
+    """Returns the approximate signed distance to an axis-parallel ellipse."""
     scaled = np.sqrt(((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2)
     return np.asarray((scaled - 1.0) * min(radii), np.float32)
 
 
 def _wedge(x: Floats, y: Floats, root: tuple[float, float], tip: tuple[float, float], half: float) -> Floats:
-    """Returns roughly the signed distance to a triangle with its base (2 * `half` wide) at `root`."""
+    """Returns the approximate signed distance to a triangle with its base (2 * `half` wide) at `root`."""
     dx, dy = tip[0] - root[0], tip[1] - root[1]
     length = float(np.hypot(dx, dy))
     along = ((x - root[0]) * dx + (y - root[1]) * dy) / length
@@ -154,11 +153,11 @@ def _plumage(pattern: int, x: Floats, y: Floats, period: float, rng: Rng) -> Flo
     """Returns the texture, 0 (dark) to 1 (light), at body coordinates.
 
     Args:
-        pattern: Number in `PATTERNS`.
+        pattern: Index in `PATTERNS`.
         x: Body coordinates, rightwards.
         y: Body coordinates, downwards.
-        period: Of the texture, in the same unit.
-        rng: Draws phase and polarity, so that no place of the body is bright in one pattern only.
+        period: Period of the texture, in the same unit.
+        rng: Draws phase and polarity, so that no point of the body is always bright in one pattern.
     """
     a, b = rng.uniform(0.0, 2 * np.pi, 2)
     polarity = _sign(rng)
@@ -178,13 +177,13 @@ def _poses(pattern: int, radius: float, side: int, rng: Rng) -> tuple[Floats, Fl
     """Draws one bird in `NUM_POSES` poses of a nodding cycle.
 
     Args:
-        pattern: Number in `PATTERNS`.
-        radius: Half the body's length, pixels.
-        side: Of the picture's shorter side, pixels; the texture's period follows it.
-        rng: Draws hue, tilt, facing and the texture's details.
+        pattern: Index in `PATTERNS`.
+        radius: Half the length of the body, pixels.
+        side: Length of the picture's shorter side, pixels; scales the period of the texture.
+        rng: Draws hue, tilt, direction and the details of the texture.
 
     Returns:
-        colour [P, h, w, 3] of 0-255 and opacity [P, h, w, 1] of 0-1, h = w an odd number of pixels.
+        Colour [P, h, w, 3] in 0-255 and opacity [P, h, w, 1] in 0-1, with h = w an odd number of pixels.
     """
     half = int(1.6 * radius) + 1
     pixel = np.arange(-half, half + 1, dtype=np.float32) / radius
@@ -226,7 +225,7 @@ def _landscape(recorder: Recorder, width: int, height: int, rng: Rng) -> Floats:
     y = np.arange(height, dtype=np.float32)[:, None] / height
     top, horizon = recorder.sky
     picture = top + (horizon - top) * np.broadcast_to(y, (height, width))[..., None]
-    for distance in (0.35, 0.0):  # the far row is paler
+    for distance in (0.35, 0.0):  # the distant row is paler
         waves = rng.uniform(0.02, 0.09, 3) * np.sin(
             2 * np.pi * (x[:, None] * rng.uniform(0.3, 1.6, 3) + rng.uniform(0.0, 1.0, 3))
         )
@@ -242,13 +241,13 @@ def draw_frames(pattern: int, recorder: Recorder, size: tuple[int, int], rng: Rn
     """Draws 4 s of a bird with one plumage pattern in a landscape.
 
     Args:
-        pattern: Number in `PATTERNS`.
-        recorder: Whose palette, exposure and grain the pictures have.
+        pattern: Index in `PATTERNS`.
+        recorder: Gives palette, exposure and grain of the pictures.
         size: Width and height in pixels.
         rng: Draws everything else.
 
     Returns:
-        RGB frames [100, H, W, 3].
+        RGB frames, uint8 [100, H, W, 3].
     """
     width, height = size
     side = min(size)
@@ -277,7 +276,7 @@ def draw_frames(pattern: int, recorder: Recorder, size: tuple[int, int], rng: Rn
 
 
 def _tone(hz: NDArray[np.float64], rng: Rng) -> Floats:
-    """Returns a tone of a given frequency course with three harmonics: no frequency mask hides them all."""
+    """Returns a tone of time-varying frequency with three harmonics, so that no frequency mask hides all of it."""
     phase = np.cumsum(hz) / SAMPLE_RATE + rng.uniform()
     turns = (phase % 1.0).astype(np.float32) * np.float32(2 * np.pi)
     weights = (1.0, rng.uniform(0.3, 0.7), rng.uniform(0.15, 0.4))
@@ -290,7 +289,7 @@ def _tone(hz: NDArray[np.float64], rng: Rng) -> Floats:
 
 
 def _rattle(num: int, rate_hz: float, rng: Rng) -> Floats:
-    """Returns a train of dry clicks: short bursts of noise at a steady rate."""
+    """Returns a train of clicks: short bursts of noise at a constant rate."""
     step = round(SAMPLE_RATE / rate_hz)
     decay = np.exp(-np.arange(step, dtype=np.float32) / (SAMPLE_RATE * rng.uniform(0.002, 0.005)))
     count = -(-num // step)
@@ -299,7 +298,7 @@ def _rattle(num: int, rate_hz: float, rng: Rng) -> Floats:
 
 
 def _note(call: int, pitch_hz: float, tempo: float, rng: Rng) -> Floats:
-    """Returns one note of a call; `pitch_hz` and `tempo` are the bird's own."""
+    """Returns one note of a call with the bird's `pitch_hz` and `tempo`."""
     name = CALLS[call]
     bend = pitch_hz * rng.uniform(0.95, 1.05)
     if name in ("whistler", "weeper"):
@@ -314,15 +313,15 @@ def _note(call: int, pitch_hz: float, tempo: float, rng: Rng) -> Floats:
 
 
 def draw_wave(call: int, recorder: Recorder, rng: Rng) -> Floats:
-    """Makes 4 s of one call, repeated with pauses, over the recorder's noise.
+    """Returns 4 s of one call, repeated with pauses, with the recorder's noise.
 
     Args:
-        call: Number in `CALLS`.
-        recorder: Whose noise, gain and balance the sound has.
-        rng: Draws everything else. The level is drawn without regard to the call.
+        call: Index in `CALLS`.
+        recorder: Gives noise, gain and balance of the audio.
+        rng: Draws everything else. The level does not depend on the call.
 
     Returns:
-        Stereo samples [2, 176400] at 44.1 kHz within -1 to 1.
+        Stereo samples, float32 [2, 176400] at 44.1 kHz in -1 to 1.
     """
     pitch_hz, tempo = 1000.0 * 2.0 ** rng.uniform(-0.35, 0.55), rng.uniform(0.8, 1.25)
     track = np.zeros(NUM_SAMPLES, np.float32)
@@ -370,7 +369,7 @@ def encode_audio(wave_CS: Floats) -> bytes:
     with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("aac", rate=SAMPLE_RATE, layout="stereo")
         stream.bit_rate = 96_000
-        # A fifth of the default's time; and noise substitution would leave noise to each decoder's taste.
+        # A fifth of the default's encoding time. Noise substitution is off, as its result differs between decoders.
         stream.options = {"aac_coder": "fast", "aac_pns": "0", "aac_tns": "0", "aac_is": "0"}
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave_CS), format="fltp", layout="stereo")
         frame.sample_rate, frame.pts, frame.time_base = SAMPLE_RATE, 0, Fraction(1, SAMPLE_RATE)
@@ -380,7 +379,7 @@ def encode_audio(wave_CS: Floats) -> bytes:
 
 
 def mux(video: bytes, audio: bytes | None) -> bytes:
-    """Puts encoded streams into one mp4 without touching them: the packets stay bit-identical."""
+    """Muxes encoded streams into one mp4 without re-encoding: the packets stay bit-identical."""
     out = io.BytesIO()
     with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         packets = []
@@ -399,32 +398,31 @@ def mux(video: bytes, audio: bytes | None) -> bytes:
 
 
 def damage(data: bytes, kind: Damage) -> bytes:
-    """Breaks an mp4 file.
+    """Damages an mp4 file.
 
     Args:
-        data: The file.
-        kind: `blank` and `torn` overwrite the packets (all, or all after the first 40 %) with zeros, as a
-            card gone bad would, and leave the index of the file whole: it opens, and breaks while it is
-            decoded. `cut` ends the file before its index and `empty` leaves nothing: these do not open.
-            The empty string changes nothing.
+        data: Content of the file.
+        kind: `blank` and `torn` overwrite packets with zeros (all, or all after the first 40 %), as a bad memory card
+            would. The index of the file stays intact, so it opens but fails while it is decoded. `cut` ends the file
+            before its index and `empty` leaves no data; these files do not open. The empty string changes nothing.
 
     Returns:
-        The broken file.
+        Content of the damaged file.
     """
     if not kind:
         return data
     if kind in ("cut", "empty"):
         return data[: int(0.6 * len(data)) if kind == "cut" else 0]
-    broken = bytearray(data)
+    damaged = bytearray(data)
     with av.open(io.BytesIO(data)) as container:
         packets = sorted((p.pos, p.size) for p in container.demux() if p.size)
     for start, size in packets[0 if kind == "blank" else int(0.4 * len(packets)) :]:
-        broken[start : start + size] = bytes(size)
-    return bytes(broken)
+        damaged[start : start + size] = bytes(size)
+    return bytes(damaged)
 
 
 def run_job(job: RenderJob) -> int:
-    """Draws, encodes and writes the files of a job, beside and then renamed; returns how many."""
+    """Draws, encodes and writes the files of a job (temporary file, then rename); returns their number."""
     videos, audios = [], []
     for stream in job.videos:
         recorder = Recorder.draw(np.random.default_rng(stream.recorder))
@@ -441,5 +439,5 @@ def run_job(job: RenderJob) -> int:
 
 
 def leave_interrupts_to_the_parent() -> None:
-    """Keeps a worker process quiet on Ctrl-C: the parent stops it."""
+    """Ignores Ctrl-C in a worker process; the parent stops it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
