@@ -77,7 +77,7 @@ def listing(args: argparse.Namespace) -> Listing:
     """
     strong = args.labels == "strong"
     if strong and args.train is not None:
-        raise UserError(f"--train {args.train}: selects weak labels; needs --labels weak")
+        raise UserError(f"--train {args.train}: applies to --labels weak only")
     if args.unit == "second" and not strong:
         raise UserError("--unit second: needs the times of events; use --labels strong")
     classes = _Classes(args.root, strong=strong)

@@ -143,7 +143,8 @@ def _from_texts(
             if numbers := free[annotation]:
                 found[split].append(numbers.pop(0))
                 continue
-            message = f'{file}, line {line}: "{annotation.video_id}" not in Annotations.txt or already used; left out'
+            where = f"{file}, line {line}"
+            message = f'{where}: "{annotation.video_id}" is not in Annotations.txt, or already used; left out'
             problems.append(Problem("unknown_row", "", str(file), message, False))
     return found
 

@@ -126,8 +126,8 @@ def rows(root: Path, *, classes: Classes = "folder") -> tuple[list[Clip], list[P
     splits = bool(named) and named == tops and not flat
     if named and not splits:
         notes.append(
-            f"{', '.join(sorted(named))}: treated as ordinary folders, not as splits, because of other files or "
-            "folders next to them"
+            f"{', '.join(sorted(named))}: treated as ordinary folders, not as splits, as ROOT has other media "
+            "files or folders"
         )
     clips = []
     for path in media:

@@ -68,7 +68,7 @@ def listing(args: argparse.Namespace) -> Listing:
         UserError: A table is missing or malformed, an event is not in `CLASSES`, or no clip has a media file.
     """
     if args.label is not None and args.unit == "clip":
-        raise UserError(f"--label {args.label}: selects the events of a second; needs --unit second")
+        raise UserError(f"--label {args.label}: applies to --unit second only")
     tables, notes = _tables(args.root)
     rows = [row for split, path in tables.items() for row in _rows(path, split)]
     found = youtube.find(rows, args.media_root or args.root, args.media)

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sound",
         choices=("all", "reliable", "none"),
         default="all",
-        help="videos whose audio is used: all (default), only those marked reliable in the column reliable_audio, or none",
+        help="videos whose audio is used: all (default), only those that the column reliable_audio marks, or none",
     )
 
 

@@ -45,15 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--media",
         choices=("both", "audio", "video"),
         default="both",
-        help="files to use. both (default): clips that lack one of the two files are reported and left out; the audio is\n"
-        "that of the .wav file, never that of the .mp4 file",
+        help="files to use. both (default): clips that lack one of the two files are reported and left out; the audio\n"
+        "is that of the .wav file, never that of the .mp4 file",
     )
     parser.add_argument(
         "--piece-s",
         type=float,
         metavar="S",
-        help="cut each clip into pieces of S seconds; the task uses 1. A remainder of S/2 or more becomes a piece of its\n"
-        "own, a shorter one is dropped",
+        help="cut each clip into pieces of S seconds; the task uses 1. A remainder of S/2 or more becomes a piece of\n"
+        "its own, a shorter one is dropped",
     )
 
 

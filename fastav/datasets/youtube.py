@@ -114,8 +114,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, tables: str, media: bool =
             "--media",
             choices=("trimmed", "whole"),
             default="trimmed",
-            help="content of a media file. trimmed (default): the clip only. whole: the whole YouTube video (ID.mp4), of\n"
-            "which the clip is the seconds given in the table",
+            help="content of a media file. trimmed (default): the clip only. whole: the whole YouTube video (ID.mp4),\n"
+            "of which the clip is the seconds given in the table",
         )
 
 
@@ -166,9 +166,8 @@ def find(rows: Sequence[YoutubeRow], folder: Path, media: Media = "trimmed") -> 
     """
     if not folder.is_dir():
         near = did_you_mean(folder.name, [p.name for p in folder.parent.glob("*/")]) if folder.parent.is_dir() else ""
-        raise UserError(
-            f"{folder}: {'not a folder' if folder.exists() else 'no such folder'}; expected a folder with media files{near}"
-        )
+        reason = "not a folder" if folder.exists() else "no such folder"
+        raise UserError(f"{folder}: {reason}; expected a folder with media files{near}")
     rows, problems = _distinct(rows)
     times = Counter(row.video_id for row in rows)
     files, extra_files = _media_files(folder, problems)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Frames, Segments, best, bottleneck_attention
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from fastav.core.errors import UserError, did_you_mean
 from fastav.model.tower import ClipDropPath, Tower, block_flops
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Frames, Segments, best, bottleneck_attention
 
 
 class BottleneckBlock(nn.Module):

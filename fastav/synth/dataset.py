@@ -170,7 +170,7 @@ def _train(settings: Synth, out: Path) -> Layout:
 
 
 def _test(settings: Synth, out: Path) -> Layout:
-    """Plans the test clips in sets: a video stream of each pattern and an audio stream of each call, in all combinations.
+    """Plans the test clips in sets: a video stream per pattern and an audio stream per call, in all combinations.
 
     So each video stream occurs, with the same packets, in equally many clips of each class that has its pattern. The
     same holds for each audio stream and its call. A prediction from a single modality is therefore right in at most one

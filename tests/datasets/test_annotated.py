@@ -45,7 +45,7 @@ def test_a_clip_for_each_annotation(tmp_path: Path) -> None:
         (root / "deep/b.mp4", root / "deep/b.mp4", "deep/b"),
     ]
     assert kinds(list(made.problems)) == [("no_table", "c.flac")]
-    assert made.problems[0].message == f"{root}/c.flac: no table of it among 2, left out"
+    assert made.problems[0].message == f"{root}/c.flac: none of the 2 tables annotates this recording; left out"
     assert made.notes == ["each annotation is a clip with its label"]
     assert (made.cut, made.split) == (None, None)
     assert made.metadata["rule"] == made.notes[0]
@@ -72,7 +72,7 @@ def test_a_recording_of_a_similar_name_is_not_taken(tmp_path: Path) -> None:
     assert [c.id for c in made.clips] == ["b.wav#0"]
     assert kinds(list(made.problems)) == [("missing_file", ""), ("no_table", "site.wav")]
     assert made.problems[0].message == (
-        f"{tmp_path}/site.2020.txt: no recording site.2020.* in or below {tmp_path} (1 annotations)"
+        f"{tmp_path}/site.2020.txt: no recording site.2020.* in {tmp_path} or its subfolders (1 annotations)"
     )
 
 
@@ -86,7 +86,8 @@ def test_recordings_elsewhere_and_of_one_name(tmp_path: Path) -> None:
     assert [(c.id, c.labels) for c in made.clips] == [("x/a.wav#0", ("owl",)), ("y/a.wav#0", ("wren",))]
     assert made.problems[0].kind == "ambiguous_recording"
     assert made.problems[0].message == (
-        f"{root}/b.txt: may be of {tmp_path}/media/x/b.wav or {tmp_path}/media/z/b.wav, left out (1 annotations)"
+        f"{root}/b.txt: its recording could be {tmp_path}/media/x/b.wav or {tmp_path}/media/z/b.wav; "
+        "left out (1 annotations)"
     )
 
 
@@ -109,7 +110,7 @@ def test_one_table_of_several_recordings(tmp_path: Path) -> None:
     ]
     assert kinds(list(made.problems)) == [("missing_file", "")]
     assert made.problems[0].path == str(tmp_path / "gone.wav")
-    assert "no recording gone.wav in or below" in made.problems[0].message
+    assert f"no recording gone.wav in {tmp_path} or its subfolders" in made.problems[0].message
 
 
 def test_paths_of_another_machine(tmp_path: Path) -> None:
@@ -157,8 +158,8 @@ def test_columns_of_labels(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         listed(annotated, tmp_path)
     assert str(error.value) == (
-        f"{path}: no column of labels, expected --label-column with one of Selection, View, Channel, Begin Time (s), "
-        "End Time (s), Low Freq (Hz), High Freq (Hz), Notes; or --label NAME"
+        f"{path}: no label column; use --label-column with one of Selection, View, Channel, Begin Time (s), "
+        "End Time (s), Low Freq (Hz), High Freq (Hz), Notes, or --label NAME"
     )
     assert listed(annotated, tmp_path, "--label", "call").clips[0].labels == ("call",)
 
@@ -171,10 +172,10 @@ def test_annotations_without_label_or_length(tmp_path: Path) -> None:
     assert spans(made) == [("a.wav#2", 6, 1, ("owl",))]
     path = tmp_path / "a.txt"
     assert [(p.kind, p.message) for p in made.problems] == [
-        ("no_label", f"{path}, line 2: 1 s to 2 s has no label, expected one, or --label NAME"),
-        ("bad_span", f"{path}, line 4: 5 s to 4 s is no span, left out"),
-        ("bad_span", f"{path}, line 5: -1 s to 4 s is no span, left out"),
-        ("bad_span", f"{path}, line 3: 3 s is a point, expected --window-s for it"),
+        ("no_label", f"{path}, line 2: 1 s to 2 s has no label; give it one, or use --label NAME"),
+        ("bad_span", f"{path}, line 4: 5 s to 4 s is not a valid span; left out"),
+        ("bad_span", f"{path}, line 5: -1 s to 4 s is not a valid span; left out"),
+        ("bad_span", f"{path}, line 3: the annotation at 3 s has zero length; use --window-s"),
     ]
     assert not any(p.fatal for p in made.problems)
     assert spans(listed(annotated, tmp_path, "--label", "?"))[0] == ("a.wav#0", 1, 1, ("?",))
@@ -186,7 +187,7 @@ def test_other_text_is_left_out(tmp_path: Path) -> None:
     table(tmp_path / "a.txt", "1\t2\towl")
     made = listed(annotated, tree(tmp_path, "a.wav"))
     assert kinds(list(made.problems)) == [("not_annotations", "")] * 2
-    assert made.problems[0].message == f"{tmp_path}/README.txt: neither Raven's table nor Audacity's, left out"
+    assert made.problems[0].message == f"{tmp_path}/README.txt: neither a Raven nor an Audacity table; left out"
 
 
 @pytest.mark.parametrize(
@@ -206,11 +207,11 @@ def test_kinds_of_text(text: str, kind: str) -> None:
         (HEADER.replace("End Time (s)", "End Time") + "\n",
          'line 1: no column "End Time (s)"; did you mean "End Time"?'),
         (f"{HEADER}\n{row(1, 2, 'owl').replace('1000', 'x', 1).replace('2', 'two', 1)}\n",
-         'line 2: End Time (s) "two", expected seconds'),
-        (f"{HEADER}\n{row(1, 2, 'owl')}\tmore\n", "line 2: 9 values, expected 8 (Selection, View, "),
-        (f"{NAMED}\n{row(1, 2, 'owl', 'a.wav', 'x')}\n", 'line 2: File Offset (s) "x", expected seconds'),
-        ("1\t2\towl\nowl\t1\t2\n", 'line 2: "owl\t1\t2", expected start, end and label parted by tabs'),
-        ("1\t2\n3\n", 'line 2: "3", expected start, end and label parted by tabs'),
+         'line 2: End Time (s) = "two": expected seconds'),
+        (f"{HEADER}\n{row(1, 2, 'owl')}\tmore\n", "line 2: found 9 values, expected 8 (Selection, View, "),
+        (f"{NAMED}\n{row(1, 2, 'owl', 'a.wav', 'x')}\n", 'line 2: File Offset (s) = "x": expected seconds'),
+        ("1\t2\towl\nowl\t1\t2\n", 'line 2: "owl\t1\t2": expected start, end and label, separated by tabs'),
+        ("1\t2\n3\n", 'line 2: "3": expected start, end and label, separated by tabs'),
     ],
 )  # fmt: skip
 def test_mistakes_in_tables(tmp_path: Path, text: str, message: str) -> None:
@@ -231,8 +232,10 @@ def test_nothing_to_list(tmp_path: Path) -> None:
     root = tree(tmp_path / "root", "a.wav", "b.md")
     with pytest.raises(UserError) as error:
         listed(annotated, root)
-    assert str(error.value) == f"{root}: no table in it or below, expected Raven's or Audacity's (.txt, .tsv)"
-    with pytest.raises(UserError, match=r'rot: no such folder or table; did you mean "root"\?'):
+    assert str(error.value) == (
+        f"{root}: no tables in this folder or its subfolders; expected Raven or Audacity files (.txt, .tsv)"
+    )
+    with pytest.raises(UserError, match=r'rot: no such file or folder; did you mean "root"\?'):
         listed(annotated, tmp_path / "rot")
     path = table(root / "b.txt", "1\t2\towl")
     with pytest.raises(UserError, match=r'--media-root .*/roof: no such folder; did you mean "root"\?'):
@@ -240,12 +243,12 @@ def test_nothing_to_list(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         listed(annotated, root)
     assert str(error.value) == (
-        f"{root}: no annotation of a recording to make a clip of in 1 tables; the first problem: {path}: "
-        f"no recording b.* in or below {root} (1 annotations)"
+        f"{root}: no annotations that could become clips in 1 tables; the first problem: {path}: "
+        f"no recording b.* in {root} or its subfolders (1 annotations)"
     )
     with pytest.raises(UserError) as error:
         listed(annotated, path)  # one table
-    assert str(error.value).startswith(f"{path}: no annotation of a recording")
+    assert str(error.value).startswith(f"{path}: no annotations that could")
     tree(root, "b.wav")
     assert [c.id for c in listed(annotated, path).clips] == ["b.wav#0"]
 
@@ -253,16 +256,22 @@ def test_nothing_to_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--window-s", "0"], "--window-s 0.0: expected a number, more than 0"),
-        (["--window-s", "nan"], "--window-s nan: expected a number, more than 0"),
-        (["--window-s", "2", "--hop-s", "3"], "--hop-s 3.0: leaves gaps, expected at most --window-s 2.0"),
-        (["--hop-s", "3"], "--hop-s 3.0: is for windows, expected --window-s with it"),
-        (["--background", "noise"], "--background noise: is for windows, expected --window-s with it"),
-        (["--min-overlap", "0"], "--min-overlap 0.0: expected a number, more than 0"),
-        (["--min-overlap", "1.5"], "--min-overlap 1.5: expected a share, at most 1"),
-        (["--hold-out", "every:3"], '--hold-out "every:3": tears recordings, expected none or fraction:F'),
+        (["--window-s", "0"], "--window-s 0.0: expected a number above 0"),
+        (["--window-s", "nan"], "--window-s nan: expected a number above 0"),
+        (
+            ["--window-s", "2", "--hop-s", "3"],
+            "--hop-s 3.0: leaves gaps between windows; expected at most --window-s 2.0",
+        ),
+        (["--hop-s", "3"], "--hop-s 3.0: needs --window-s"),
+        (["--background", "noise"], "--background noise: needs --window-s"),
+        (["--min-overlap", "0"], "--min-overlap 0.0: expected a number above 0"),
+        (["--min-overlap", "1.5"], "--min-overlap 1.5: expected a fraction of at most 1"),
+        (
+            ["--hold-out", "every:3"],
+            '--hold-out "every:3": would put parts of a recording in both splits; use none or fraction:F',
+        ),
         (["--hold-out", "fraction:2"], "0 < F < 1"),
-        (["--hold-out", "fraction:0.5"], "each of the 1 recordings is the only one of a class; expected several"),
+        (["--hold-out", "fraction:0.5"], "each of the 1 recordings is the only one of some class; expected several"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path: Path, words: list[str], message: str) -> None:
@@ -283,8 +292,8 @@ def test_labels_of_clips_that_overlap(tmp_path: Path) -> None:
         ("lark", "crow", "owl"),
     ], "its own first"
     assert made.notes[-1] == (
-        "each annotation is a clip with its label, and the label of each other one: 0.5 or more of it in the clip, "
-        "or 0.5 or more of the clip in it"
+        "each annotation is a clip with its label, and the labels of all annotations with at least 0.5 of their "
+        "length in the clip, or that cover at least 0.5 of it"
     )
 
 
@@ -374,8 +383,8 @@ def test_recordings_are_held_out_whole() -> None:
     with pytest.raises(UserError) as error:
         hold_out(clips_of("a", "b", "c"), fraction=0.5)
     assert str(error.value) == (
-        "--hold-out fraction:0.5: each of the 3 recordings is the only one of a class; expected several recordings "
-        "a class, or --hold-out none"
+        "--hold-out fraction:0.5: each of the 3 recordings is the only one of some class; expected several recordings "
+        "per class, or --hold-out none"
     )
 
 
@@ -395,8 +404,8 @@ def test_from_end_to_end(tmp_path: Path) -> None:
     words = ["--window-s", "2", "--background", "noise", "--hold-out", "fraction:0.5"]
     made = listed(annotated, root, *words)
     assert made.notes[-1] == (
-        "windows of 2 s every 2 s with the label of each annotation: 0.5 or more of it in the window, or 0.5 or more "
-        'of the window in it; windows that touch no annotation are of class "noise"'
+        "windows of 2 s every 2 s with the labels of all annotations with at least 0.5 of their length in the window, "
+        'or that cover at least 0.5 of it; windows without annotations are of class "noise"'
     )
     manifest, clips, problems = probed(made, tmp_path / "w.parquet")
     assert problems["bad_span"] == 4

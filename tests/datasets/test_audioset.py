@@ -25,7 +25,8 @@ CLASSES = (
 )
 NAMES = ["Speech", "Male speech, man speaking", "Female speech, woman speaking", "Hail"]
 ALONE = (
-    "1 files are named by the YouTube id alone and taken for trimmed clips; if they are whole videos, say --media whole"
+    "1 files are named by the YouTube id alone and treated as trimmed clips; if they are whole videos, "
+    "use --media whole"
 )
 STRONG = "segment_id\tstart_time_seconds\tend_time_seconds\tlabel"
 
@@ -118,7 +119,7 @@ def test_strong_labels(strong: Path) -> None:
         ("-_a_B_cD_30_50500", ("Strong",), "train"),
     ]
     assert made.clips[1].audio == strong / "train/-_a_B_cD_30_50500_60500.FLAC"
-    assert made.notes == [f"{strong}: no audioset_eval_strong.tsv, so no test split", ALONE]
+    assert made.notes == [f"{strong}: no audioset_eval_strong.tsv, so there is no test split", ALONE]
     assert "class_order" not in made.metadata
     assert "train" not in made.metadata
     table(strong / "strong/audioset_eval_strong.tsv", STRONG, "-eval_video_0\t0.5\t1.5\t/m/09x0r")
@@ -155,12 +156,12 @@ def test_seconds(strong: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--unit", "second"], "--unit second: needs times of events, expected --labels strong with it"),
+        (["--unit", "second"], "--unit second: needs the times of events; use --labels strong"),
         (
             ["--labels", "strong", "--train", "full"],
-            "--train full: parts the weak labels, expected --labels weak with it",
+            "--train full: applies to --labels weak only",
         ),
-        (["--labels", "strong"], "no strong labels of AudioSet, expected audioset_train_strong.tsv or strong/audioset"),
+        (["--labels", "strong"], "no strong labels of AudioSet; expected audioset_train_strong.tsv or strong/audioset"),
     ],
 )
 def test_options_that_make_no_sense(root: Path, words: list[str], message: str) -> None:
@@ -171,23 +172,30 @@ def test_options_that_make_no_sense(root: Path, words: list[str], message: str) 
 
 def test_absent_tables(root: Path) -> None:
     (root / "balanced_train_segments.csv").unlink()
-    with pytest.raises(UserError, match=r"for --train balanced, expected .*mean \"unbalanced_train_segments.csv\"\?"):
+    with pytest.raises(UserError, match=r"for --train balanced; expected .*mean \"unbalanced_train_segments.csv\"\?"):
         listed(audioset, root)
     (root / "eval_segments.csv").unlink()
-    assert listed(audioset, root, "--train", "unbalanced").notes[0] == f"{root}: no eval_segments.csv, so no test split"
-    with pytest.raises(UserError, match=r"no table of AudioSet, expected eval_segments.csv in it"):
+    assert (
+        listed(audioset, root, "--train", "unbalanced").notes[0]
+        == f"{root}: no eval_segments.csv, so there is no test split"
+    )
+    with pytest.raises(UserError, match=r"no table of AudioSet; expected eval_segments.csv in this folder"):
         listed(audioset, root, "--train", "none")
     (root / "class_labels_indices.csv").unlink()
-    with pytest.raises(UserError, match=r"no class names of AudioSet, expected class_labels_indices.csv in it"):
+    with pytest.raises(
+        UserError, match=r"no class names of AudioSet; expected class_labels_indices.csv in this folder"
+    ):
         listed(audioset, root)
 
 
 def test_malformed_tables(strong: Path) -> None:
     segments(strong / "balanced_train_segments.csv", '--PJHxphWEs, thirty, 40.000, "/m/09x0r,/t/dd00003"')
-    with pytest.raises(UserError, match=r'segments.csv, line 4: start_seconds "thirty", expected a number'):
+    with pytest.raises(UserError, match=r'segments.csv, line 4: start_seconds = "thirty": expected a number'):
         listed(audioset, strong)
     table(strong / "strong/audioset_train_strong.tsv", STRONG, "--PJHxphWEs\t0\t1\t/m/09x0r")
-    with pytest.raises(UserError, match=r'line 2: segment_id "--PJHxphWEs", expected such as s9d-2nhuJCQ_30000'):
+    with pytest.raises(
+        UserError, match=r'line 2: segment_id = "--PJHxphWEs": expected a name such as s9d-2nhuJCQ_30000'
+    ):
         listed(audioset, strong, "--labels", "strong")
     table(strong / "class_labels_indices.csv", "index,mid,name", "0,/m/09x0r,Speech")
     with pytest.raises(UserError, match=r'class_labels_indices.csv, line 1: no column "display_name"'):

@@ -62,7 +62,7 @@ def test_splits_of_text(root: Path) -> None:
     assert made.clips[1].video == made.clips[2].video == root / "AVE/_QQP43H56TA.mp4"
     assert {(c.start_s, c.duration_s) for c in made.clips} == {(0, 0)}
     assert kinds(made.problems) == [("missing_file", "0005-gone-video1")]
-    assert made.problems[0].message == f"{root}/Annotations.txt, line 6: {root}/gone-video1.* is not there"
+    assert made.problems[0].message == f"{root}/Annotations.txt, line 6: no such file: {root}/gone-video1.*"
     assert json.loads(made.metadata["class_order"]) == CLASSES
     assert "28 classes" in made.metadata["metric"]
 
@@ -90,11 +90,15 @@ def test_splits_of_text_need_no_h5py(root: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_malformed_row_numbers(bare: Path) -> None:
     h5py = pytest.importorskip("h5py")
-    with pytest.raises(UserError, match=r"train_order.h5: row 6, expected 0 to 5, the rows of .*Annotations.txt"):
+    with pytest.raises(
+        UserError, match=r"train_order.h5: row number 6: expected 0 to 5, the rows of .*Annotations.txt"
+    ):
         listed(ave, orders(bare, train=[0, 6]))
     with h5py.File(bare / "train_order.h5", "w") as file:
         file["ordre"] = [0]
-    with pytest.raises(UserError, match=r'train_order.h5: no data set "order", expected .* rows; it holds ordre$'):
+    with pytest.raises(
+        UserError, match=r'train_order.h5: no HDF5 data set "order" with row numbers; the file contains ordre$'
+    ):
         listed(ave, bare)
     (bare / "train_order.h5").write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(UserError, match=r"train_order.h5: cannot be read as HDF5"):
@@ -107,15 +111,15 @@ def test_a_split_of_rows_that_are_not_annotated(root: Path) -> None:
     assert [c.id for c in made.clips if c.split == "test"] == ["0000-RUhOCu3LNXM"]
     assert [p.kind for p in made.problems] == ["unknown_row"] * 2
     assert made.problems[0].message == (
-        f'{root}/testSet.txt, line 2: "RUhOCu3LNXM" is not (or no longer) in Annotations.txt, left out'
+        f'{root}/testSet.txt, line 2: "RUhOCu3LNXM" is not in Annotations.txt, or already used; left out'
     )
 
 
 def test_a_split_that_is_not_there(root: Path) -> None:
     (root / "valSet.txt").unlink()
     assert listed(ave, root).notes == [
-        f"{root}: nothing names the val split",
-        f"1 rows of {root}/Annotations.txt are in no split and left out",
+        f"{root}: no file lists the val split",
+        f"1 rows of {root}/Annotations.txt are in no split; left out",
         f"1 of 5 clips have no file in {root}",
     ]
 
@@ -149,14 +153,14 @@ def test_videos_named_by_their_lines(root: Path) -> None:
 
 
 def test_no_tables(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no annotations of AVE, expected Annotations.txt or data/Annotations.txt in"):
+    with pytest.raises(UserError, match=r"no annotations of AVE; expected Annotations.txt or data/Annotations.txt in"):
         listed(ave, tree(tmp_path, "a.mp4"))
     table(tmp_path / "Annotations.txt", "Bark&RUhOCu3LNXM&good&zero&10")
-    with pytest.raises(UserError, match=r'Annotations.txt, line 1: StartTime "zero", expected a number'):
+    with pytest.raises(UserError, match=r'Annotations.txt, line 1: StartTime = "zero": expected a number'):
         listed(ave, tmp_path)
     table(tmp_path / "Annotations.txt", *LINES)
     tree(tmp_path, "trainset.text")
-    with pytest.raises(UserError, match=r'no splits of AVE, expected trainSet.txt or .*did you mean "trainset.text"'):
+    with pytest.raises(UserError, match=r'no splits of AVE; expected trainSet.txt or .*did you mean "trainset.text"'):
         listed(ave, tmp_path)
 
 

@@ -74,9 +74,9 @@ def test_all_of_it(root: Path) -> None:
         ("missing_file", "train_soundscapes/42_SSW"),
     ]
     assert made.problems[2].message == (
-        f"{root}/train_soundscape_labels.csv: {root}/train_soundscapes/42_SSW_DATE.ogg is not there (2 windows)"
+        f"{root}/train_soundscape_labels.csv: no such file: {root}/train_soundscapes/42_SSW_DATE.ogg (2 windows)"
     )
-    assert made.notes == ["secondary labels that are no class, left out: rocpig1 1"]
+    assert made.notes == ["secondary labels that are not a class, left out: rocpig1 1"]
     assert json.loads(made.metadata["class_order"]) == ["acafly", "amecro", "rubpep1"]
     assert "micro-averaged F1" in made.metadata["metric"]
 
@@ -90,10 +90,12 @@ def test_parts_and_labels(root: Path) -> None:
     assert [c.labels for c in made.clips] == [("silence",), ("amecro", "acafly"), ("rubpep1",)]
     (root / "train_metadata.csv").unlink()
     assert len(listed(birdclef, root, "--part", "soundscapes").clips) == 3
-    with pytest.raises(UserError, match=r"no table of BirdCLEF's short recordings, expected train_metadata.csv in it"):
+    with pytest.raises(
+        UserError, match=r"no table of BirdCLEF's short recordings; expected train_metadata.csv in this folder"
+    ):
         listed(birdclef, root)
     (root / "train_soundscape_labels.csv").unlink()
-    with pytest.raises(UserError, match=r"no table of BirdCLEF's soundscapes, expected train_soundscape_labels.csv"):
+    with pytest.raises(UserError, match=r"no table of BirdCLEF's soundscapes; expected train_soundscape_labels.csv"):
         listed(birdclef, root, "--part", "soundscapes")
 
 
@@ -115,7 +117,9 @@ def test_lists_as_python_writes_them(text: str, expected: list[str]) -> None:
 def test_what_is_no_list_is_not_run(text: str) -> None:
     with pytest.raises(UserError) as error:
         label_list(text, Path("t.csv"), 2)
-    assert str(error.value) == f"""t.csv, line 2: secondary_labels "{text[:80]}", expected such as ['amecro']"""
+    assert (
+        str(error.value) == f"""t.csv, line 2: secondary_labels = "{text[:80]}": expected a list such as ['amecro']"""
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,11 +127,11 @@ def test_what_is_no_list_is_not_run(text: str) -> None:
     [
         ("7019_COR_5,COR,7019,10,nocall", 'row_id "7019_COR_5" and seconds "10" differ'),
         ("7019_COR_4,COR,7019,4,nocall",
-         'row_id "7019_COR_4", expected such as 7019_COR_5 (the window\'s end)'),
-        ("7019_COR,COR,7019,5,nocall", 'row_id "7019_COR", expected such as 7019_COR_5'),
-        ("7019_5,COR,7019,5,nocall", 'row_id "7019_5", expected such as 7019_COR_5'),
-        ("7019_COR_5,COR,7019,five,nocall", 'seconds "five", expected a number'),
-        ("7019_COR_5,COR,7019,5,", "birds is empty, expected codes of birds or nocall"),
+         'row_id = "7019_COR_4": expected ID_SITE_END, such as 7019_COR_5'),
+        ("7019_COR,COR,7019,5,nocall", 'row_id = "7019_COR": expected ID_SITE_END, such as 7019_COR_5'),
+        ("7019_5,COR,7019,5,nocall", 'row_id = "7019_5": expected ID_SITE_END, such as 7019_COR_5'),
+        ("7019_COR_5,COR,7019,five,nocall", 'seconds = "five": expected a number'),
+        ("7019_COR_5,COR,7019,5,", "birds is empty; expected bird codes or nocall"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_windows(root: Path, line: str, message: str) -> None:
@@ -141,11 +145,11 @@ def test_mistakes_in_the_short_recordings(root: Path) -> None:
     path = table(root / "train_metadata.csv", HEADER, short("", "[]", "XC1.ogg"))
     with pytest.raises(UserError) as error:
         listed(birdclef, root)
-    assert str(error.value) == f"{path}, line 2: no primary_label or no filename, expected both"
+    assert str(error.value) == f"{path}, line 2: primary_label or filename is empty; expected both"
     table(root / "train_metadata.csv", HEADER.replace("secondary_labels", "secondary"), short("a", "[]", "XC1.ogg"))
     with pytest.raises(UserError, match=r'line 1: no column "secondary_labels"; did you mean "secondary"\?'):
         listed(birdclef, root)
-    with pytest.raises(UserError, match=r"none of the files it names is there; the first: .*a/XC1.ogg is not there"):
+    with pytest.raises(UserError, match=r"none of the listed files exists; the first: .*no such file: .*a/XC1.ogg"):
         listed(birdclef, root, "--part", "short", "--labels", "primary")
 
 

@@ -140,8 +140,8 @@ def test_a_folder(media: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]
     assert "an empty file" in found[2]["message"]
     shown = capsys.readouterr().out
-    for text in ("7 (0.00 h)", "train 7", "h264 3", "pcm_s16le 1", "2 x unreadable", "left out, not media: 1 x .txt",
-                 "probing: 9/9 files", str(problems_path(out))):  # fmt: skip
+    for text in ("7 (0.00 h)", "train 7", "h264 3", "pcm_s16le 1", "2 x unreadable",
+                 "left out, not media files: 1 x .txt", "probing: 9/9 files", str(problems_path(out))):  # fmt: skip
         assert text in shown, text
 
 
@@ -237,7 +237,7 @@ def test_a_clip_of_two_files_needs_both(media: Path, tmp_path: Path) -> None:
         ("single_clip_class", "good", False),
     ]
     assert found[0].message.endswith("(2 clips)")
-    assert found[3].message == 'class "crow" is left out: none of its clips can be read (3)'
+    assert found[3].message == 'class "crow" is left out: none of its 3 clips can be read'
 
 
 INFO = MediaInfo(
@@ -256,11 +256,11 @@ INFO = MediaInfo(
             3.0,
             2.0,
             (75, 25, 5 * RATE // 2, RATE),
-            'clip "c": span 3.000 s + 2.000 s ends 1.000 s after {path}; shortened',
+            'clip "c": span 3.000 s + 2.000 s ends 1.000 s after the end of {path}; shortened',
         ),
-        (4.0, 1.0, None, 'clip "c": span 4.000 s + 1.000 s is not in {path}, of 4.000 s'),
-        (-1.0, 2.0, None, "is not in {path}"),
-        (1.0, -2.0, None, "is not in {path}"),
+        (4.0, 1.0, None, 'clip "c": span 4.000 s + 1.000 s is outside {path}, which is 4.000 s long'),
+        (-1.0, 2.0, None, "is outside {path}"),
+        (1.0, -2.0, None, "is outside {path}"),
     ],
 )
 def test_spans(start_s: float, duration_s: float, kept: tuple[int, ...] | None, message: str | None) -> None:
@@ -283,7 +283,7 @@ def test_a_span_between_two_frames() -> None:
     made, problem = fill(Clip("c", video=path, start_s=0.01, duration_s=0.02), {path: INFO})
     assert made is None
     assert problem is not None
-    assert problem.message == f'clip "c": span 0.010 s + 0.020 s holds no frame and no sample of {path}'
+    assert problem.message == f'clip "c": span 0.010 s + 0.020 s contains no frame and no sample of {path}'
 
 
 def test_a_file_that_kills_its_process_is_named(media: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +337,7 @@ def test_mistakes_are_told_in_one_line(media: Path, tmp_path: Path, capsys: pyte
     assert "--workers -1: expected 0" in failed(["folder", str(media), "--out", out, "--workers", "-1"], capsys)
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert "empty, expected video" in failed(["folder", str(empty), "--out", out], capsys)
+    assert "the folder is empty; expected at least one video" in failed(["folder", str(empty), "--out", out], capsys)
     (empty / "a.txt").touch()
     assert "1 files, none a video" in failed(["folder", str(empty), "--out", out], capsys)
     (empty / "owl").mkdir()

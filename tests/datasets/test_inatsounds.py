@@ -63,7 +63,7 @@ def test_recordings(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert {(c.start_s, c.duration_s, c.lat, c.lon) for c in made.clips} == {(0, 0, 40.5, -73.25)}
     assert kinds(list(made.problems)) == [("missing_file", "val/2")]
-    assert made.problems[0].message == f"{root}/val.json: {root}/val/gone.wav is not there"
+    assert made.problems[0].message == f"{root}/val.json: no such file: {root}/val/gone.wav"
     assert made.notes == []
     assert json.loads(made.metadata["class_order"]) == ["Acris crepitans", "Aix sponsa"]
     assert json.loads(made.metadata["evaluated_classes"]) == ["Aix sponsa"]
@@ -74,12 +74,12 @@ def test_recordings(tmp_path: Path) -> None:
 def test_splits_that_are_there_or_wanted(tmp_path: Path) -> None:
     root = tree(write(write(tmp_path, "train", "a.wav"), "val", "a.wav"), "train/a.wav", "val/a.wav")
     made = listed(inatsounds, root)
-    assert (made.notes, made.metadata["splits"]) == ([f"{root}: no test.json, so no test split"], "train val")
+    assert (made.notes, made.metadata["splits"]) == ([f"{root}: no test.json, so there is no test split"], "train val")
     assert [c.id for c in listed(inatsounds, root, "--splits", "val").clips] == ["val/1"]
     with pytest.raises(UserError) as error:
         listed(inatsounds, root, "--splits", "test")
     assert str(error.value).startswith(
-        f"{root}: no table of iNatSounds (train.json, val.json or test.json), expected test.json in it"
+        f"{root}: no table of iNatSounds (train.json, val.json or test.json); expected test.json in this folder"
     )
     with pytest.raises(UserError, match=r"expected train.json in it; did you mean "):
         listed(inatsounds, root / "train")
@@ -108,7 +108,7 @@ def test_annotations_that_are_repeated_or_absent(tmp_path: Path) -> None:
     assert [c.labels for c in made.clips] == [("Aix sponsa", "Acris crepitans")]
     assert kinds(list(made.problems)) == [("no_label", "train/2")]
     assert "audio 2" in made.problems[0].message
-    assert "has no annotation, left out" in made.problems[0].message
+    assert "has no annotation; left out" in made.problems[0].message
 
 
 def test_a_recording_that_is_there_twice(tmp_path: Path) -> None:
@@ -128,9 +128,9 @@ def test_a_recording_that_is_there_twice(tmp_path: Path) -> None:
         ({"annotations": [{"category_id": 7}]}, '"audio_id" of {"category_id": 7} is not a number'),
         ({"audio": [{"id": 1}]}, '"file_name" of {"id": 1} is not a text'),
         ({"audio": ["a.wav"]}, '"id" of "a.wav" is not a number'),
-        ({"categories": [CATEGORIES[0], CATEGORIES[0]]}, "category 7 is there twice, expected once"),
+        ({"categories": [CATEGORIES[0], CATEGORIES[0]]}, "category 7 is listed twice, expected once"),
         ({"categories": [CATEGORIES[0], {**CATEGORIES[0], "id": 8}]},
-         'two categories are named "Aix sponsa", expected each name once'),
+         'two categories have the name "Aix sponsa"; expected unique names'),
     ],
 )  # fmt: skip
 def test_mistakes_in_its_files(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
@@ -145,7 +145,7 @@ def test_mistakes_in_its_files(tmp_path: Path, changed: dict[str, Any], message:
     [
         (b"{", "no JSON (Expecting property name enclosed in double quotes"),
         (b"\xff\xfe", "no JSON ('utf-8' codec can't decode"),
-        (b"[]", "a list or a value, expected an object with audio, categories and annotations"),
+        (b"[]", "expected a JSON object with audio, categories and annotations at the top level"),
     ],
 )
 def test_files_that_are_none(tmp_path: Path, content: bytes, message: str) -> None:
@@ -167,7 +167,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_none_of_its_recordings(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train.json: none of the files it names is there; the first: .*a.wav"):
+    with pytest.raises(UserError, match=r"train.json: none of the listed files exists; the first: .*a.wav"):
         listed(inatsounds, write(tmp_path, "train", "a.wav"))
 
 

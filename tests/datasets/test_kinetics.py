@@ -47,7 +47,7 @@ def test_the_tables(root: Path) -> None:
     assert made.clips[0].video == root / "train/mowing lawn/--a_b-c_dEf_000084_000094.mp4"
     assert kinds(made.problems) == [("missing_file", "goneGONEgo__000000_000010")]
     assert made.notes == [
-        f"{root}/test.csv: 1 clips have no label and are left out",
+        f"{root}/test.csv: 1 clips without a label are left out",
         f"1 of 5 clips have no file in {root}",
     ]
     assert made.metadata["metric"].startswith("one label a clip: top-1")
@@ -58,7 +58,10 @@ def test_other_names_of_tables(tmp_path: Path) -> None:
     table(tmp_path / "annotations/kinetics_400_train.csv", HEADER, "bowling,abcdefghijk,0,10,train,0")
     made = listed(kinetics, tree(tmp_path, "abcdefghijk_000000_000010.mp4"))
     assert [c.split for c in made.clips] == ["train"]
-    assert made.notes == [f"{tmp_path}: no val.csv, so no val split", f"{tmp_path}: no test.csv, so no test split"]
+    assert made.notes == [
+        f"{tmp_path}: no val.csv, so there is no val split",
+        f"{tmp_path}: no test.csv, so there is no test split",
+    ]
 
 
 def test_sounds(root: Path) -> None:
@@ -99,7 +102,7 @@ def test_a_list_of_classes(root: Path) -> None:
         f'--classes {names}, line 2: the tables have no class "playing drum"; did you mean "playing drums"?'
     )
     table(names, "# nothing")
-    with pytest.raises(UserError, match=r"list.txt: no class in it, expected one a line"):
+    with pytest.raises(UserError, match=r"list.txt: contains no class; expected one per line"):
         listed(kinetics, root, "--classes", str(names))
     with pytest.raises(UserError, match=r"absent.txt: cannot be read \(No such file or directory\)"):
         listed(kinetics, root, "--classes", str(root / "absent.txt"))
@@ -122,13 +125,13 @@ def test_tables_without_these_sounds(tmp_path: Path) -> None:
 
 
 def test_malformed_and_absent_tables(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no table of Kinetics \(train.csv, val.csv or test.csv\), expected train.csv"):
+    with pytest.raises(UserError, match=r"no table of Kinetics \(train.csv, val.csv or test.csv\); expected train.csv"):
         listed(kinetics, tmp_path)
     table(tmp_path / "train.csv", "youtube_id,time_start,time_end", "aaaaaaaaaaa,0,10")
     with pytest.raises(UserError, match=r'train.csv, line 1: no column "label"'):
         listed(kinetics, tmp_path)
     table(tmp_path / "train.csv", HEADER, "bowling,aaaaaaaaaaa,zero,10,train,0")
-    with pytest.raises(UserError, match=r'train.csv, line 2: time_start "zero", expected a number'):
+    with pytest.raises(UserError, match=r'train.csv, line 2: time_start = "zero": expected a number'):
         listed(kinetics, tmp_path)
 
 

@@ -110,16 +110,16 @@ def test_clips_without_events(root: Path) -> None:
 
 def test_a_table_that_is_not_there(root: Path) -> None:
     (root / "data/AVVP_val_pd.csv").unlink()
-    assert listed(llp, root).notes[0] == f"{root}: no AVVP_val_pd.csv, so no val split"
+    assert listed(llp, root).notes[0] == f"{root}: no AVVP_val_pd.csv, so there is no val split"
     (root / "data/AVVP_eval_visual.csv").unlink()
-    with pytest.raises(UserError, match=r"no table of LLP, expected AVVP_eval_visual.csv or data/AVVP_eval_visual.csv"):
+    with pytest.raises(UserError, match=r"no table of LLP; expected AVVP_eval_visual.csv or data/AVVP_eval_visual.csv"):
         listed(llp, root, "--unit", "second")
-    with pytest.raises(UserError, match=r"video: no table of LLP, expected AVVP_train.csv or data/AVVP_train.csv"):
+    with pytest.raises(UserError, match=r"video: no table of LLP; expected AVVP_train.csv or data/AVVP_train.csv"):
         listed(llp, root / "video")
 
 
 def test_options_that_make_no_sense(root: Path) -> None:
-    with pytest.raises(UserError, match=r"--label audio: is for the events of a second, expected --unit second with"):
+    with pytest.raises(UserError, match=r"--label audio: applies to --unit second only"):
         listed(llp, root, "--label", "audio")
 
 
@@ -127,8 +127,8 @@ def test_options_that_make_no_sense(root: Path) -> None:
     ("lines", "message"),
     [
         (["filename,event_labels"], 'line 1: no column "filename"'),
-        ([HEADER, "4YdbENYcIyE\tDog"], 'line 2: filename "4YdbENYcIyE", expected such as 4YdbENYcIyE_23_33'),
-        ([HEADER, "4YdbENYcIyE_0_10\tDog,Violin"], 'line 2: event "Violin", expected one of LLP; did you mean'),
+        ([HEADER, "4YdbENYcIyE\tDog"], 'line 2: filename = "4YdbENYcIyE": expected a name such as 4YdbENYcIyE_23_33'),
+        ([HEADER, "4YdbENYcIyE_0_10\tDog,Violin"], 'line 2: unknown event "Violin"; did you mean'),
     ],
 )
 def test_malformed_tables(tmp_path: Path, lines: list[str], message: str) -> None:

@@ -49,7 +49,7 @@ def test_videos(root: Path) -> None:
     assert made.clips[3].video == root / "video_ml/477002.MP4"
     assert {(c.num_frames, c.start_s, c.duration_s) for c in made.clips} == {(0, 0, 0)}, "its counts are wrong"
     assert kinds(list(made.problems)) == [("missing_file", "video_ml/477003"), ("duplicate_row", "video_ml/477001")]
-    assert made.problems[0].message == f"{root}/video_ml.csv, line 6: {root}/video_ml/477003.mp4 is not there"
+    assert made.problems[0].message == f"{root}/video_ml.csv, line 6: no such file: {root}/video_ml/477003.mp4"
     assert made.notes == []
     assert json.loads(made.metadata["class_order"]) == ["Wood Duck", "Canada Goose"], "by the published number"
     assert "top-1" in made.metadata["metric"]
@@ -68,7 +68,7 @@ def test_sound_that_may_be_of_something_else(root: Path, sound: str, heard: int)
     made = listed(ssw60, root, "--sound", sound)
     assert sum(c.audio is not None for c in made.clips) == heard
     assert len(made.clips) == 4
-    said = [f"--sound {sound}: {4 - heard} videos are taken without their sound"]
+    said = [f"--sound {sound}: {4 - heard} videos are used without audio"]
     assert made.notes == (said if heard < 4 else [])
 
 
@@ -123,17 +123,17 @@ def test_pictures(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("video_ml.csv", "483821,10", "483821,11", 'line 2: label "11", expected one of the 2 of taxa.csv'),
+        ("video_ml.csv", "483821,10", "483821,11", 'line 2: label = "11": expected one of the 2 labels in taxa.csv'),
         ("video_ml.csv", "483821,10,train", "483821,10,tain", 'line 2: split "tain"; did you mean "train"?'),
         ("video_ml.csv", "asset_id", "asset", 'line 1: no column "asset_id"; did you mean "asset"?'),
         (
             "taxa.csv",
             "10,cangoo",
             "ten,cangoo",
-            'label "ten", common_name "Canada Goose", expected a number and a name',
+            'label = "ten", common_name = "Canada Goose": expected a number and a name',
         ),
-        ("taxa.csv", "10,cangoo", "2,cangoo", 'line 3: label 2 or "Wood Duck" is there already, expected each once'),
-        ("taxa.csv", "Canada Goose", "Wood Duck", 'label 2 or "Wood Duck" is there already, expected each once'),
+        ("taxa.csv", "10,cangoo", "2,cangoo", 'line 3: label 2 or "Wood Duck" is repeated; expected each once'),
+        ("taxa.csv", "Canada Goose", "Wood Duck", 'label 2 or "Wood Duck" is repeated; expected each once'),
     ],
 )
 def test_mistakes_in_its_tables(root: Path, name: str, old: str, new: str, message: str) -> None:
@@ -150,15 +150,15 @@ def test_a_folder_without_its_tables(root: Path) -> None:
     with pytest.raises(UserError) as error:
         listed(ssw60, root.parent)
     assert str(error.value) == (
-        f'{root.parent}: no table of SSW60\'s classes, expected taxa.csv in it; did you mean "{root}"?'
+        f'{root.parent}: no table of SSW60\'s classes; expected taxa.csv in this folder; did you mean "{root}"?'
     )
-    with pytest.raises(UserError, match=r"--sound none: is for --part video, the part audio has no videos"):
+    with pytest.raises(UserError, match=r"--sound none: applies to --part video only; the part audio has no videos"):
         listed(ssw60, root, "--part", "audio", "--sound", "none")
-    with pytest.raises(UserError, match=r"no table of SSW60's part audio, expected audio_ml.csv in it"):
+    with pytest.raises(UserError, match=r"no table of SSW60's part audio; expected audio_ml.csv in this folder"):
         listed(ssw60, root, "--part", "audio")
     for path in (root / "video_ml").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"video_ml.csv: none of the files it names is there; the first: .*483821.mp4"):
+    with pytest.raises(UserError, match=r"video_ml.csv: none of the listed files exists; the first: .*483821.mp4"):
         listed(ssw60, root)
 
 

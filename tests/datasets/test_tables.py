@@ -20,7 +20,6 @@ from fastav.datasets.tables import (
     missing_file,
     number,
     number_or_nan,
-    parse_table,
     read_table,
 )
 from tests.helpers.dataset_trees import tree
@@ -65,16 +64,16 @@ def test_tables(path: Path, text: str, options: Mapping[str, Any], expected: lis
 @pytest.mark.parametrize(
     ("text", "options", "message"),
     [
-        ("", {"required": ["a", "b"]}, "{path}: an empty table, expected a header line with a, b"),
-        ("", {}, "{path}: an empty table, expected a header line"),
+        ("", {"required": ["a", "b"]}, "{path}: the table is empty; expected a header line with a, b"),
+        ("", {}, "{path}: the table is empty; expected a header line"),
         ("labels,b\n", {"required": ["label"]}, '{path}, line 1: no column "label"; did you mean "labels"?'),
         ("x,y\n", {"required": ["label"]}, '{path}, line 1: no column "label"; known: x, y'),
-        ("a,b\n1,2,3\n", {}, "{path}, line 2: 3 values, expected 2 (a, b)"),
-        ("a,b\n1\n", {}, "{path}, line 2: 1 values, expected 2 (a, b)"),
-        ("1,2\n1\n", {"header": ["a", "b"]}, "{path}, line 2: 1 values, expected 2 (a, b)"),
-        ("a,b,a\n", {}, '{path}, line 1: two columns "a", expected one'),
-        ('a,b\n"1,2\n3,4\n', {}, "{path}, line 3: unexpected end of data, expected values parted by ','"),
-        (b"a,b\n\n1,caf\xe9\n", {}, "{path}, line 3: not UTF-8, expected a table of text in UTF-8"),
+        ("a,b\n1,2,3\n", {}, "{path}, line 2: found 3 values, expected 2 (a, b)"),
+        ("a,b\n1\n", {}, "{path}, line 2: found 1 values, expected 2 (a, b)"),
+        ("1,2\n1\n", {"header": ["a", "b"]}, "{path}, line 2: found 1 values, expected 2 (a, b)"),
+        ("a,b,a\n", {}, '{path}, line 1: column "a" occurs twice, expected once'),
+        ('a,b\n"1,2\n3,4\n', {}, "{path}, line 3: unexpected end of data; expected values separated by ','"),
+        (b"a,b\n\n1,caf\xe9\n", {}, "{path}, line 3: not UTF-8; expected a text table in UTF-8"),
     ],
 )
 def test_mistakes_in_tables(path: Path, text: str | bytes, options: Mapping[str, Any], message: str) -> None:
@@ -90,10 +89,10 @@ def test_a_table_that_is_not_there(tmp_path: Path) -> None:
 
 def test_ragged_rows() -> None:
     lines = ["a\tb\tc\t\n", "1\n", "1\t2\t3\t\t\n"]
-    table = parse_table(lines, Path("t"), delimiter="\t", ragged=True)
+    table = read_table(Path("t"), lines=lines, delimiter="\t", ragged=True)
     assert [row for _, row in table] == [{"a": "1", "b": "", "c": ""}, {"a": "1", "b": "2", "c": "3"}]
-    with pytest.raises(UserError, match=r"^t, line 2: 5 values, expected 4"):
-        list(parse_table(["a\tb\tc\t\n", "1\t2\t3\t\tx\n"], Path("t"), delimiter="\t", ragged=True))
+    with pytest.raises(UserError, match=r"^t, line 2: found 5 values, expected 4"):
+        list(read_table(Path("t"), lines=["a\tb\tc\t\n", "1\t2\t3\t\tx\n"], delimiter="\t", ragged=True))
 
 
 def test_numbers(path: Path) -> None:
@@ -101,11 +100,11 @@ def test_numbers(path: Path) -> None:
     assert number_or_nan({"x": "-2"}, "x", path, 3) == -2
     for text in ("", "NaN", "null", "None", " nan "):
         assert math.isnan(number_or_nan({"x": text}, "x", path, 3))
-        with pytest.raises(UserError, match=f'table.csv, line 3: x "{text}", expected a number'):
+        with pytest.raises(UserError, match=f'table.csv, line 3: x = "{text}": expected a number'):
             number({"x": text}, "x", path, 3)
     assert math.isnan(number_or_nan({}, "x", path, 3))
     for text in ("1,5", "inf", "ten"):
-        with pytest.raises(UserError, match=f'table.csv, line 3: x "{text}", expected a number'):
+        with pytest.raises(UserError, match=f'table.csv, line 3: x = "{text}": expected a number'):
             number_or_nan({"x": text}, "x", path, 3)
 
 
@@ -127,16 +126,19 @@ def test_coordinates(latitude: object, longitude: object, known: bool) -> None:
 @pytest.mark.parametrize(
     ("files", "where", "names", "message"),
     [
-        (["taxas.csv"], "", ["taxa.csv"], 'ROOT: no table, expected taxa.csv in it; did you mean "taxas.csv"?'),
-        (["notes.md"], "", ["taxa.csv"], "ROOT: no table, expected taxa.csv in it; known: notes.md"),
-        ([".x/y"], "", ["taxa.csv", "t.csv"], "ROOT: no table, expected taxa.csv or t.csv in it; known: .x"),
-        (["ssw60/taxa.csv"], "", ["taxa.csv"], 'ROOT: no table, expected taxa.csv in it; did you mean "ROOT/ssw60"?'),
+        (["taxas.csv"], "", ["taxa.csv"],
+         'ROOT: no table; expected taxa.csv in this folder; did you mean "taxas.csv"?'),
+        (["notes.md"], "", ["taxa.csv"], "ROOT: no table; expected taxa.csv in this folder; known: notes.md"),
+        ([".x/y"], "", ["taxa.csv", "t.csv"], "ROOT: no table; expected taxa.csv or t.csv in this folder; known: .x"),
+        (["ssw60/taxa.csv"], "", ["taxa.csv"],
+         'ROOT: no table; expected taxa.csv in this folder; did you mean "ROOT/ssw60"?'),
         (["taxa.csv", "media/x"], "media", ["taxa.csv"],
-         'ROOT/media: no table, expected taxa.csv in it; did you mean "ROOT"?'),
+         'ROOT/media: no table; expected taxa.csv in this folder; did you mean "ROOT"?'),
         (["setup/fold_train.csv"], "", ["setup/fold1_train.csv"],
-         'ROOT: no table, expected setup/fold1_train.csv in it; did you mean "setup/fold_train.csv"?'),
-        (["media/x"], "medias", ["taxa.csv"], 'ROOT/medias: no such folder, expected table; did you mean "media"?'),
-        (["media"], "media", ["taxa.csv"], "ROOT/media: not a folder, expected table"),
+         'ROOT: no table; expected setup/fold1_train.csv in this folder; did you mean "setup/fold_train.csv"?'),
+        (["media/x"], "medias", ["taxa.csv"],
+         'ROOT/medias: no such folder; expected a folder with the table; did you mean "media"?'),
+        (["media"], "media", ["taxa.csv"], "ROOT/media: not a folder; expected a folder with the table"),
     ],
 )  # fmt: skip
 def test_tables_that_are_not_found(
@@ -164,8 +166,6 @@ def test_media_are_found_by_their_stem(tmp_path: Path, monkeypatch: pytest.Monke
     assert folders.find_media(folder, "aBC", (".mp4",)) is None
     assert folders.find_media(folder, "d", (".mp4",)) == folder / "d.mp4"
     assert folders.find_media(folder, "c", (".mp4",)) is None
-    assert folders.find_name(tmp_path, "x/A.mp4") is None
-    assert folders.find_name(tmp_path, "x/a.mp4") == folder / "a.MP4"
     assert folders.find_media(tmp_path / "gone", "a", (".mp4",)) is None
     monkeypatch.setattr("os.scandir", None)  # a folder is listed once only
     assert folders.find_media(folder, "a", (".mp4",)) == folder / "a.MP4"
@@ -180,23 +180,26 @@ def test_rows_take_an_id_once() -> None:
     taken.add(Clip("b"), table)
     assert [clip.id for clip in taken.clips] == ["a", "b"]
     assert [(p.kind, p.clip_id, p.message, p.fatal) for p in taken.problems] == [
-        ("duplicate_row", "a", 't.csv, line 5: clip "a" is there already (t.csv, line 2), left out', False),
-        ("duplicate_row", "b", 't.csv: clip "b" is there already (t.csv), left out', False),
+        ("duplicate_row", "a", 't.csv, line 5: clip "a" is already listed (t.csv, line 2); left out', False),
+        ("duplicate_row", "b", 't.csv: clip "b" is already listed (t.csv); left out', False),
     ]
-    taken.refuse_none("t.csv")
+    listing = taken.listing([table], {"source": "test"}, notes=["a note"])
+    assert (listing.clips, listing.problems, listing.notes) == (taken.clips, taken.problems, ["a note"])
+    assert listing.published_splits
+    assert listing.metadata == {"source": "test"}
 
 
 def test_a_listing_of_nothing_is_refused() -> None:
     taken = ClipRows()
-    with pytest.raises(UserError, match=r"^t.csv: no clips in it, expected some$"):
-        taken.refuse_none("t.csv")
-    taken.lose("a", Path("x/a.wav"), Path("t.csv"), 2)
+    with pytest.raises(UserError, match=r"^t.csv: contains no clips; expected at least one$"):
+        taken.listing([Path("t.csv")], {})
+    taken.add_missing("a", Path("x/a.wav"), Path("t.csv"), 2)
     assert taken.problems == [missing_file("a", Path("x/a.wav"), Path("t.csv"), 2)]
-    assert taken.problems[0].message == "t.csv, line 2: x/a.wav is not there"
+    assert taken.problems[0].message == "t.csv, line 2: no such file: x/a.wav"
     assert not taken.problems[0].fatal
     with pytest.raises(UserError) as error:
-        taken.refuse_none("t.csv")
-    expected = "t.csv: none of the files it names is there; the first: t.csv, line 2: x/a.wav is not there"
+        taken.listing([Path("t.csv")], {})
+    expected = "t.csv: none of the listed files exists; the first: t.csv, line 2: no such file: x/a.wav"
     assert str(error.value) == expected
 
 

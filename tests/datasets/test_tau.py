@@ -71,7 +71,7 @@ def test_files_that_are_not_there(root: Path, which: str, lost: set[str]) -> Non
     assert len(made.clips) == 5 - len(lost)
     assert all((c.audio is not None) == (which != "video") for c in made.clips)
     assert all((c.video is not None) == (which != "audio") for c in made.clips)
-    assert f"fold1_train.csv, line 2: {root}/{gone['audio']} is not there" in made.problems[0].message or lost == {
+    assert f"fold1_train.csv, line 2: no such file: {root}/{gone['audio']}" in made.problems[0].message or lost == {
         "video"
     }
 
@@ -98,8 +98,8 @@ def test_locations(stem: str, group: str) -> None:
     ("line", "message"),
     [
         ("audio/a.wav\tvideo/a.mp4\tairprot", 'line 2: scene_label "airprot"; did you mean "airport"?'),
-        ("\tvideo/a.mp4\tbus", "line 2: filename_audio is empty, expected such as audio/bus-lyon-1-2.wav"),
-        ("audio/a.wav\tbus", "line 2: 2 values, expected 3 (filename_audio, filename_video, scene_label)"),
+        ("\tvideo/a.mp4\tbus", "line 2: filename_audio is empty; expected a path such as audio/bus-lyon-1-2.wav"),
+        ("audio/a.wav\tbus", "line 2: found 2 values, expected 3 (filename_audio, filename_video, scene_label)"),
     ],
 )
 def test_mistakes_in_its_tables(root: Path, line: str, message: str) -> None:
@@ -111,23 +111,23 @@ def test_mistakes_in_its_tables(root: Path, line: str, message: str) -> None:
 
 def test_options_and_folders_that_make_no_sense(root: Path) -> None:
     for given in ("0", "nan", "-1"):
-        with pytest.raises(UserError, match=r"--piece-s .*: expected seconds, more than 0"):
+        with pytest.raises(UserError, match=r"--piece-s .*: expected a number of seconds above 0"):
             listed(tau, root, "--piece-s", given)
     with pytest.raises(UserError) as error:
         listed(tau, root.parent)
     assert str(error.value) == (
-        f"{root.parent}: no table of TAU's train split, expected evaluation_setup/fold1_train.csv or fold1_train.csv "
+        f"{root.parent}: no table of TAU's train split; expected evaluation_setup/fold1_train.csv or fold1_train.csv "
         f'in it; did you mean "{root}"?'
     )
     (root / "evaluation_setup/fold1_evaluate.csv").unlink()
-    with pytest.raises(UserError, match=r"no table of TAU's test split, expected evaluation_setup/fold1_evaluate.csv"):
+    with pytest.raises(UserError, match=r"no table of TAU's test split; expected evaluation_setup/fold1_evaluate.csv"):
         listed(tau, root)
 
 
 def test_none_of_its_files(root: Path) -> None:
     for path in (root / "audio").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"none of the files it names is there; the first: .*44106.wav is not there"):
+    with pytest.raises(UserError, match=r"none of the listed files exists; the first: .*no such file: .*44106.wav"):
         listed(tau, root)
     assert len(listed(tau, root, "--media", "video").clips) == 5
 

@@ -43,7 +43,7 @@ def test_the_one_table(root: Path) -> None:
     assert made.clips[1].video == root / "video/--0PQM4-hqg_30000_40000.mkv"
     assert {(c.start_s, c.duration_s) for c in made.clips} == {(0, 0)}
     assert kinds(made.problems) == [("missing_file", "gone_gone_1_000000")]
-    assert made.problems[0].message == f"{root}/vggsound.csv, line 5: {root}/gone_gone_1_000000.* is not there"
+    assert made.problems[0].message == f"{root}/vggsound.csv, line 5: no such file: {root}/gone_gone_1_000000.*"
     assert made.notes == [f"1 of 5 clips have no file in {root}"]
     assert made.metadata["source"] == "fastav index vggsound"
     assert "top-1" in made.metadata["metric"]
@@ -60,7 +60,7 @@ def test_the_two_tables(tmp_path: Path) -> None:
         ("0_8-g2rof7E_000049", ("heart sounds, heartbeat",), "test"),
         ("-XxUW9gW6mc_000060", ("hail",), "test"),
     ]
-    assert made.notes == [f"{root}: no train.csv, so no train split"]
+    assert made.notes == [f"{root}: no train.csv, so there is no train split"]
     table(root / "data/train.csv", "cRlp5v9BHeE_000011.mp4,car passing by", end="\r\n")
     tree(root, "media/cRlp5v9BHeE_000011.mp4")
     made = listed(vggsound, root)
@@ -84,10 +84,10 @@ def test_untrimmed_videos_elsewhere(root: Path, tmp_path: Path) -> None:
     ("name", "line", "message"),
     [
         ("vggsound.csv", "a,1,b,tran", 'line 1: split "tran"; did you mean "train"?'),
-        ("vggsound.csv", "a,one,b,train", 'line 1: start_seconds "one", expected a number'),
-        ("vggsound.csv", "a,1,,train", "line 1: no label, expected one"),
-        ("vggsound.csv", "a,1,label, may contain,train", "line 1: 5 values, expected 4"),
-        ("train.csv", "a.mp4,b", 'line 1: file "a.mp4", expected such as glLQrEijrKg_000300.mp4'),
+        ("vggsound.csv", "a,one,b,train", 'line 1: start_seconds = "one": expected a number'),
+        ("vggsound.csv", "a,1,,train", "line 1: label is empty; expected a class name"),
+        ("vggsound.csv", "a,1,label, may contain,train", "line 1: found 5 values, expected 4"),
+        ("train.csv", "a.mp4,b", 'line 1: file = "a.mp4": expected a name such as glLQrEijrKg_000300.mp4'),
     ],
 )
 def test_malformed_tables(tmp_path: Path, name: str, line: str, message: str) -> None:
@@ -101,7 +101,7 @@ def test_no_table(tmp_path: Path) -> None:
     tree(tmp_path, "vgsound.csv")
     with pytest.raises(UserError, match=r'no table of VGGSound .*; did you mean "vgsound.csv"\?'):
         listed(vggsound, tmp_path)
-    with pytest.raises(UserError, match=r"nowhere: no such folder, expected table of VGGSound"):
+    with pytest.raises(UserError, match=r"nowhere: no such folder; expected a folder with the table of VGGSound"):
         listed(vggsound, tmp_path / "nowhere")
 
 

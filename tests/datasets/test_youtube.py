@@ -70,7 +70,7 @@ def test_what_is_no_medium(tmp_path: Path) -> None:
     assert [c.id for c in found.clips] == [other.id]
     assert [r.id for r in found.rows] == [other.id]
     assert kinds(found.problems) == [("missing_file", row().id)]
-    assert found.problems[0].message == f"t.csv, line 3: {root}/{ODD}_000030.* is not there"
+    assert found.problems[0].message == f"t.csv, line 3: no such file: {root}/{ODD}_000030.*"
     assert not found.problems[0].fatal
     assert found.notes == [f"1 of 2 clips have no file in {root}"]
 
@@ -87,14 +87,14 @@ def test_an_id_alone_names_the_only_clip_of_a_video(tmp_path: Path) -> None:
     root = tree(tmp_path, f"{ODD}.mp4", "x.mp4")
     (clip,) = find([row()], root).clips
     assert (clip.video, clip.start_s, clip.duration_s) == (root / f"{ODD}.mp4", 0, 0)
-    alone = "1 files are named by the YouTube id alone and taken for trimmed clips; if they are whole videos, "
-    assert find([row()], root).notes == [f"{alone}say --media whole"]
+    alone = "1 files are named by the YouTube id alone and treated as trimmed clips; if they are whole videos, "
+    assert find([row()], root).notes == [f"{alone}use --media whole"]
     assert find([row(names=(ODD,))], root).notes == [], "where the data set itself names them so"
     assert find([row()], root, "whole").notes == []
     found = find([row(), row(start_s=50, end_s=60), row("x")], root)
     assert [c.group for c in found.clips] == ["x"]
     assert [p.kind for p in found.problems] == ["missing_file"] * 2
-    assert "may be any of the 2 clips of this video, expected such as " in found.problems[0].message
+    assert "could be any of the 2 clips of this video; expected a name such as " in found.problems[0].message
 
 
 def test_two_files_of_a_name(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_two_files_of_a_name(tmp_path: Path) -> None:
     assert found.clips[0].video == root / f"a/{ODD}_000030.webm"
     assert kinds(found.problems) == [("several_files", row().id)] * 2
     assert found.problems[0].message == (
-        f"{root}/b/{ODD}_000030.mp4: left out, {root}/a/{ODD}_000030.webm has the same name"
+        f"{root}/b/{ODD}_000030.mp4: left out, as {root}/a/{ODD}_000030.webm has the same name"
     )
 
 
@@ -117,7 +117,7 @@ def test_rows_of_one_id(tmp_path: Path) -> None:
         (f"{ODD}_30#2", "owl", "test"),
     ]
     assert kinds(found.problems) == [("duplicate_row", f"{ODD}_30")]
-    assert found.problems[0].message == f't.csv, line 2: clip "{ODD}_30" is there already, left out'
+    assert found.problems[0].message == f't.csv, line 2: clip "{ODD}_30" is already listed; left out'
 
 
 def test_links_are_followed_once(tmp_path: Path) -> None:
@@ -140,23 +140,27 @@ def test_seconds(tmp_path: Path) -> None:
 
 def test_nothing_found(tmp_path: Path) -> None:
     root = tree(tmp_path / "media", "notes.txt")
-    with pytest.raises(UserError, match=r"media: the file of none of the 1 clips, expected such as .*no media files$"):
+    with pytest.raises(
+        UserError, match=r"media: no media file of any of the 1 clips; expected names such as .*no media files$"
+    ):
         find([row()], root)
     tree(root, "b.mp4", "a.mp4")
     with pytest.raises(UserError) as error:
         find([row()], root)
     assert str(error.value) == (
-        f"{root}: the file of none of the 1 clips, expected such as {ODD}_000030, {ODD}_000030_000040, "
-        f'{ODD}_30000_40000, {ODD}_30.000_40.000 for "{ODD}_30"; it holds 2 media files, such as "a"'
+        f"{root}: no media file of any of the 1 clips; expected names such as {ODD}_000030, {ODD}_000030_000040, "
+        f'{ODD}_30000_40000, {ODD}_30.000_40.000 for "{ODD}_30"; it has 2 media files, such as "a"'
     )
     tree(root, f"{ODD}.mp4")
-    with pytest.raises(UserError, match=r"for untrimmed videos say --media whole$"):
+    with pytest.raises(UserError, match=r"for untrimmed videos use --media whole$"):
         find([row(), row(start_s=50, end_s=60)], root)
-    with pytest.raises(UserError, match=r"no rows to find media for, expected a table with some"):
+    with pytest.raises(UserError, match=r"the tables list no clips; expected at least one"):
         find([], root)
-    with pytest.raises(UserError, match=r'medai: no such folder, expected media; did you mean "media"\?'):
+    with pytest.raises(
+        UserError, match=r'medai: no such folder; expected a folder with media files; did you mean "media"\?'
+    ):
         find([row()], tmp_path / "medai")
-    with pytest.raises(UserError, match=r"notes.txt: not a folder, expected media"):
+    with pytest.raises(UserError, match=r"notes.txt: not a folder; expected a folder with media files"):
         find([row()], root / "notes.txt")
 
 
@@ -172,7 +176,7 @@ def test_a_name_that_is_not_utf8_can_be_told(tmp_path: Path) -> None:
     found = find([row(), row("x")], tmp_path)
     assert [c.group for c in found.clips] == ["x"]
     assert [p.kind for p in found.problems] == ["bad_name", "missing_file"]
-    assert found.problems[0].message.endswith("the name is not UTF-8, rename it")
+    assert found.problems[0].message.endswith("the name is not UTF-8; rename it")
     found.problems[0].message.encode()
 
 

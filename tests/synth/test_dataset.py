@@ -253,12 +253,12 @@ def test_another_data_set_is_not_overwritten_without_force(tmp_path: Path, capsy
     out = tmp_path / "data"
     make_dataset(out, TINY, workers=1)
     text = capsys.readouterr().out
-    assert "making: 18/18 files, 0 s left" in text
+    assert "rendering: 18/18 files, 0 s left" in text
     assert "8 training and 8 test clips of 8 classes" in text
-    assert "0 break while they are decoded and 2 cannot be opened" in text
+    assert "0 fail while they are decoded and 2 cannot be opened" in text
     (out / "notes.txt").write_text("mine")
     other = Synth(train=9, test=8, width=48, height=48)
-    with pytest.raises(UserError, match=r"another made data set \(train 8 in the folder, 9 requested\).*--force"):
+    with pytest.raises(UserError, match=r"a data set with other settings \(train is 8, requested 9\).*--force"):
         make_dataset(out, other)
     make_dataset(out, other, workers=1, force=True)
     assert len(list((out / "train").glob("*.mp4"))) == 9 + 2
@@ -300,13 +300,13 @@ def run(*words: str) -> int:
     [
         (
             ["--test", "10"],
-            "--test 10: expected a multiple of 8 (every stream",
+            "--test 10: expected a multiple of 8 (one clip per",
         ),
         (["--task", "modular", "--test", "8"], "--test 8: expected a multiple of 16"),
         (["--train", "3"], "--train 3: expected at least 8"),
         (["--train", "0"], "--train 0: expected `int` >= 1"),
         (["--seed", "-1"], "--seed -1: expected `int` >= 0"),
-        (["--size", "97"], "--size 97x97: expected even numbers of 48 to 1024"),
+        (["--size", "97"], "--size 97x97: expected even numbers from 48 to 1024"),
         (["--size", "96by96"], '--size "96by96": expected pixels such as 96, or 128x96'),
         (["--workers", "-2"], "--workers -2: expected 0 (one a core) or more"),
         (["--task", "pears"], "pairs"),
@@ -327,7 +327,7 @@ def test_a_file_or_a_foreign_folder_is_refused(tmp_path: Path, capsys: pytest.Ca
     assert run(str(tmp_path / "photo.jpg")) == 2
     assert "is a file; expected a folder" in capsys.readouterr().err
     assert run(str(tmp_path)) == 2
-    assert "is not empty and holds no made data set" in capsys.readouterr().err
+    assert "is not empty and does not contain a data set of fastav synth" in capsys.readouterr().err
 
 
 def test_progress_is_a_bar_on_a_terminal() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from fastav_kernels.bottleneck_attention import Segments
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -25,6 +24,7 @@ from fastav.model.fusion.inputs import (
 )
 from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, block_flops, linear_flops
+from fastav_kernels.bottleneck_attention import Segments
 
 
 class Bottleneck(FusionKind, frozen=True, tag="bottleneck"):

@@ -17,7 +17,6 @@ from typing import Any, Literal, Self
 import msgspec
 import numpy as np
 import torch
-from fastav_kernels.bottleneck_attention import Segments
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -29,6 +28,7 @@ from fastav.model.fusion.inputs import FusionInputs, mean_over_windows, presence
 from fastav.model.fusion.kind import FusionKind
 from fastav.model.fusion.mbt_init import start_from_image_vit
 from fastav.model.tower import Tower, TowerConfig, block_flops, linear_flops
+from fastav_kernels.bottleneck_attention import Segments
 
 
 class MBT(FusionKind, frozen=True, tag="mbt"):
