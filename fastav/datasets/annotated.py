@@ -3,9 +3,9 @@
 ROOT contains tables (.txt or .tsv, also in subfolders). A Raven table has a header line with Begin Time (s),
 End Time (s) and a label column. An Audacity file has lines of start, end and label, separated by tabs. The recording of
 NAME.txt, NAME.selections.txt, NAME.Table.1.selections.txt and similar is NAME with any audio or video suffix. If a
-Raven table has the column Begin Path or Begin File, that file is the recording, and times count from its start (column
-File Offset (s), if it exists). All tables of a recording are merged; repeated annotations, such as those of two views,
-are used once. Text that is neither UTF-8 nor UTF-16 is read as Windows-1252.
+Raven table has the column Begin Path or Begin File, that file is the recording, and times count from the start of that
+file (from the column File Offset (s), if it exists). All tables of a recording are merged; repeated annotations, such
+as those of two views, are used once. Text that is neither UTF-8 nor UTF-16 is read as Windows-1252.
 
 Without --window-s each annotation becomes a clip with its label (with --min-overlap also the labels of annotations that
 overlap it). With --window-s the recordings are cut into windows of equal length, the last of which ends at the end of
@@ -44,8 +44,8 @@ LABEL_COLUMNS = ("Species", "Annotation", "Label", "Common Name", "Species Code"
 """Common label columns of Raven tables; the first one that a table has is used."""
 
 TABLE_SUFFIXES = (".txt", ".tsv")
-SHARE = 0.5
-REST_S = 0.1
+DEFAULT_MIN_OVERLAP = 0.5
+LONGEST_REMAINDER_S = 0.1
 """Longest remainder of a recording that gets no window of its own, in seconds; shorter than annotated calls."""
 
 _TIMES = ("Begin Time (s)", "End Time (s)")
@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-overlap",
         type=float,
         metavar="F",
-        help=f"fraction of the overlap rule, above 0 and at most 1; {SHARE} by default with --window-s",
+        help=f"fraction of the overlap rule, above 0 and at most 1; {DEFAULT_MIN_OVERLAP} by default with --window-s",
     )
     parser.add_argument(
         "--background",
@@ -138,14 +138,14 @@ def listing(args: argparse.Namespace) -> Listing:
     tables = _tables(root)
     folder = root if root.is_dir() else root.parent
     media_root = Path(args.media_root or folder)
-    found = _Found(_Recordings(folder, media_root))
+    found = _Annotations(_Recordings(folder, media_root))
     for table in tables:
         found.read(table, args.label_column, args.label)
-    found.finish(tables)
+    found.report_unannotated(tables)
     if rule is None:
         clips = found.clips(share)
     else:
-        clips = found.wholes(with_empty=bool(rule.background))
+        clips = found.whole_recordings(with_empty=bool(rule.background))
     if not clips:
         first = f"; the first problem: {found.problems[0].message}" if found.problems else ""
         raise UserError(f"{root}: no annotations that could become clips in {len(tables)} tables{first}")
@@ -191,7 +191,7 @@ def _options(args: argparse.Namespace) -> tuple[Windows | None, float | None, fl
     hop_s = args.window_s if args.hop_s is None else args.hop_s
     if hop_s > args.window_s:
         raise UserError(f"--hop-s {hop_s}: leaves gaps between windows; expected at most --window-s {args.window_s}")
-    share = SHARE if args.min_overlap is None else args.min_overlap
+    share = DEFAULT_MIN_OVERLAP if args.min_overlap is None else args.min_overlap
     return Windows(args.window_s, hop_s, share, args.background), share, held_out.number
 
 
@@ -258,7 +258,7 @@ def _lines(text: str) -> list[str]:
     return list(io.StringIO(text, newline=None))
 
 
-def kind_of(text: str) -> str:
+def table_kind(text: str) -> str:
     """Returns `raven`, `audacity`, `empty` for an empty text, or an empty string for any other text."""
     first = next((line for line in _lines(text) if line.strip()), "")
     fields = [value.strip().casefold() for value in first.split("\t")]
@@ -278,7 +278,7 @@ def _seconds(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def raven(text: str, path: Path, label_column: str = "", label: str = "") -> Iterator[tuple[str, Annotation]]:
+def read_raven(text: str, path: Path, label_column: str = "", label: str = "") -> Iterator[tuple[str, Annotation]]:
     """Reads a Raven selection table.
 
     Args:
@@ -321,7 +321,7 @@ def _time(text: str, column: str, path: Path, line: int) -> float:
     return value
 
 
-def audacity(text: str, path: Path, label: str = "") -> Iterator[Annotation]:
+def read_audacity(text: str, path: Path, label: str = "") -> Iterator[Annotation]:
     """Reads an Audacity label file; skips lines with the frequencies of a label (they start with a backslash).
 
     Raises:
@@ -393,27 +393,27 @@ def _shared_end(one: Sequence[str], two: Sequence[str]) -> int:
 
 
 @dataclass
-class _Found:
+class _Annotations:
     """Collects the annotations of each recording from all tables."""
 
     recordings: _Recordings
     annotations: dict[Path, dict[tuple[float, float, str], Annotation]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    num_twice: int = 0
+    num_repeated: int = 0
 
     def read(self, table: Path, label_column: str, label: str) -> None:
         """Adds the annotations of one table."""
         text, guessed = read_text(table)
-        kind = kind_of(text)
+        kind = table_kind(text)
         if kind in ("", "empty") and (not kind or isinstance(self.recordings.find(table), Problem)):
             message = f"{table}: neither a Raven nor an Audacity table; left out"
             self.problems.append(Problem("not_annotations", "", str(table), message, False))
             return
         if guessed:
             self.notes.append(f"{table}: neither UTF-8 nor UTF-16; read as Windows-1252")
-        found = raven(text, table, label_column, label) if kind == "raven" else (
-            ("", annotation) for annotation in audacity(text, table, label)
+        found = read_raven(text, table, label_column, label) if kind == "raven" else (
+            ("", annotation) for annotation in read_audacity(text, table, label)
         )  # fmt: skip
         by_name: dict[str, list[Annotation]] = defaultdict(list)
         for name, annotation in found:
@@ -425,9 +425,9 @@ class _Found:
                 continue
             known = self.annotations.setdefault(path, {})
             for annotation in named:
-                self._take(annotation, known, path)
+                self._add(annotation, known, path)
 
-    def _take(self, one: Annotation, known: dict[tuple[float, float, str], Annotation], path: Path) -> None:
+    def _add(self, one: Annotation, known: dict[tuple[float, float, str], Annotation], path: Path) -> None:
         where, span = f"{one.table}, line {one.line}", f"{one.begin_s:g} s to {one.end_s:g} s"
         clip_id = self.recordings.id(path)
         if not 0 <= one.begin_s <= one.end_s:
@@ -436,20 +436,20 @@ class _Found:
             return
         # A table with two views, or two channels, lists each annotation twice.
         key = (round(one.begin_s, 6), round(one.end_s, 6), one.label)
-        self.num_twice += key in known
+        self.num_repeated += key in known
         if key not in known and not one.label:
             message = f"{where}: {span} has no label; give it one, or use --label NAME"
             self.problems.append(Problem("no_label", clip_id, str(path), message, False))
         known.setdefault(key, one)
 
-    def finish(self, tables: Collection[Path]) -> None:
+    def report_unannotated(self, tables: Collection[Path]) -> None:
         """Adds a problem for each recording without a table, and notes."""
         for path in self.recordings.files:
             if path not in self.annotations:
                 message = f"{path}: none of the {len(tables)} tables annotates this recording; left out"
                 self.problems.append(Problem("no_table", self.recordings.id(path), str(path), message, False))
-        if self.num_twice:
-            self.notes.append(f"{self.num_twice} repeated annotations, each used once")
+        if self.num_repeated:
+            self.notes.append(f"{self.num_repeated} repeated annotations, each used once")
 
     def in_order(self, path: Path) -> list[Annotation]:
         """Returns the annotations of a recording in order of time."""
@@ -459,7 +459,7 @@ class _Found:
         """Returns clip id of a whole recording -> its annotations."""
         return {self.recordings.id(path): self.in_order(path) for path in self.annotations}
 
-    def wholes(self, *, with_empty: bool) -> list[Clip]:
+    def whole_recordings(self, *, with_empty: bool) -> list[Clip]:
         """Returns whole recordings to cut, with all their labels; with `with_empty` also those without labels."""
         clips = []
         for path in sorted(self.annotations):
@@ -505,11 +505,11 @@ def _part(clip: Clip, name: str, begin_s: float, end_s: float, labels: Sequence[
 
 def _labels(annotations: Sequence[Annotation], begin_s: float, end_s: float, share: float) -> list[str]:
     """Returns the labels of a span by the overlap rule, each once, in order of time."""
-    labels = [one.label for one in annotations if one.label and _counts(one, begin_s, end_s, share)]
+    labels = [one.label for one in annotations if one.label and _overlaps(one, begin_s, end_s, share)]
     return list(dict.fromkeys(labels))
 
 
-def _counts(one: Annotation, begin_s: float, end_s: float, share: float) -> bool:
+def _overlaps(one: Annotation, begin_s: float, end_s: float, share: float) -> bool:
     """Applies the overlap rule: `share` of the annotation is in the span, or `share` of the span in the annotation."""
     if one.end_s == one.begin_s:
         return begin_s <= one.begin_s < end_s
@@ -521,17 +521,17 @@ def _shared_s(one: Annotation, begin_s: float, end_s: float) -> float:
     return min(one.end_s, end_s) - max(one.begin_s, begin_s)
 
 
-def starts(duration_s: float, window_s: float, hop_s: float) -> list[float]:
+def window_starts(duration_s: float, window_s: float, hop_s: float) -> list[float]:
     """Returns the starts of the windows of a recording in seconds; the last window ends at the end of the recording.
 
-    A recording shorter than a window gets one window at 0. A remainder of `REST_S` or less gets no window of its own,
-    as file formats round the length of a recording up.
+    A recording shorter than a window gets one window at 0. A remainder of `LONGEST_REMAINDER_S` or less gets no window
+    of its own, as file formats round the length of a recording up.
     """
-    if duration_s <= window_s + REST_S:
+    if duration_s <= window_s + LONGEST_REMAINDER_S:
         return [0.0]
     num = math.floor((duration_s - window_s) / hop_s + _ROUNDING_S) + 1
     found = [k * hop_s for k in range(num)]
-    if duration_s - (found[-1] + window_s) > REST_S:
+    if duration_s - (found[-1] + window_s) > LONGEST_REMAINDER_S:
         found.append(duration_s - window_s)
     return found
 
@@ -549,10 +549,12 @@ def cut(clip: Clip, annotations: Sequence[Annotation], rule: Windows) -> list[Cl
     made = []
     begins = [one.begin_s for one in annotations]
     longest_s = max((one.end_s - one.begin_s for one in annotations), default=0.0)
-    for number, start_s in enumerate(starts(clip.duration_s, rule.window_s, rule.hop_s)):
+    for number, start_s in enumerate(window_starts(clip.duration_s, rule.window_s, rule.hop_s)):
         end_s = min(start_s + rule.window_s, clip.duration_s)
         near = annotations[bisect_left(begins, start_s - longest_s) : bisect_left(begins, end_s)]
-        touched = any(_shared_s(one, start_s, end_s) > _ROUNDING_S or _counts(one, start_s, end_s, 1.0) for one in near)
+        touched = any(
+            _shared_s(one, start_s, end_s) > _ROUNDING_S or _overlaps(one, start_s, end_s, 1.0) for one in near
+        )
         labels = _labels(near, start_s, end_s, rule.share)
         if not touched and rule.background:
             labels = [rule.background]

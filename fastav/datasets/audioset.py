@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         choices=("weak", "strong"),
         default="weak",
-        help="weak (default): labels of whole clips. strong: labels with start and end times, for the clips with such\n"
-        "labels",
+        help="weak (default): labels of whole clips. strong: labels with start and end times, which only\n"
+        "some clips have",
     )
     parser.add_argument(
         "--train",
@@ -203,4 +203,4 @@ def _seconds(clip: Clip, events: list[Event]) -> Iterator[Clip]:
         for at in range(first, max(math.ceil(end_s), first + 1)):
             labels[at][label] = None
     for at in range(CLIP_S):
-        yield youtube.second(clip, at, labels[at])
+        yield youtube.one_second(clip, at, labels[at])

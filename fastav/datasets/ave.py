@@ -108,7 +108,7 @@ def _row(number: int, line: int, annotation: AveAnnotation, split: str, path: Pa
 def _seconds(clip: Clip, event: AveAnnotation) -> Iterator[Clip]:
     for at in range(CLIP_S):
         inside = event.start_s <= at < event.end_s
-        yield youtube.second(clip, at, [event.label if inside else BACKGROUND])
+        yield youtube.one_second(clip, at, [event.label if inside else BACKGROUND])
 
 
 def _splits(

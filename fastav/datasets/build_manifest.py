@@ -76,18 +76,18 @@ def build_manifest(
     out = Path(out)
     if out.suffix != ".parquet":
         raise UserError(f'--out {out}: expected a name that ends in ".parquet"')
-    work = _Work(clips, cut)
-    with progress(console or Console(), "probing", len(work.jobs), "files") as advance:
-        for path, result in probe_all(work.jobs, workers):
-            work.add(path, result)
+    filler = _ClipFiller(clips, cut)
+    with progress(console or Console(), "probing", len(filler.jobs), "files") as advance:
+        for path, result in probe_all(filler.jobs, workers):
+            filler.add(path, result)
             advance()
-    filled, found = work.result()
+    filled, found = filler.result()
     every = [*problems, *found]
     if not filled:
         _write_problems(out, every)
         first = f"; the first: {found[0].message}" if found else ""
-        raise UserError(f"none of the {len(work.jobs)} media files can be read (see {problems_path(out)}){first}")
-    manifest = write_manifest(out, split(filled) if split else filled, None, metadata, work.extents)
+        raise UserError(f"none of the {len(filler.jobs)} media files can be read (see {problems_path(out)}){first}")
+    manifest = write_manifest(out, split(filled) if split else filled, None, metadata, filler.extents)
     every += [*_lost_classes(clips, manifest), *check(manifest)]
     _write_problems(out, every)
     return manifest, every
@@ -98,7 +98,7 @@ def problems_path(out: Path) -> Path:
     return out.with_suffix(".problems.csv")
 
 
-class _Work:
+class _ClipFiller:
     """Fills each clip once all its files are probed; drops a file's results after its last clip, to save memory."""
 
     def __init__(self, clips: Sequence[Clip], cut: Callable[[Clip], list[Clip]] | None) -> None:

@@ -151,4 +151,4 @@ def _seconds(row: YoutubeRow, clip: Clip, events: Iterable[tuple[int, str]]) -> 
     for second, label in events:
         by_second[second].append(label)
     for at in range(round(row.end_s - row.start_s)):
-        yield youtube.second(clip, at, sorted(by_second[at], key=CLASSES.index))
+        yield youtube.one_second(clip, at, sorted(by_second[at], key=CLASSES.index))

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sound",
         choices=("all", "reliable", "none"),
         default="all",
-        help="videos whose audio is used: all (default), only those that the column reliable_audio marks, or none",
+        help="videos whose audio is used: all (default), those marked reliable (column reliable_audio), or none",
     )
 
 

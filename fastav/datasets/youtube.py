@@ -230,7 +230,7 @@ def _clip(row: YoutubeRow, video: Path | None, audio: Path | None, media: Media)
     )
 
 
-def second(clip: Clip, number: int, labels: Iterable[str]) -> Clip:
+def one_second(clip: Clip, number: int, labels: Iterable[str]) -> Clip:
     """Returns second `number` of a clip, counted from 0, as a row of its own."""
     return replace(clip, id=f"{clip.id}@{number}", start_s=clip.start_s + number, duration_s=1.0, labels=tuple(labels))
 

@@ -43,7 +43,7 @@ from fastav.synth.render import (
     RenderJob,
     StreamSpec,
     damage,
-    leave_interrupts_to_the_parent,
+    ignore_interrupts,
     run_job,
 )
 
@@ -205,7 +205,7 @@ def _run(jobs: list[RenderJob], workers: int, console: Console) -> None:
         context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         if context.get_start_method() == "forkserver":
             context.set_forkserver_preload(["fastav.synth.render"])
-        with ProcessPoolExecutor(workers, context, leave_interrupts_to_the_parent) as pool:
+        with ProcessPoolExecutor(workers, context, ignore_interrupts) as pool:
             futures = [pool.submit(run_job, job) for job in jobs]
             try:
                 for future in as_completed(futures):

@@ -438,6 +438,6 @@ def run_job(job: RenderJob) -> int:
     return len(job.outputs)
 
 
-def leave_interrupts_to_the_parent() -> None:
+def ignore_interrupts() -> None:
     """Ignores Ctrl-C in a worker process; the parent stops it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.datasets import annotated
-from fastav.datasets.annotated import REST_S, Annotation, Windows, audacity, cut, hold_out, kind_of, raven, starts
+from fastav.datasets.annotated import (
+    LONGEST_REMAINDER_S,
+    Annotation,
+    Windows,
+    cut,
+    hold_out,
+    read_audacity,
+    read_raven,
+    table_kind,
+    window_starts,
+)
 from fastav.datasets.listing import Listing
 from tests.helpers.dataset_trees import kinds, listed, media, table, tree
 from tests.helpers.recordings import probed, wav
@@ -198,7 +208,7 @@ def test_other_text_is_left_out(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_kinds_of_text(text: str, kind: str) -> None:
-    assert kind_of(text) == kind
+    assert table_kind(text) == kind
 
 
 @pytest.mark.parametrize(
@@ -339,7 +349,7 @@ def test_a_few_windows() -> None:
     ],
 )
 def test_where_windows_start(duration_s: float, hop_s: float, expected: list[float]) -> None:
-    assert starts(duration_s, 2.0, hop_s) == pytest.approx(expected)
+    assert window_starts(duration_s, 2.0, hop_s) == pytest.approx(expected)
 
 
 @settings(max_examples=200, deadline=None)
@@ -349,7 +359,7 @@ def test_no_annotation_is_lost(data: st.DataObject) -> None:
     window_s = data.draw(st.floats(0.3, 12))
     hop_s = window_s * data.draw(st.sampled_from([1.0, 0.5, 0.3]))
     begin_s = data.draw(st.floats(0, duration_s - 0.4))
-    end_s = data.draw(st.floats(begin_s + 2 * REST_S, duration_s))
+    end_s = data.draw(st.floats(begin_s + 2 * LONGEST_REMAINDER_S, duration_s))
     one = Annotation(begin_s, end_s, "owl", Path("t"), 1)
     rule = Windows(window_s, hop_s, 0.5, "noise")
     made = cut(Clip("a", audio=Path("a.wav"), duration_s=duration_s), [one], rule)
@@ -425,12 +435,12 @@ def test_real_tables(realdata: Path, tmp_path: Path) -> None:
     if not folder.is_dir():
         pytest.skip("no real tables here")
     text = (folder / "raven_MSD-0003.selections.txt").read_text()
-    found = [annotation for _, annotation in raven(text, Path("t"))]
+    found = [annotation for _, annotation in read_raven(text, Path("t"))]
     assert Counter(one.label for one in found) == {"WOTH": 4, "EATO": 4, "LOWA": 1, "": 1}
     assert (found[0].begin_s, found[0].end_s) == (1.897648165999982, 4.110570810999974)
-    assert list(raven((folder / "raven_empty.selections.txt").read_text(), Path("t"))) == []
+    assert list(read_raven((folder / "raven_empty.selections.txt").read_text(), Path("t"))) == []
     text = (folder / "audacity_spinetail.txt").read_text()
-    assert Counter(one.label for one in audacity(text, Path("t"))) == {"SP": 14, "CRER": 4}
+    assert Counter(one.label for one in read_audacity(text, Path("t"))) == {"SP": 14, "CRER": 4}
 
     (tmp_path / "spinetail.txt").write_text(text)
     made = listed(annotated, tmp_path, "--media-root", str(realdata / "audio"), "--window-s", "2")

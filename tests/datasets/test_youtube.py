@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fastav.core.errors import UserError
-from fastav.datasets.youtube import YoutubeRow, file_names, find, second, table_in
+from fastav.datasets.youtube import YoutubeRow, file_names, find, one_second, table_in
 from tests.helpers.dataset_trees import kinds, tree
 
 ODD = "-a_B-c_30_4"  # ids may start with "-", and hold "_" and what looks like a time
@@ -133,7 +133,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
 
 def test_seconds(tmp_path: Path) -> None:
     (clip,) = find([row()], tree(tmp_path, f"{ODD}.mp4"), "whole").clips
-    made = second(clip, 4, ["crow", "owl"])
+    made = one_second(clip, 4, ["crow", "owl"])
     assert (made.id, made.start_s, made.duration_s) == (f"{clip.id}@4", 34, 1)
     assert (made.labels, made.group, made.video) == (("crow", "owl"), ODD, clip.video)
 
