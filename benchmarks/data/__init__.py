@@ -58,7 +58,7 @@ def main(words: Sequence[str]) -> int:
             return _profile(media)
         found = results.new("data", list(words), {"decoder": [], "pack": list(PACKS), "workers": [1, args.workers]})
         _describe(found, media)
-        turns = interleave(_decoding(media, args.clips), args.rounds, told=lambda text: console.log(text))
+        turns = interleave(_decoding(media, args.clips), args.rounds, log=lambda text: console.log(text))
         _report(found, console, "one thread, video only", turns, per_cpu_second, "clips_per_cpu_s")
         _verdicts(found, console, turns, per_cpu_second, "clips_per_cpu_s")
         with ThreadPoolExecutor(args.workers) as pool:

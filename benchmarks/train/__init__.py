@@ -100,7 +100,7 @@ def main(words: Sequence[str] | None = None) -> int:
             # Variants of a mode are neighbours, as they are compared in pairs.
             turns = {_label(name, mode): run for mode in (*MODES, APART) for name, one in benches.items()
                      if (run := one.modes().get(mode))}  # fmt: skip
-            made = interleave(turns, args.rounds, told=lambda text: console.log(text), warm=not args.quick)
+            made = interleave(turns, args.rounds, log=lambda text: console.log(text), warm=not args.quick)
             for name, one in benches.items():
                 _report(found, console, name, one, {mode: made[_label(name, mode)] for mode in one.modes()})
             _verdicts(found, console, list(benches), made)

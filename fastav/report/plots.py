@@ -296,7 +296,7 @@ def intervals(estimates: Sequence[Estimate], *, unit: str, alt: str) -> str:
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], *, alt: str) -> str:
-    """Draws a confusion matrix of clip counts, rows true, columns predicted; darker cells are larger shares of a row."""
+    """Draws a confusion matrix of clip counts, rows true, columns predicted; darker: a larger share of the row."""
     counts_KK = np.asarray(counts, dtype=float)
     share_KK = counts_KK / np.maximum(counts_KK.sum(axis=1, keepdims=True), 1)
     num_classes = len(classes)

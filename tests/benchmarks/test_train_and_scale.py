@@ -168,7 +168,7 @@ def test_the_suite_runs_with_variants(tiny_packed, tmp_path, capsys):
     assert found["recipe"]["train"]["micro_batch"] == 4
     assert out.with_suffix(".png").stat().st_size > 10_000
     shown = capsys.readouterr().out
-    assert "binds" in shown
+    assert "bottleneck: " in shown
     assert "overlap efficiency" in shown
 
 
@@ -228,7 +228,7 @@ def test_what_binds_is_named_with_its_knob(parts, what, knob):
     assert found.what == what
     assert knob in found.knob
     assert " ms" in found.why
-    assert str(found).startswith(f"{what} binds (")
+    assert str(found).startswith(f"bottleneck: {what} (")
 
 
 def test_the_parts_are_medians_of_the_turns():
