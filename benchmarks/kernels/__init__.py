@@ -1,9 +1,9 @@
 """All implementations of bottleneck attention: `python -m benchmarks kernels [--tune]`.
 
 First compares each implementation with float64, in the same process; wrong ones are not timed. Then times all of them
-in alternation on the shapes of `cases.CASES`: forward, backward and both, as time, as useful TFLOP/s (only query-key pairs
-that attend to each other) and relative to the measured ceilings. `--tune` times candidates of every tile plan, and
-writes the plans and the wins that `impl = "auto"` uses. Without a GPU everything is checked and nothing is timed.
+in alternation on the shapes of `cases.CASES`: forward, backward and both, as time, as useful TFLOP/s (only query-key
+pairs that attend to each other) and relative to the measured ceilings. `--tune` times candidates of every tile plan,
+and writes the plans and the wins that `impl = "auto"` uses. Without a GPU everything is checked and nothing is timed.
 """
 
 from __future__ import annotations
