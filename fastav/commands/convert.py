@@ -1,7 +1,7 @@
 """`fastav convert scenic CHECKPOINT OUT`: a checkpoint of MBT's authors becomes a model of this program.
 
-What a checkpoint tells by itself is read off it: the head, the number of layers and bottleneck tokens, patches and
-tubelets. What it does not tell is asked for: the layer where fusion starts, the sides of its pictures, its classes.
+The checkpoint itself says much of it: the head, the number of layers and bottleneck tokens, patches and
+tubelets. Options supply the rest: the layer where fusion starts, the sides of its pictures, its classes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line; else numbers")
     parser.add_argument("--mean", type=float, metavar="DB", help="of your spectrograms; see below")
-    parser.add_argument("--std", type=float, metavar="DB", help="likewise")
+    parser.add_argument("--std", type=float, metavar="DB", help="standard deviation of the spectrogram in training, dB")
     parser.epilog = (
         "The authors' spectrograms came precomputed, and how is not known, so that neither are mean and std on this\n"
         "program's scale. Fine-tuning (model.init_from = OUT) measures its own; for predictions give both here."
@@ -49,9 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Converts, and says what was found."""
     if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
-        raise UserError(f"{args.out} is there already; an absent or empty folder expected")
+        raise UserError(f"{args.out}: already exists and is not empty; choose another folder")
     if (args.mean is None) != (args.std is None):
-        raise UserError("--mean, --std: one of them given, both or none expected")
+        raise UserError("--mean, --std: expected both or neither")
     tree = read_checkpoint(args.checkpoint)
     try:
         config, inputs, num_classes = describe(
@@ -82,7 +82,7 @@ def describe(
     """
     missing = [name for name in ("embedding/kernel", "embedding_spectrogram/kernel") if name not in tree]
     if missing:
-        raise UserError(f"the checkpoint has no {missing[0]}: an MBT of frames and spectrogram expected")
+        raise UserError(f"the checkpoint has no {missing[0]}: expected an MBT of frames and spectrogram")
     frames_kernel, query = (
         tree["embedding/kernel"],
         tree["Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel"],
@@ -148,7 +148,7 @@ def _classes(file: Path | None, count: int) -> Sequence[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--classes {file}: cannot be read: {error}") from None
     if len(names) != count or len(set(names)) != count:
-        raise UserError(f"--classes {file}: {len(set(names))} distinct names given, the checkpoint's {count} expected")
+        raise UserError(f"--classes {file}: has {len(set(names))} distinct names, expected the checkpoint's {count}")
     return names
 
 

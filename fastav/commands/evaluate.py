@@ -48,9 +48,9 @@ def main(args: argparse.Namespace) -> int:
     factories = list(external_names(recipe.model).values())
     model = AVModel.from_pretrained(run.model, factories=factories).to(ranks.device)
     source = evaluation_source(recipe, args.manifest, args.split, model.classes)
-    told = describe_unknown_classes(source)
-    if told:
-        console.log(told)
+    unknown = describe_unknown_classes(source)
+    if unknown:
+        console.log(unknown)
     folder = run.path
     if args.manifest or args.split:
         of = Path(args.manifest or recipe.data.manifest).resolve()

@@ -34,7 +34,7 @@ def main(args: argparse.Namespace) -> int:
     """Writes the model, and says where."""
     run = RunFolder(args.run, writer=False)
     if not run.checkpoints.is_dir():
-        raise UserError(f"{args.run}: no run folder with checkpoints/")
+        raise UserError(f"{args.run}: not a run folder with checkpoints/")
     checkpoints = Checkpoints(run.checkpoints)
     if args.step is not None and args.step not in checkpoints.steps():
         known = ", ".join(map(str, checkpoints.steps()))
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"{args.run}: no checkpoint yet")
     out = args.out or run.path / "exported" / f"step_{found.step:08d}"
     if out.exists():
-        raise UserError(f"{out}: is there already; choose another --out")
+        raise UserError(f"{out}: already exists; choose another --out")
     model = load(found, averaged=not args.raw)
     model.save(out)
     Console().log(f"{out}: the model after step {found.step}")

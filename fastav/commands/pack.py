@@ -74,10 +74,12 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--workers {args.workers}: expected 0 (one a core) or more")
     if args.verify:
         if len(args.paths) != 1:
-            raise UserError(f"fastav pack --verify: {len(args.paths)} paths given, expected one, the folder of a pack")
+            raise UserError(f"fastav pack --verify: got {len(args.paths)} paths, expected one, the folder of a pack")
         return _verify(args.paths[0], args.workers or num_cores(), console)
     if len(args.paths) != 2:
-        raise UserError(f"fastav pack: {len(args.paths)} path given, expected two: MANIFEST OUT")
+        raise UserError(
+            f"fastav pack: got {len(args.paths)} path{'s' * (len(args.paths) > 1)}, expected two: MANIFEST OUT"
+        )
     table = {
         "preset": args.preset, "codec": args.codec, "fps": args.fps, "short_side": args.short_side,
         "audio": args.audio, "sample_rate": FRONTENDS[args.frontend].sample_rate, "shard_mib": args.shard_mib,
@@ -89,9 +91,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(_option(str(error), table)) from None
     source, out = Manifest.open(args.paths[0]), args.paths[1]
     build_pack(source, out, settings, workers=args.workers, skip_missing=args.skip_missing, console=console)
-    told = PackFolder(out).description() or {}
-    _show(console, out, told)
-    clips, skipped = told["totals"]["clips"], told["totals"]["skipped"]
+    description = PackFolder(out).description() or {}
+    _show(console, out, description)
+    clips, skipped = description["totals"]["clips"], description["totals"]["skipped"]
     if skipped > args.max_broken * (clips + skipped):
         raise TooManyBroken(
             f"{out}: is packed, but {skipped} of {clips + skipped} clips had to be left out, more than the share "
@@ -101,15 +103,15 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _option(text: str, table: dict[str, Any]) -> str:
-    """Says of a wrong setting by which option it was given, and as what."""
+    """Rewrites the error of a setting to name the option and the value on the command line."""
     reason, _, place = text.replace("`", "").partition(" - at ")
     name = place.removeprefix("$.")
     return f"fastav pack --{name.replace('_', '-')} {table.get(name)}: {reason[:1].lower()}{reason[1:]}"
 
 
-def _show(console: Console, out: Path, told: dict[str, Any]) -> None:
+def _show(console: Console, out: Path, description: dict[str, Any]) -> None:
     """Prints what the pack holds, how good it is, and what was left out."""
-    totals, quality = told["totals"], told["quality"]
+    totals, quality = description["totals"], description["quality"]
     console.print(escape(str(out / "manifest.parquet")), highlight=False, soft_wrap=True)
     table = Table(show_header=False)
     table.add_row("clips", f"{totals['clips']} in {totals['shards']} shards")

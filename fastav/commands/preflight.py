@@ -37,9 +37,9 @@ def main(args: argparse.Namespace) -> int:
     """Measures, prints a line for each rank and each fault; 1 where a rank is broken, or slow other than on a CPU."""
     for name in ("seconds", "patience"):
         if not getattr(args, name) > 0:
-            raise UserError(f"--{name} {getattr(args, name):g}: more than 0 expected")
+            raise UserError(f"--{name} {getattr(args, name):g}: expected more than 0")
     if not 0 <= args.slow <= 1:
-        raise UserError(f"--slow {args.slow:g}: a share from 0 to 1 expected")
+        raise UserError(f"--slow {args.slow:g}: expected a share from 0 to 1")
     # A launcher's config that names a precision is as good as any: nothing is trained.
     bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     try:
@@ -54,6 +54,6 @@ def main(args: argparse.Namespace) -> int:
         if args.json and ranks.main:
             write_text(args.json, json.dumps(table(found, faults), indent=1))
     finally:
-        with contextlib.suppress(RuntimeError):  # of a broken device, which has been told
+        with contextlib.suppress(RuntimeError):  # of a broken device, which has been reported
             shutdown()
     return int(bool(serious_faults(faults, found)))

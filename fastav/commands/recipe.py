@@ -33,6 +33,6 @@ def main(args: argparse.Namespace) -> int:
         sys.stdout.write(explain([*args.words, *args.overrides]))
         return 0
     if len(args.words) > 1:
-        raise UserError(f"recipe show: {len(args.words)} files given, one expected")
+        raise UserError(f"recipe show: got {len(args.words)} files, expected one")
     sys.stdout.write(show_recipe(load_recipe(args.words[0] if args.words else None, args.overrides)))
     return 0

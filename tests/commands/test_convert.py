@@ -190,7 +190,7 @@ def without(name):
         (made(), ["--num-mels", "40"], "--num-mels 40: its patches of 8 do not divide the 12 positions"),
         (made(), ["--start", "4"], "model.fusion.start = 4: the towers have only 3 layers"),
         (made(), ["--mean", "1"], "--mean, --std: one of them given"),
-        (made(), ["--classes", "{tmp}/two.txt"], "2 distinct names given, the checkpoint's 5 expected"),
+        (made(), ["--classes", "{tmp}/two.txt"], "has 2 distinct names, expected the checkpoint's 5"),
         (made(), ["--classes", "{tmp}/none.txt"], "cannot be read"),
         (without("output_projection/bias"), [], "has no 'output_projection/bias', which every MBT has"),
         (without("Transformer/encoder_norm/bias"), [], "1 missing (fusion.norm.bias)"),
@@ -222,7 +222,7 @@ def test_an_old_folder_is_left_alone(tmp_path, capsys):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "precious").write_text("x")
     assert convert(write(tmp_path / "c", made()), tmp_path / "m") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
 
 
 def test_a_model_starts_from_a_converted_one(tmp_path):

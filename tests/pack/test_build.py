@@ -425,8 +425,8 @@ def test_two_at_once_are_refused(mixed, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a.parquet"], "1 path given, expected two: MANIFEST OUT"),
-        (["--verify", "a", "b"], "2 paths given, expected one"),
+        (["a.parquet"], "got 1 path, expected two: MANIFEST OUT"),
+        (["--verify", "a", "b"], "got 2 paths, expected one"),
         (["--verify", "nowhere"], "no finished pack"),
         (["a.parquet", "o", "--preset", "fats"], 'did you mean "fast"'),
         (["a.parquet", "o", "--workers", "-1"], "--workers -1"),

@@ -33,8 +33,8 @@ def test_a_key_is_explained_by_its_values_default_and_meaning(capsys: pytest.Cap
     assert main(["recipe", "explain", "optim.ema"]) == 0
     assert capsys.readouterr().out == (
         "optim.ema = 0.0\n"
-        "    number at least 0 and below 1. Decay of the averaged weights that are evaluated and saved; 0\n"
-        "    is off.\n"
+        "    number at least 0 and below 1. Decay of the exponentially averaged weights, which are\n"
+        "    evaluated and saved instead of the trained ones; 0 disables averaging.\n"
     )
 
 
@@ -52,4 +52,4 @@ def test_an_unknown_key_names_the_nearest() -> None:
 
 def test_show_takes_one_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "show", "a.toml", "b.toml"]) == 2
-    assert "2 files given, one expected" in capsys.readouterr().err
+    assert "got 2 files, expected one" in capsys.readouterr().err
