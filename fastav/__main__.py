@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print("fastav VERB ...\n")
+        print("usage: fastav VERB [options]\n")
         for verb, (_, summary) in VERBS.items():
             print(f"  {verb:<10} {summary}")
         print("\n`fastav VERB --help` lists the options of a verb; add --debug to any command for tracebacks.")

@@ -73,9 +73,7 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         module.add_arguments(parser)
         overrides: list[str] = []
         if getattr(module, "OVERRIDES", False):
-            parser.epilog = (
-                "Any key of the recipe is an option too: --optim.lr 1e-4; `fastav recipe explain` describes them."
-            )
+            parser.epilog = "Every recipe key is also an option, such as --optim.lr 1e-4; `fastav recipe explain` describes the keys."
             words, overrides = split_overrides(words, lambda word: word != "--help")
         args = parser.parse_args(words)
         args.overrides = overrides

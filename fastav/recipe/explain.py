@@ -15,7 +15,7 @@ from fastav.core.errors import UserError, did_you_mean
 from fastav.recipe.parse import structs_of, to_table
 from fastav.recipe.schema import Recipe
 
-_TYPE_NAMES: dict[type, str] = {inspect.IntType: "whole number", inspect.FloatType: "number", inspect.StrType: "text"}
+_TYPE_NAMES: dict[type, str] = {inspect.IntType: "integer", inspect.FloatType: "number", inspect.StrType: "text"}
 _BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
 
