@@ -73,7 +73,7 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         module.add_arguments(parser)
         overrides: list[str] = []
         if getattr(module, "OVERRIDES", False):
-            parser.epilog = "Every recipe key is also an option, such as --optim.lr 1e-4; `fastav recipe explain` describes the keys."
+            parser.epilog = "Every recipe key is also an option: --optim.lr 1e-4 (see `fastav recipe explain`)."
             words, overrides = split_overrides(words, lambda word: word != "--help")
         args = parser.parse_args(words)
         args.overrides = overrides
