@@ -99,18 +99,18 @@ class Sampling(Config, frozen=True):
             ("crop_ratio", self.crop_ratio, 100),
         ):
             if not 0 < low <= high <= top:
-                raise UserError(f"sampling.{name}: {low:g}, {high:g} given, least and greatest in 0 to {top} expected")
+                raise UserError(
+                    f"sampling.{name} = [{low:g}, {high:g}]: expected lowest and highest value in 0 to {top}"
+                )
         if self.mixup > _MAX_ALPHA:
-            raise UserError(f"sampling.mixup: {self.mixup:g} given, 0 to {_MAX_ALPHA} expected")
+            raise UserError(f"sampling.mixup = {self.mixup:g}: expected 0 to {_MAX_ALPHA}")
         if not self.eval_windows:
-            raise UserError("sampling.eval_windows: none given, at least one start expected, such as 0")
+            raise UserError("sampling.eval_windows is empty: expected at least one start in seconds, such as [0]")
         if self.mask_bands >= mel_bands:
-            raise UserError(
-                f"sampling.mask_bands: {self.mask_bands} given, fewer than the {mel_bands} mel bands expected"
-            )
+            raise UserError(f"sampling.mask_bands = {self.mask_bands}: expected fewer than the {mel_bands} mel bands")
         if num_sources > 1 and self.mix_block % self.repeat:
             raise UserError(
-                f"sampling.mix_block: {self.mix_block} given, a multiple of sampling.repeat = {self.repeat} expected"
+                f"sampling.mix_block = {self.mix_block}: expected a multiple of sampling.repeat ({self.repeat})"
             )
 
 
@@ -187,7 +187,7 @@ class Plan:
     ) -> None:
         sampling.check(mel_bands, len(sources))
         if not 0 <= seed < 1 << 64:
-            raise UserError(f"seed: {seed} given, 0 to 2^64 - 1 expected")
+            raise UserError(f"seed = {seed}: expected 0 to 2^64 - 1")
         self.sampling, self.seed = sampling, seed
         self.sources = _weigh(sources, sampling)
         self._mel_bands, self._mel_frames = mel_bands, mel_frames
@@ -240,8 +240,8 @@ class Plan:
         _check_range(start, count)
         if sampling.mixup and (start % (2 * sampling.repeat) or count % (2 * sampling.repeat)):
             raise UserError(
-                f"training samples {start} + {count} given, with mixup multiples of 2 * sampling.repeat = "
-                f"{2 * sampling.repeat} expected"
+                f"training samples {start} + {count}: with mixup, expected multiples of 2 * sampling.repeat = "
+                f"{2 * sampling.repeat}"
             )
         sample_B = np.arange(start, start + count, dtype=np.int64)
         draw_B, replica_B = np.divmod(sample_B, sampling.repeat)
@@ -498,19 +498,19 @@ def fitting_windows(length_B: Ints, window: int, starts: Sequence[int]) -> NDArr
 def _weigh(sources: Sequence[tuple[Manifest, float]], sampling: Sampling) -> tuple[PlanSource, ...]:
     """Returns the sources with their share of each block and their class weights."""
     if not sources:
-        raise UserError("no manifest given, at least one expected")
+        raise UserError("the list of manifests is empty; expected at least one")
     for manifest, weight in sources:
         if not len(manifest):
-            raise UserError(f"{manifest.path}: no clips, at least one expected")
+            raise UserError(f"{manifest.path}: has no clips; expected at least one")
         if not (weight > 0 and math.isfinite(weight)):
-            raise UserError(f"{manifest.path}: weight {weight:g} given, a positive number expected")
+            raise UserError(f"{manifest.path}: weight = {weight:g}: expected a positive number")
     counts = largest_remainder([weight for _, weight in sources], sampling.mix_block // sampling.repeat or 1)
     out = []
     for (manifest, weight), count in zip(sources, counts, strict=True):
         if not count:
             raise UserError(
-                f"{manifest.path}: weight {weight:g} given, at least one clip in a block of "
-                f"sampling.mix_block = {sampling.mix_block} samples expected"
+                f"{manifest.path}: weight = {weight:g}: expected at least one clip in a block of "
+                f"sampling.mix_block = {sampling.mix_block} samples"
             )
         class_weight = _class_weights(manifest.class_counts()) if sampling.balance == "class" else None
         out.append(PlanSource(manifest, float(weight), len(manifest), int(count), class_weight))
@@ -536,4 +536,4 @@ def _beta(alpha: float, u_B: Floats) -> NDArray[np.float32]:
 
 def _check_range(start: int, count: int) -> None:
     if start < 0 or count < 1 or start + count > _MAX_NUMBER:
-        raise UserError(f"samples {start} + {count} given, a start of 0 to 2^48 and at least one sample expected")
+        raise UserError(f"samples {start} to {start + count}: expected a start from 0 to 2^48 and at least one sample")

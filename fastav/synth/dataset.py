@@ -246,7 +246,7 @@ def _found(out: Path, settings: Synth, *, force: bool) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{out}: is not empty and holds no made data set; {way_out}") from None
     wanted = msgspec.to_builtins(settings)
-    differs = [f"{k} {there.get(k)} there, {v} asked for" for k, v in wanted.items() if there.get(k) != v]
+    differs = [f"{k} {there.get(k)} in the folder, {v} requested" for k, v in wanted.items() if there.get(k) != v]
     if version != FORMAT:
         differs.append(f"format {version} there, {FORMAT} now")
     if differs:

@@ -344,7 +344,7 @@ def test_without_mixup_each_row_is_its_own_partner():
 @pytest.mark.parametrize(("start", "count"), [(2, 8), (4, 6), (1, 4)])
 def test_training_calls_that_tear_partners_apart_are_refused(start, count):
     plan = make_plan(10, mixup=0.2, repeat=2)
-    with pytest.raises(UserError, match=rf"{start} \+ {count} given.*multiples of 2 \* sampling.repeat = 4"):
+    with pytest.raises(UserError, match=rf"{start} \+ {count}: .*multiples of 2 \* sampling.repeat = 4"):
         plan.train(start, count)
     make_plan(10, repeat=2).train(start, count)
 

@@ -258,7 +258,7 @@ def test_another_data_set_is_not_overwritten_without_force(tmp_path: Path, capsy
     assert "0 break while they are decoded and 2 cannot be opened" in text
     (out / "notes.txt").write_text("mine")
     other = Synth(train=9, test=8, width=48, height=48)
-    with pytest.raises(UserError, match=r"another made data set \(train 8 there, 9 asked for\).*--force"):
+    with pytest.raises(UserError, match=r"another made data set \(train 8 in the folder, 9 requested\).*--force"):
         make_dataset(out, other)
     make_dataset(out, other, workers=1, force=True)
     assert len(list((out / "train").glob("*.mp4"))) == 9 + 2

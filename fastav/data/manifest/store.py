@@ -346,7 +346,9 @@ def write_copy(path: Path, parquet: pq.ParquetFile, sink: Any, source: dict[str,
             for name, (first, last) in header.splits.items():
                 here = batch.column("split").slice(max(first - start, 0), max(last - max(first, start), 0))
                 if len(here) and not pc.all(pc.equal(here, name)).as_py():
-                    raise UserError(f'{path}: rows {first}..{last} are not all of split "{name}"; write it anew')
+                    raise UserError(
+                        f'{path}: rows {first}..{last} are not all of split "{name}"; write the manifest again'
+                    )
             try:
                 writer.write_batch(_copy_batch(batch, classes, schema))
             except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UserError) as error:

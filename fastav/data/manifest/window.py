@@ -130,7 +130,7 @@ class Manifest:
         """
         for name in names:
             if name not in COLUMNS:
-                raise UserError(f'manifest column "{name}" is no number{did_you_mean(name, COLUMNS)}')
+                raise UserError(f'manifest column "{name}" is not a number{did_you_mean(name, COLUMNS)}')
         records = self._store.records(self._absolute(rows))
         return {name: COLUMNS[name](records) for name in names}
 
