@@ -1,7 +1,7 @@
-"""The model: towers and fusion behind one call that takes a batch as the loader made it.
+"""`AVModel`: towers and fusion as one module that maps batches from the loader to logits.
 
-The first operation, on the device, normalises the uint8 frames and the spectrogram in dB, masks mel bands and mixes
-clips, so that an exported model takes plain frames and spectrograms. A saved model is a folder of two files:
+The model itself normalises the uint8 frames and the spectrogram (in dB), masks mel bands and applies mixup, on the
+device. An exported model therefore takes plain frames and spectrograms. A saved model is a folder of two files:
 
     model.safetensors     parameters and buffers: video.net.*, audio.net.*, fusion.*
     model.json            {"format", "model", "classes", "inputs", "frontend"}
@@ -43,11 +43,11 @@ class Model(Config, frozen=True):
     """Towers and fusion.
 
     Attributes:
-        video: Of the frames; unused by fusion kind `audio`.
-        audio: Of the spectrogram; unused by fusion kind `video`.
-        fusion: How they meet.
-        init_from: A run or a saved model, of the same towers, fusion and sizes, that all of it starts from; the heads
-            where its classes are the same.
+        video: Network of the frames; unused by fusion kind `audio`.
+        audio: Network of the spectrogram; unused by fusion kind `video`.
+        fusion: How the two towers are combined into logits.
+        init_from: Folder of a run or of a saved model with the same towers, fusion and input sizes; all weights start
+            from it. The classification heads are taken over only if its classes are the same. Empty: not used.
     """
 
     video: TowerConfig = TowerConfig()
@@ -57,7 +57,7 @@ class Model(Config, frozen=True):
 
 
 class Inputs(Config, frozen=True):
-    """The sizes a model is made for.
+    """Input sizes of a model.
 
     Attributes:
         frames: Frames per clip T.
@@ -73,21 +73,26 @@ class Inputs(Config, frozen=True):
 
 
 class AVModel(nn.Module):
-    """Frames and spectrogram of clips to logits.
+    """Maps frames and spectrograms of clips to logits.
 
     Args:
-        config: Towers and fusion; the towers are filled from what their `weights` or `init_from` name.
+        config: Towers and fusion. Each tower is loaded from its `weights` or `init_from`.
         classes: Class names in the order of the logits.
-        inputs: Sizes.
-        frontend: Settings of the spectrogram, with the statistics that normalise it.
+        inputs: Input sizes.
+        frontend: Spectrogram settings, including the mean and the standard deviation that normalise it.
 
     Raises:
-        UserError: where towers, fusion and inputs do not fit together.
+        UserError: Towers, fusion and input sizes do not fit together.
 
     Attributes:
-        video: The frames' tower, None for fusion kind `audio`.
-        audio: The spectrogram's tower, None for fusion kind `video`.
-        fusion: What joins them; its own parameters.
+        video: Tower of the frames; None for fusion kind `audio`.
+        audio: Tower of the spectrogram; None for fusion kind `video`.
+        fusion: Module of the fusion, with its own parameters.
+
+    Example:
+        model = AVModel.from_pretrained("runs/birds")
+        logits_BK = model(frames_BTCHW, mel_BWCML)
+        print(model.classes[logits_BK[0].argmax()])
     """
 
     fusion: Any
@@ -128,10 +133,16 @@ class AVModel(nn.Module):
 
     @classmethod
     def build(cls, config: Model, classes: Sequence[str], sampling: Sampling, frontend: Frontend) -> AVModel:
-        """Makes the model of a run.
+        """Builds the model of a new run and loads the weights that the config names.
+
+        Args:
+            config: Towers and fusion.
+            classes: Class names in the order of the logits.
+            sampling: Frames per clip, frame size and audio window of the run.
+            frontend: Spectrogram settings with statistics.
 
         Raises:
-            UserError: as the class; also where score fusion, which trains nothing, has nothing to start from.
+            UserError: Towers, fusion and input sizes do not fit together, or weights cannot be loaded.
         """
         config.fusion.check({"video": config.video, "audio": config.audio}, classes)
         if not config.init_from:
@@ -146,17 +157,17 @@ class AVModel(nn.Module):
 
     @classmethod
     def empty(cls, config: Model, classes: Sequence[str], sampling: Sampling, frontend: Frontend) -> AVModel:
-        """Makes the model of a run that is filled from elsewhere: what it started from is not read.
+        """Builds the model of a run without loading any weights; the caller loads them, as from a checkpoint.
 
         Raises:
-            UserError: as the class.
+            UserError: Towers, fusion and input sizes do not fit together.
         """
         model = cls(without_sources(config), classes, _inputs(sampling, frontend), frontend)
         model.config = config
         return model
 
     def attention(self, precision: str = "fp32") -> str:
-        """Which implementation of the attention is in force, and where.
+        """Describes the attention implementation that the model uses on its current device.
 
         Args:
             precision: `train.precision` of the recipe.
@@ -176,20 +187,21 @@ class AVModel(nn.Module):
         mix_B: Tensor | None = None,
         partner_B: Tensor | None = None,
     ) -> Tensor:
-        """Computes the logits of B clips; fields as in `clip.Batch`.
+        """Computes the logits of B clips. The arguments are fields of `fastav.loader.batch.Batch`.
 
         Args:
-            frames_BTCHW: uint8; not needed by fusion kind `audio`.
-            mel_BWCML: float32 log-mel in dB, one channel or three; not needed by fusion kind `video`.
-            window_BW: bool, which windows are real; None: all.
-            has_video_B: bool; None: all clips have video.
-            has_audio_B: bool; None: all clips have audio.
-            band_B2: int64 mel bands to mask; None in evaluation.
-            mix_B: float32 mixup weights; None in evaluation. A mixed clip has what either of the two has.
-            partner_B: int64 rows of the mixup partners.
+            frames_BTCHW: uint8 frames; not needed by fusion kind `audio`.
+            mel_BWCML: float32 log-mel spectrogram in dB with one or three channels; not needed by fusion kind `video`.
+            window_BW: bool; False marks a window that is padding. None: all are real.
+            has_video_B: bool; whether a clip has video. None: all have.
+            has_audio_B: bool; whether a clip has audio. None: all have.
+            band_B2: int64 first masked mel band and number of masked bands; None in evaluation.
+            mix_B: float32 mixup weight of the clip itself; None in evaluation. A mixed clip has a modality if either of
+                the two clips has it.
+            partner_B: int64 row of the mixup partner.
 
         Returns:
-            float32 [B, K].
+            float32 logits [B, K]; [B, 2, K] in training with fusion `mbt` and head `token`.
         """
         if self.video is None:
             frames_BTCHW = has_video_B = None
@@ -212,8 +224,8 @@ class AVModel(nn.Module):
             )
         if mel_BWCML is not None:
             mel_BWCML = mel_BWCML.expand(-1, -1, 3, -1, -1)  # three equal channels (SSW60, section 4.1)
-        streams = FusionInputs(frames_BTCHW, mel_BWCML, window_BW, has_video_B, has_audio_B)
-        return self.fusion(self.video, self.audio, streams).float()
+        inputs = FusionInputs(frames_BTCHW, mel_BWCML, window_BW, has_video_B, has_audio_B)
+        return self.fusion(self.video, self.audio, inputs).float()
 
     def _mel(self, mel_BWCML: Tensor, band_B2: Tensor | None) -> Tensor:
         """Returns the normalised and masked spectrogram."""
@@ -223,18 +235,18 @@ class AVModel(nn.Module):
         return mel_BWCML if band_B2 is None else mask_bands(mel_BWCML, band_B2)
 
     def flops(self, windows: int = 1) -> int:
-        """Floating point operations of a forward pass of one clip (a multiplication and an addition are two).
+        """Returns the floating point operations of a forward pass of one clip (a multiply-add counts as two).
 
-        Matrix products and convolutions, as PyTorch's `FlopCounterMode` counts them: computed for ViT towers and
-        fusions; a tower of another kind is run on the meta device under that counter, once.
+        Matrix products and convolutions count, as in PyTorch's `FlopCounterMode`. ViT towers and fusions are counted by
+        formula; a tower of another kind is run once under that counter on the meta device.
 
         Args:
-            windows: Audio windows: 1 in training.
+            windows: Number of audio windows; 1 in training.
         """
         return int(self.fusion.flops(self.video, self.audio, self.inputs.frames, windows))
 
     def no_weight_decay(self) -> set[str]:
-        """Returns names of parameters with several axes that should not decay: embeddings and bottleneck."""
+        """Returns the names of parameters with several axes but without weight decay: embeddings and bottleneck."""
         names = {f"fusion.{name}" for name in ("bottleneck", "time_embed", *getattr(self.fusion, "decay_free", ()))}
         for modality, tower in (("video", self.video), ("audio", self.audio)):
             if tower is not None and hasattr(tower.net, "no_weight_decay"):
@@ -242,11 +254,11 @@ class AVModel(nn.Module):
         return names & {name for name, _ in self.named_parameters()}
 
     def save(self, folder: str | Path, state: Mapping[str, Tensor] | None = None) -> None:
-        """Writes the model beside `folder` and renames it into place; a saved one that was there is replaced.
+        """Saves the model atomically: writes a temporary folder and renames it to `folder`, replacing an older model.
 
         Args:
-            folder: Such as `model/` of a run.
-            state: Other values by the same names, such as averaged parameters; None: the model's own.
+            folder: Folder to write, such as `model/` of a run.
+            state: Tensors that replace the model's own under the same names, such as averaged parameters.
         """
         folder = Path(folder)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -276,18 +288,21 @@ class AVModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, factories: Sequence[str] = ()) -> AVModel:
-        """Loads a saved model, in evaluation mode, on the CPU.
+        """Loads a saved model on the CPU, in evaluation mode.
 
-        Only safetensors and JSON are read. Towers and fusions named `module:attribute` run code of that name, so each
-        has to be allowed.
+        Only safetensors and JSON are read. Towers and fusions named `module:attribute` run third-party code, so each
+        name has to be allowed in `factories`.
 
         Args:
-            source: The saved folder, the folder of a run, or, where there is no such folder, an `organisation/name`
-                on the Hugging Face hub.
-            factories: The `module:attribute` names that may be called.
+            source: Folder of a saved model or of a run. If no such folder exists: `organisation/name` on the Hugging
+                Face hub.
+            factories: The `module:attribute` names that may be imported and called.
 
         Raises:
-            UserError: where there is no model or it does not fit its description.
+            UserError: No model was found, its files do not match, or it names code that is not allowed.
+
+        Example:
+            model = AVModel.from_pretrained("runs/birds")
         """
         where = f'model "{source}"'
         folder = model_folder(_folder_of(str(source)))
@@ -314,10 +329,10 @@ class AVModel(nn.Module):
 
 
 def external_names(config: Model) -> dict[str, str]:
-    """Returns the code outside this project that building the model runs: key of the recipe -> `module:attribute`."""
+    """Returns the third-party code that building the model runs, as {recipe key: `module:attribute`}."""
     if isinstance(config.fusion, ExternalFusion):
         names = {"model.fusion.kind": config.fusion.factory}
-        used: tuple[Modality, ...] = ("video", "audio")  # which of them is known only once that code has run
+        used: tuple[Modality, ...] = ("video", "audio")  # the modalities in use are known only once that code has run
     else:
         names, used = {}, config.fusion.modalities
     names |= {f"model.{modality}.name": getattr(config, modality).name for modality in used}
@@ -329,7 +344,7 @@ def _inputs(sampling: Sampling, frontend: Frontend) -> Inputs:
 
 
 def without_sources(config: Model) -> Model:
-    """Returns the config with towers that start from nothing: they are filled afterwards."""
+    """Returns the config without weights to load, for a model whose weights are loaded afterwards."""
     empty: dict[str, Any] = {"init_from": ""} | {
         name: msgspec.structs.replace(getattr(config, name), weights="", init_from="") for name in ("video", "audio")
     }
@@ -337,10 +352,10 @@ def without_sources(config: Model) -> Model:
 
 
 def _start_from(model: AVModel, source: str) -> None:
-    """Fills a model from a saved one; heads are left alone where the classes are others.
+    """Loads a saved model's weights into `model`; heads keep their initial values if the classes differ.
 
     Raises:
-        UserError: There is no such model, or it is another one.
+        UserError: There is no such model, or its parameters do not match.
     """
     where = "model.init_from"
     folder = model_folder(_folder_of(source))
@@ -351,7 +366,7 @@ def _start_from(model: AVModel, source: str) -> None:
 
 
 def _heads(model: AVModel) -> set[str]:
-    """Names of the parameters whose shape is that of the classes."""
+    """Returns the names of the parameters of the classification heads."""
     modules: list[Any] = [getattr(model.fusion, "head", None)]
     modules += [tower.net.get_classifier() for tower in (model.video, model.audio) if tower is not None]
     heads = {id(p) for module in modules if isinstance(module, nn.Module) for p in module.parameters()}
@@ -359,7 +374,7 @@ def _heads(model: AVModel) -> set[str]:
 
 
 def _folder_of(source: str) -> Path:
-    """Returns the folder of a saved model, fetched from the hub where there is none of that name."""
+    """Returns the folder of a saved model; downloads it from the hub if there is no such folder."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -367,7 +382,7 @@ def _folder_of(source: str) -> Path:
         raise UserError(f'model "{source}": no such folder')
     try:
         return Path(snapshot_download(source, allow_patterns=[DESCRIPTION, WEIGHTS]))
-    except Exception as error:  # whatever the network, the cache or the hub raise
+    except Exception as error:  # network, cache and hub raise many types
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f'model "{source}": no such folder, and no model of that name could be loaded from the hub ({reason})'
@@ -375,17 +390,22 @@ def _folder_of(source: str) -> Path:
 
 
 def load_strictly(model: AVModel, state: Mapping[str, Tensor], where: str) -> None:
-    """Loads tensors that must be the model's, each one and no other.
+    """Loads tensors whose names and shapes must match the model exactly.
+
+    Args:
+        model: Model to load into.
+        state: Tensors by parameter or buffer name.
+        where: Source of the tensors, for messages.
 
     Raises:
-        UserError: They are not, naming `where` they come from.
+        UserError: Names or shapes differ.
     """
     own = model.state_dict()
     shapes = {name: (tuple(state[name].shape), tuple(own[name].shape)) for name in own if name in state}
     wrong = {
         "missing": [name for name in own if name not in state],
         "unknown": [name for name in state if name not in own],
-        "of another shape": [
+        "with another shape": [
             f"{name}: got {given}, expected {expected}"
             for name, (given, expected) in shapes.items()
             if given != expected

@@ -1,9 +1,8 @@
-"""A transformer block whose rows are the tokens of one tower and the bottleneck's, in one pass.
+"""Transformer blocks that process the tokens of one tower and the bottleneck tokens in one pass.
 
-The residual streams stay two tensors, `x` (tokens) and `z` (bottleneck). They are joined only where a
-LayerNorm writes its output, so that the projections and the MLP are one matrix product each and a compiler
-has no copy left to make; only the attention knows which row sees which
-(`fastav_kernels.bottleneck_attention`).
+The residual streams stay two tensors, `x` (tokens) and `z` (bottleneck). They are concatenated only where a LayerNorm
+writes its output: projections and MLP are one matrix product each, and a compiler can fuse the concatenation away. Only
+the attention knows which row attends to which (`fastav_kernels.bottleneck_attention`).
 """
 
 from __future__ import annotations
@@ -14,24 +13,24 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from fastav.core.errors import UserError
+from fastav.core.errors import UserError, did_you_mean
 from fastav.model.tower import ClipDropPath, Tower, block_flops
-from fastav_kernels.bottleneck_attention import Frames, Segments, best, bottleneck_attention
+from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Frames, Segments, best, bottleneck_attention
 
 
 class BottleneckBlock(nn.Module):
-    """Takes a timm `Block` over, under the same parameter names, and runs it on tokens and bottleneck.
+    """Runs a timm `Block`, with its modules and parameter names, on tokens and bottleneck.
 
-    One pre-norm transformer layer (SSW60, equations 1 and 2) on `[x || z]`, where every frame is a sequence
-    of its own (`frames` mean, shared) or the clip is one (joint, or a single frame).
+    One pre-norm transformer layer (SSW60, equations 1 and 2) on `[x || z]`. Either each frame is a sequence (`frames`
+    mean, shared), or the whole clip is one (joint, or a single frame).
 
     Args:
-        block: timm's block; its attention is plain (`enter_blocks` checks that).
-        frames: How frames meet the bottleneck, see `fastav_kernels.bottleneck_attention`. With `mean` each
-            frame's copy of the bottleneck passes the whole layer before the copies are averaged.
-        attention: Implementation of the attention, `auto` for the best one.
-        need_bottleneck: Whether a later layer reads the bottleneck of this one; in the last layer its rows end at the
-            attention's keys and values.
+        block: timm's block, with plain attention (`use_bottleneck_blocks` checks that).
+        frames: How frames and bottleneck attend to each other, see `fastav_kernels.bottleneck_attention`. With `mean`
+            each frame's copy of the bottleneck passes the whole layer before the copies are averaged.
+        attention: Implementation of the attention; `auto` for the one that `best` returns.
+        need_bottleneck: Whether a later layer reads the new bottleneck. If not (last layer), only its keys and values
+            are computed.
     """
 
     norm1: Any
@@ -54,12 +53,13 @@ class BottleneckBlock(nn.Module):
         """Runs the layer.
 
         Args:
-            x_CTND: Tokens of C sequences of T frames; C is `clips` times the audio windows, window by window.
+            x_CTND: Tokens of C sequences of T frames with N tokens each. C = clips * windows, the windows of a clip in
+                consecutive rows.
             z_CZD: Bottleneck tokens.
-            clips: Clips B; stochastic depth draws once for each, for its tokens and its bottleneck together.
+            clips: Number of clips B. Stochastic depth draws once per clip, for its tokens and bottleneck together.
 
         Returns:
-            New tokens and bottleneck, in the shapes given; the old bottleneck where `need_bottleneck` is false.
+            New tokens and bottleneck, in the same shapes; the old bottleneck if `need_bottleneck` is false.
         """
         C, T, N, _ = x_CTND.shape
         Z = z_CZD.shape[1]
@@ -90,7 +90,7 @@ class BottleneckBlock(nn.Module):
 
     @staticmethod
     def _add(x: Tensor, z: Tensor, rows: Tensor, drop: nn.Module, clips: int) -> tuple[Tensor, Tensor]:
-        """Adds a residual branch, given as packed rows, to both streams."""
+        """Adds a residual branch, given as concatenated rows, to both streams."""
         split = x.numel() // x.shape[-1]
         dx, dz = rows[:split].view(x.shape), rows[split:].view(z.shape)
         factor_B = drop.draw(clips, rows) if isinstance(drop, ClipDropPath) else None
@@ -100,36 +100,51 @@ class BottleneckBlock(nn.Module):
 
     @staticmethod
     def _add_one(x: Tensor, rows: Tensor, drop: nn.Module, clips: int) -> Tensor:
-        """Adds a residual branch of tokens alone."""
+        """Adds a residual branch to the tokens only."""
         dx = rows.view(x.shape)
         factor_B = drop.draw(clips, rows) if isinstance(drop, ClipDropPath) else None
         return x + (dx if factor_B is None else _scaled(dx, factor_B))
 
     def flops(self, num_frames: int, num_tokens: int, num_bottleneck: int) -> int:
-        """Operations of the layer for one sequence of T frames of N tokens and Z bottleneck tokens."""
+        """Returns the operations of the layer for one sequence of T frames of N tokens, and Z bottleneck tokens."""
         T, N, Z = num_frames, num_tokens, num_bottleneck
         if self.frames == "joint":
             T, N = 1, T * N
         copies = T if self.frames == "mean" else 1
-        # A query of a frame's token sees N + Z keys; one of the bottleneck N + Z for each copy, or all T*N +
-        # Z.
+        # A frame token attends to N + Z keys; a bottleneck token to N + Z in each copy (`mean`), otherwise to T*N + Z.
         keys = N + Z if self.frames == "mean" else T * N + Z
-        asked = copies * Z if self.need_bottleneck else 0
-        return block_flops(self, T * N + Z, T * N + asked, T * N * (N + Z) + asked * keys)
+        queries = copies * Z if self.need_bottleneck else 0
+        return block_flops(self, T * N + Z, T * N + queries, T * N * (N + Z) + queries * keys)
 
 
-def enter_blocks(tower: Tower, start: int, frames: Frames, attention: str, last_needs_bottleneck: bool) -> None:
-    """Replaces a ViT's blocks from number `start` on by `BottleneckBlock`s.
+def check_attention(attention: str) -> None:
+    """Checks the recipe's key `model.fusion.attention`.
+
+    Args:
+        attention: Its value: `auto`, or the name of an implementation.
+
+    Raises:
+        UserError: There is no implementation of that name.
+    """
+    known = ["auto", *IMPLEMENTATIONS]
+    if attention not in known:
+        raise UserError(f'model.fusion.attention: "{attention}" is unknown{did_you_mean(attention, known)}')
+
+
+def use_bottleneck_blocks(
+    tower: Tower, start: int, frames: Frames, attention: str, last_needs_bottleneck: bool
+) -> None:
+    """Replaces a ViT's blocks, from number `start` on, by `BottleneckBlock`s.
 
     Args:
         tower: The ViT.
-        start: Number of the first block.
-        frames: See `BottleneckBlock`.
-        attention: Likewise.
-        last_needs_bottleneck: Whether the last block's bottleneck is read.
+        start: Number of the first block to replace, counted from 0.
+        frames: How frames and bottleneck attend to each other, see `BottleneckBlock`.
+        attention: Implementation of the attention, or `auto`.
+        last_needs_bottleneck: Whether the new bottleneck of the last block is read.
 
     Raises:
-        UserError: where an attention is not plain (normalised queries, a gate, dropout), naming the tower.
+        UserError: The attention of a block is not plain (it has normalised queries, a gate or dropout).
     """
     for number, block in enumerate(tower.blocks):
         if number < start:
@@ -151,14 +166,14 @@ def enter_blocks(tower: Tower, start: int, frames: Frames, attention: str, last_
 
 
 def describe_attention(attention: str, tower: Tower, segments: Segments, device: str, dtype: str) -> str:
-    """Names the attention of the fusion layers, and whether the recipe or a measurement chose it.
+    """Describes the attention of the fusion layers, and whether the recipe or a measurement chose it.
 
     Args:
-        attention: The config's key: an implementation, or `auto`.
-        tower: One whose last block is a fusion layer.
-        segments: Shape of its attention for one clip.
-        device: Where the model is.
-        dtype: `float32` or `bfloat16`.
+        attention: `model.fusion.attention` of the recipe: an implementation, or `auto`.
+        tower: A tower whose last block is a fusion layer.
+        segments: Shape of that block's attention for one clip.
+        device: Device of the model, such as `cuda:0`.
+        dtype: Compute type: `float32` or `bfloat16`.
     """
     if attention != "auto":
         return f"PyTorch's, in fusion layers {attention} (requested)"
@@ -168,11 +183,11 @@ def describe_attention(attention: str, tower: Tower, segments: Segments, device:
 
 
 def _rows(x: Tensor, z: Tensor) -> Tensor:
-    """Joins two streams [..., D] as rows [R, D], tokens first."""
+    """Concatenates two streams [..., D] as rows [R, D], tokens first."""
     return torch.cat([x.flatten(0, -2), z.flatten(0, -2)])
 
 
 def _scaled(branch: Tensor, factor_B: Tensor) -> Tensor:
-    """Multiplies all rows of clip b, [B * W, ...] window by window, with its factor."""
+    """Multiplies all rows of each clip with its factor; `branch` is [B * W, ...], a clip's windows in a row."""
     factor = factor_B.repeat_interleave(branch.shape[0] // factor_B.shape[0])
     return branch * factor.view(-1, *[1] * (branch.ndim - 1))

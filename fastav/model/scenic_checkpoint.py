@@ -1,8 +1,9 @@
-"""Scenic's MBT: from the authors' checkpoint to a parameter tree, and from that to the parameters of kind `mbt`.
+"""Reads checkpoints of the authors' MBT (scenic) and converts their parameters to those of fusion kind `mbt`.
 
-A checkpoint is one msgpack map, as flax writes it; it is read without flax or jax, and nothing in it is run. A tree is
-flat here: `Transformer/encoderblock_0/LayerNorm_0/scale` -> array. What is of the spectrogram ends in `spectrogram`
-there; linear kernels are [in, out], convolutions [..., in, out], attention is split by head.
+A checkpoint is one msgpack map written by flax. It is read without flax or jax, and no code in it is run. The parameter
+tree is a flat mapping here: `Transformer/encoderblock_0/LayerNorm_0/scale` -> array. In scenic, names of spectrogram
+parameters end in `spectrogram`, linear kernels are [in, out], convolutions [..., in, out], and attention is split by
+head.
 """
 
 from __future__ import annotations
@@ -58,20 +59,20 @@ _CHUNKED = "__msgpack_chunked_array__"
 
 
 def read_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
-    """Reads the parameters of a checkpoint of flax, wherever its version keeps them.
+    """Reads the parameters of a flax checkpoint; the versions keep them in different places.
 
     Returns:
         The flat tree.
 
     Raises:
-        UserError: It is no such file, or holds no transformer.
+        UserError: The file cannot be read, is not a flax checkpoint, or contains no transformer.
     """
     try:
         whole = msgspec.msgpack.decode(path.read_bytes(), ext_hook=_extension)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: no checkpoint of flax (msgpack): {error}") from None
+        raise UserError(f"{path}: not a flax checkpoint (msgpack): {error}") from None
     for place in _PLACES:
         found = whole
         for key in place:
@@ -80,30 +81,30 @@ def read_checkpoint(path: Path) -> dict[str, NDArray[Any]]:
             try:
                 return dict(_flat(found, ""))
             except (ValueError, TypeError, KeyError) as error:
-                raise UserError(f"{path}: a broken array: {error}") from None
+                raise UserError(f"{path}: an array cannot be read: {error}") from None
     keys = ", ".join(map(str, whole)) if isinstance(whole, dict) else type(whole).__name__
-    raise UserError(f"{path}: no parameters with a Transformer in it; it holds: {keys or 'nothing'}")
+    raise UserError(f"{path}: contains no parameters of a Transformer; its keys are: {keys or 'none'}")
 
 
 def _extension(code: int, data: memoryview) -> Any:
-    """Returns an array or a scalar of flax."""
+    """Decodes flax's msgpack extensions: arrays, scalars and complex numbers."""
     if code == _COMPLEX:
         return complex(*msgspec.msgpack.decode(data))
     if code not in (_ARRAY, _SCALAR):
-        raise ValueError(f"an extension of kind {code}")
+        raise ValueError(f"unknown msgpack extension {code}")
     shape, name, raw = msgspec.msgpack.decode(data)
-    if name == "bfloat16":  # NumPy has none: the upper half of a float32
+    if name == "bfloat16":  # not a NumPy type: the upper half of a float32
         values = np.frombuffer(raw, np.uint16).astype(np.uint32) << 16
         return values.view(np.float32).reshape(shape)
     dtype = np.dtype(name)
     if dtype.kind not in "fiubc":
-        raise ValueError(f"an array of {name}")
+        raise ValueError(f"unsupported array type {name}")
     return np.frombuffer(raw, dtype).reshape(shape)
 
 
 def _flat(tree: Mapping[str, Any], place: str) -> Iterator[tuple[str, NDArray[Any]]]:
     for name, value in tree.items():
-        if isinstance(value, dict) and _CHUNKED in value:  # flax cuts arrays of more than a gibibyte
+        if isinstance(value, dict) and _CHUNKED in value:  # flax splits arrays larger than 1 GiB
             chunks, shape = value["chunks"], value["shape"]
             joined = np.concatenate([chunks[str(i)] for i in range(len(chunks))])
             yield place + name, joined.reshape([int(shape[str(i)]) for i in range(len(shape))])
@@ -112,14 +113,14 @@ def _flat(tree: Mapping[str, Any], place: str) -> Iterator[tuple[str, NDArray[An
         elif isinstance(value, np.ndarray):
             yield place + name, value
         else:
-            raise ValueError(f"{place}{name} is a {type(value).__name__}")
+            raise ValueError(f"{place}{name} is a {type(value).__name__}, expected an array")
 
 
 def mbt_state(tree: Tree) -> dict[str, Tensor]:
-    """Returns the parameters of a model of kind `mbt` by name, in the tree's dtype.
+    """Converts a parameter tree to the state dict of a model with fusion `mbt`, in the tree's dtype.
 
     Raises:
-        UserError: The tree has a name that MBT has not.
+        UserError: The tree has a parameter that MBT does not have.
     """
     state: dict[str, Tensor] = {}
     blocks: dict[str, dict[str, NDArray[Any]]] = {}

@@ -1,10 +1,9 @@
-"""The backbone of one modality: a timm model, or any network that follows timm's conventions.
+"""Towers: the network of one modality, a timm model or any network with timm's methods.
 
-A tower takes images [R, 3, H, W], a spectrogram being an image of M x L, and gives features [R, F] and
-logits. With no fusion the logits are timm's own, bit for bit. `R` rows are the frames or windows of clips,
-clip by clip.
+A tower maps images [R, 3, H, W] to features [R, F] and logits. A spectrogram is an image of M x L. The R rows are the
+frames or the audio windows of clips, those of one clip in consecutive rows. Without fusion the logits equal timm's.
 
-Names of the parameters are timm's under `net.`, whatever the fusion does with the tower.
+Parameter names are timm's names under `net.`, whatever the fusion does with the tower.
 """
 
 from __future__ import annotations
@@ -48,28 +47,32 @@ class TowerConfig(Config, frozen=True):
     """Settings of one tower.
 
     `name = "module:factory"` names a function outside this project. It is called as
-    `factory(input_size=(H, W), num_classes=K, **args)` (`drop_path_rate` is added where `drop_path` is above
-    0) and returns a module with timm's conventions: `forward_features(images)`, `forward_head(x,
-    pre_logits=False)`, which with `pre_logits=True` gives [R, F], `get_classifier()` (a module [R, F] -> [R,
-    K], the identity for K = 0) and the number `num_features` = F. Optional: `pretrained_cfg["mean"]`,
-    `["std"]` for the normalisation of images (ImageNet's otherwise) and `group_matcher()`, which freezing of
-    single blocks needs.
+    `factory(input_size=(H, W), num_classes=K, **args)`, with `drop_path_rate` added if `drop_path` is above 0. It
+    returns a module with timm's methods:
+
+    - `forward_features(images)`, the feature maps or tokens of images [R, 3, H, W];
+    - `forward_head(x, pre_logits=False)` of these; with `pre_logits=True` it returns features [R, F];
+    - `get_classifier()`, a module [R, F] -> [R, K], the identity for K = 0;
+    - `num_features`, the number F.
+
+    Optional are `pretrained_cfg["mean"]` and `["std"]` for the normalisation of images (ImageNet's otherwise), and
+    `group_matcher()`, needed only to freeze single blocks.
 
     Attributes:
-        name: timm's name of the model, with or without a tag, or `module:factory`.
-        weights: What it starts from: empty for random, `timm` for timm's pretrained weights, or a
-            `.safetensors` file with timm's parameter names. Position and patch embeddings are resampled where
-            sizes differ; what does not fit is named in a warning (only the head may differ silently).
-        init_from: Folder of another run (or of its `model`), whose tower of the same modality this one starts
-            from.
-        args: Further arguments of the model: `patch_size`, `embed_dim`, `depth`, `num_heads`, `class_token`,
-            `global_pool`, `drop_rate` and so on.
-        drop_path: Rate of stochastic depth at the last block (0 at the first, linear between); one draw per
-            clip.
-        freeze: The embedding and this many of the first blocks stay as they are (the final norm goes with the
-            last block); -1 everything but the head, which makes a linear probe. Frozen parts are in
+        name: Name of a timm model, with or without a pretrained tag, or `module:factory` of a function of your own.
+        weights: Initial weights. Empty: random. `timm`: timm's pretrained weights, which timm downloads. Or a
+            `.safetensors` file with timm's parameter names: position and patch embeddings are resampled to the input
+            size, and a warning lists what does not fit (except the head, which may differ).
+        init_from: Folder of another run, or of its `model`: the weights of its tower of the same modality are the
+            initial ones. Empty: not used. Set at most one of `weights` and `init_from`.
+        args: Further arguments of the model, such as `patch_size`, `embed_dim`, `depth`, `num_heads`, `class_token`,
+            `global_pool` or `drop_rate`.
+        drop_path: Rate of stochastic depth in the last block, 0 to 1; it grows linearly from 0 in the first block. One
+            draw per clip.
+        freeze: Number of first blocks that are not trained, together with the embedding; 0 trains everything. The final
+            norm belongs to the last block. -1 freezes everything but the head (a linear probe). Frozen parts stay in
             evaluation mode.
-        lr_scale: Factor of the learning rate for this tower.
+        lr_scale: Factor on the learning rate of this tower.
     """
 
     name: str = "vit_base_patch16_224"
@@ -88,16 +91,16 @@ class TowerConfig(Config, frozen=True):
         num_classes: int,
         classes: Iterable[str] = (),
     ) -> Tower:
-        """Builds the tower and fills it from `weights` or `init_from`.
+        """Builds the tower and loads its weights from `weights` or `init_from`.
 
         Args:
-            modality: Which of a run's towers `init_from` takes; also names the key in errors.
-            input_size: H, W of its images, pixels: the frames' size, or mel bands and mel frames.
-            num_classes: K of its own head; 0 for none.
-            classes: Names of the classes; the head of `init_from` is taken where its run had the same ones.
+            modality: Which tower of the run in `init_from` is loaded; also used in messages.
+            input_size: H, W of the input: pixels of a frame, or mel bands and mel frames of a window.
+            num_classes: Number of classes K of the tower's head; 0 for no head.
+            classes: Class names. The head of `init_from` is loaded only if its run had the same classes.
 
         Raises:
-            UserError: where the name, the arguments or what to start from are wrong.
+            UserError: The name or an argument is wrong, or the weights cannot be loaded.
         """
         where = f"model.{modality}"
         for key, instead in _RESERVED.items():
@@ -119,12 +122,12 @@ class TowerConfig(Config, frozen=True):
 
 
 class ClipDropPath(nn.Module):
-    """Stochastic depth (Huang et al. 2016) as timm's, with one draw for all rows of a clip.
+    """Stochastic depth (Huang et al. 2016) as in timm, with one draw for all rows of a clip.
 
     Args:
-        rate: Share of the clips whose residual branch is dropped; the others are scaled by 1 / (1 - rate).
-        rows_per_clip: Consecutive rows (frames, windows) of one clip.
-        rescale: Whether they are; MBT's code leaves them as they are.
+        rate: Probability that the residual branch of a clip is dropped.
+        rows_per_clip: Number of consecutive rows (frames, windows) that belong to one clip.
+        rescale: Whether branches that are kept are scaled by 1 / (1 - rate); MBT's code does not.
     """
 
     def __init__(self, rate: float, rows_per_clip: int = 1, rescale: bool = True) -> None:
@@ -134,7 +137,7 @@ class ClipDropPath(nn.Module):
         self.rescale = rescale
 
     def draw(self, clips: int, like: Tensor) -> Tensor | None:
-        """Returns the factor of each clip's branch [clips], or None where nothing is dropped."""
+        """Draws the factor of each clip's branch, [clips]; None if nothing is dropped."""
         if self.rate == 0.0 or not self.training:
             return None
         keep = 1.0 - self.rate
@@ -142,40 +145,40 @@ class ClipDropPath(nn.Module):
         return factor_B.div_(keep) if keep > 0.0 and self.rescale else factor_B
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drops whole clips of a branch [clips * rows_per_clip, ...]."""
+        """Applies the drawn factors to a branch [clips * rows_per_clip, ...]."""
         factor_B = self.draw(x.shape[0] // self.rows_per_clip, x)
         if factor_B is None:
             return x
-        assert x.shape[0] % self.rows_per_clip == 0, "rows of whole clips expected"
+        assert x.shape[0] % self.rows_per_clip == 0, "the number of rows is not a multiple of rows_per_clip"
         factor_R = factor_B.repeat_interleave(self.rows_per_clip)
         return x * factor_R.view(-1, *[1] * (x.ndim - 1))
 
     def extra_repr(self) -> str:
-        """Returns what is printed of it."""
+        """Returns the settings that `print` shows."""
         return f"rate={self.rate:.3f}"
 
 
 class Tower(nn.Module):
-    """One modality's network with the seams that a fusion needs.
+    """Network of one modality, with access to the parts that a fusion needs.
 
     Args:
         net: The network, see `TowerConfig`.
-        name: Its name, for messages.
-        input_size: H, W of its images.
-        where: The recipe's key of the tower, for messages.
+        name: Name of the network, for messages.
+        input_size: H, W of the input images.
+        where: Recipe key of the tower, such as `model.video`, for messages.
 
     Raises:
-        UserError: where the network has several heads or none of its features is pooled.
+        UserError: The network has several heads, or does not pool its features.
 
     Attributes:
-        width: Number F of features that go into the head (the width of tokens for a ViT).
-        is_vit: Whether it is timm's `VisionTransformer` with plain `Block`s, so that `embed`, `blocks`,
-            `pool` work.
-        mean: Of its images' channels, in units of 0 to 1.
-        std: Of its images' channels, in units of 0 to 1.
+        width: Number F of features that the head takes (for a ViT, the token width).
+        is_vit: Whether the network is timm's `VisionTransformer` with plain `Block`s. Only then can `embed`, `blocks`,
+            `pool`, `num_prefix`, `num_patches` and the methods that change blocks be used.
+        mean: Mean of the three colour channels for normalisation, in 0 to 1.
+        std: Standard deviation of the three colour channels for normalisation, in 0 to 1.
     """
 
-    net: Any  # what a network offers beyond nn.Module is timm's convention, not a type
+    net: Any  # nn.Module with timm's methods, for which there is no type
 
     def __init__(self, net: nn.Module, *, name: str, input_size: tuple[int, int], where: str) -> None:
         super().__init__()
@@ -191,7 +194,7 @@ class Tower(nn.Module):
                 f'{where}.name: "{name}" has several heads or no pooling; a network of one feature vector and one head '
                 "expected"
             )
-        self._drop_paths = tuple(_per_clip(net))
+        self._drop_paths = tuple(_use_clip_drop_path(net))
         self._frozen: tuple[nn.Module, ...] = ()
 
     @property
@@ -200,12 +203,12 @@ class Tower(nn.Module):
         return list(self.net.blocks)
 
     def replace_block(self, number: int, block: nn.Module) -> None:
-        """Puts another block in the place of one of a ViT's."""
+        """Replaces a block of a ViT."""
         self.net.blocks[number] = block
-        self.settle()
+        self.update_frozen()
 
     def require_blocks(self, fusion: str) -> None:
-        """Raises a UserError, which names this tower, where `fusion` cannot enter its blocks."""
+        """Raises a UserError unless this is a ViT of plain timm blocks, which the fusion of that name needs."""
         if not self.is_vit:
             raise UserError(
                 f'{self.where}.name: "{self.name}" is not a plain timm ViT, which fusion "{fusion}" needs; use one '
@@ -213,64 +216,72 @@ class Tower(nn.Module):
             )
 
     def rows_per_clip(self, rows: int) -> None:
-        """Says how many consecutive rows belong to one clip, for stochastic depth."""
+        """Sets how many consecutive rows belong to one clip, for stochastic depth.
+
+        Call it before running `blocks` directly; `features` does it itself.
+        """
         if self.training:
             for drop in self._drop_paths:
                 drop.rows_per_clip = rows
 
     def features(self, images_RCHW: Tensor, rows_per_clip: int = 1) -> Tensor:
-        """Returns what the head sees, [R, F], of normalised images of R = clips * rows_per_clip rows."""
+        """Computes the features that the head takes, [R, F].
+
+        Args:
+            images_RCHW: Normalised images, R = clips * rows_per_clip.
+            rows_per_clip: Number of consecutive images that belong to one clip.
+        """
         self.rows_per_clip(rows_per_clip)
         return self.net.forward_head(self.net.forward_features(images_RCHW), pre_logits=True)
 
     def head(self, features: Tensor) -> Tensor:
-        """Returns logits [..., K] of features [..., F]."""
+        """Returns logits [..., K] from features [..., F]."""
         return self.net.get_classifier()(features)
 
     def embed(self, images_RCHW: Tensor) -> Tensor:
-        """Returns what enters a ViT's first block: tokens [R, P + N, D], P class and register tokens first."""
+        """Returns the input of a ViT's first block: tokens [R, P + N, D], P class and register tokens first."""
         net = self.net
         return net.norm_pre(net.patch_drop(net._pos_embed(net.patch_embed(images_RCHW))))
 
     @property
     def num_prefix(self) -> int:
-        """P: class and register tokens of a ViT."""
+        """Number P of class and register tokens of a ViT."""
         return int(self.net.num_prefix_tokens)
 
     @property
     def num_patches(self) -> int:
-        """N: patches of a ViT's image."""
+        """Number N of patches of a ViT's image."""
         return int(self.net.patch_embed.num_patches)
 
     def pool(self, tokens_RND: Tensor) -> Tensor:
-        """Returns what the head sees, [R, F], of the tokens after a ViT's last block."""
+        """Returns the features that the head takes, [R, F], from the tokens after a ViT's last block."""
         return self.net.forward_head(self.net.norm(tokens_RND), pre_logits=True)
 
     def keep_embedding(self) -> None:
-        """Removes all of a ViT but what `embed` needs."""
+        """Removes everything from a ViT except what `embed` needs."""
         self.net.blocks = nn.Sequential()
         self.net.norm, self.net.fc_norm, self.net.head = nn.Identity(), nn.Identity(), nn.Identity()
         self.net.attn_pool = None
-        self.settle()
+        self.update_frozen()
 
     def keep_blocks(self, count: int) -> None:
-        """Removes all of a ViT but its first so many blocks."""
+        """Removes everything from a ViT except its first `count` blocks."""
         self.net.blocks = nn.Sequential(*self.blocks[:count])
         for name in ("patch_embed", "norm", "fc_norm", "head"):
             setattr(self.net, name, nn.Identity())
         self.net.cls_token = self.net.reg_token = self.net.pos_embed = self.net.attn_pool = None
-        self.settle()
+        self.update_frozen()
 
-    def rescale(self, kept: bool) -> None:
-        """Says whether stochastic depth scales up the branches that it keeps."""
+    def rescale(self, enabled: bool) -> None:
+        """Sets whether stochastic depth scales the branches that it keeps, see `ClipDropPath`."""
         for drop in self._drop_paths:
-            drop.rescale = kept
+            drop.rescale = enabled
 
     def freeze(self, blocks: int) -> None:
-        """Keeps the embedding and the first blocks (-1: all but the head; see `TowerConfig.freeze`) as they are.
+        """Freezes the embedding and the first blocks; -1 freezes everything but the head, see `TowerConfig.freeze`.
 
         Raises:
-            UserError: where there are fewer blocks.
+            UserError: The network has fewer blocks, or its blocks are unknown.
         """
         if blocks == 0:
             return
@@ -281,10 +292,13 @@ class Tower(nn.Module):
         for name, parameter in self.net.named_parameters():
             if name in names:
                 parameter.requires_grad_(False)
-        self.settle()
+        self.update_frozen()
 
-    def settle(self) -> None:
-        """Puts the parts whose parameters are all frozen into evaluation mode, where they stay."""
+    def update_frozen(self) -> None:
+        """Finds the parts whose parameters are all frozen; they stay in evaluation mode.
+
+        Call it after freezing parameters or replacing modules of `net`.
+        """
         frozen = []
         for module in self.net.modules():
             parameters = list(module.parameters())
@@ -294,14 +308,14 @@ class Tower(nn.Module):
         self.train(self.training)
 
     def _first(self, blocks: int, names: set[str]) -> set[str]:
-        """Returns the names of the parameters of the embedding and the first so many blocks."""
+        """Returns the names of the parameters of the embedding and of the first blocks."""
         if not hasattr(self.net, "group_matcher"):
             raise UserError(
                 f'{self.where}.freeze = {blocks}: "{self.name}" has no group_matcher(), so single blocks cannot be '
                 "frozen; use 0 or -1"
             )
-        # timm puts what its matcher does not know (neck and head) behind the last block; so it does this
-        # name.
+        # timm assigns names that its matcher does not know (neck and head) to the layer after the last block. A made-up
+        # name gives the number of that layer.
         rest = "\0"
         parameters = [*self.net.named_parameters(), (rest, None)]
         listing = SimpleNamespace(named_parameters=lambda: iter(parameters))
@@ -312,50 +326,50 @@ class Tower(nn.Module):
         return {name for name in names if layer[name] <= blocks}
 
     def train(self, mode: bool = True) -> Tower:
-        """As `nn.Module.train`, except that frozen parts stay in evaluation mode."""
+        """Sets training or evaluation mode as `nn.Module.train`, but frozen parts stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen:
             module.eval()
         return self
 
     def feature_flops(self) -> int:
-        """Floating point operations of `features` for one row (a multiplication and an addition are two).
+        """Returns the floating point operations of `features` for one image (a multiply-add counts as two).
 
-        Analytic for a ViT; any other network is run once on the meta device under PyTorch's counter.
+        Counted by formula for a ViT; any other network is run once on the meta device under PyTorch's counter.
         """
         if not self.is_vit:
-            return _measured(self.net, (1, 3, *self.input_size))
+            return _count_flops(self.net, (1, 3, *self.input_size))
         length = self.num_prefix + self.num_patches
         blocks = sum(block_flops(block, length, length, length * length) for block in self.blocks)
         return self.embed_flops() + blocks + self.pool_flops(length)
 
     def embed_flops(self) -> int:
-        """Operations of `embed` for one row."""
+        """Returns the operations of `embed` for one image."""
         return 2 * self.net.patch_embed.proj.weight.numel() * self.num_patches
 
     def pool_flops(self, length: int) -> int:
-        """Operations of `pool` for one row of so many tokens: none but for attention pooling."""
+        """Returns the operations of `pool` for one image of `length` tokens; 0 without attention pooling."""
         pool = self.net.attn_pool
-        return 0 if pool is None else _measured(pool, (1, length, self.net.embed_dim))
+        return 0 if pool is None else _count_flops(pool, (1, length, self.net.embed_dim))
 
     def head_flops(self) -> int:
-        """Operations of `head` for one row."""
+        """Returns the operations of `head` for one row."""
         return linear_flops(self.net.get_classifier())
 
 
 def linear_flops(module: nn.Module) -> int:
-    """Operations of the linear layers within a module for one row."""
+    """Returns the operations of all linear layers of a module for one row."""
     return sum(2 * m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def block_flops(block: nn.Module, rows_in: int, rows_out: int, pairs: int) -> int:
-    """Operations of a transformer block.
+    """Returns the operations of a transformer block.
 
     Args:
-        block: With `attn` and `mlp` as in timm's `Block`.
-        rows_in: Rows that give queries, keys and values.
-        rows_out: Rows after the attention.
-        pairs: Query and key pairs of the attention, per head.
+        block: Block with `attn` and `mlp` as in timm's `Block`.
+        rows_in: Number of rows from which queries, keys and values are computed.
+        rows_out: Number of rows that the output projection and the MLP process.
+        pairs: Number of query-key pairs of the attention, per head.
     """
     attn: Any = block.attn
     mlp: Any = block.mlp
@@ -363,8 +377,8 @@ def block_flops(block: nn.Module, rows_in: int, rows_out: int, pairs: int) -> in
     return rows + 4 * pairs * attn.num_heads * attn.head_dim
 
 
-def _measured(module: nn.Module, shape: tuple[int, ...]) -> int:
-    """Returns PyTorch's count of a module's features (of its output, where it is not a tower's network)."""
+def _count_flops(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Counts the operations of a network's features, or of another module's output, with PyTorch's counter."""
     shadow: Any = copy.deepcopy(module).to("meta").eval().requires_grad_(False)
     images = torch.empty(shape, device="meta")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -375,8 +389,8 @@ def _measured(module: nn.Module, shape: tuple[int, ...]) -> int:
     return int(counter.get_total_flops())
 
 
-def _per_clip(net: nn.Module) -> list[ClipDropPath]:
-    """Replaces timm's stochastic depth throughout a network; returns what replaces it."""
+def _use_clip_drop_path(net: nn.Module) -> list[ClipDropPath]:
+    """Replaces every `DropPath` of a network by a `ClipDropPath` and returns these."""
     drops = []
     for module in net.modules():
         for name, child in module.named_children():
@@ -388,7 +402,7 @@ def _per_clip(net: nn.Module) -> list[ClipDropPath]:
 
 
 def _from_timm(config: TowerConfig, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
-    """Makes timm's model of that name for images of that size."""
+    """Creates the timm model of that name for images of that size."""
     if not timm.is_model(config.name):
         near = did_you_mean(config.name, timm.list_models())
         raise UserError(
@@ -410,10 +424,10 @@ def _from_timm(config: TowerConfig, where: str, input_size: tuple[int, int], num
 
 
 def _pretrained(config: TowerConfig, where: str, kwargs: dict[str, Any]) -> nn.Module:
-    """Makes timm's model with its weights, which timm fetches and fits to the image size."""
+    """Creates a timm model with pretrained weights, which timm downloads and adapts to the image size."""
     try:
         return timm.create_model(config.name, pretrained=True, **kwargs)
-    except Exception as error:  # whatever the network, the cache or the arguments raise
+    except Exception as error:  # network, cache and arguments raise many types
         reason = " ".join(str(error).split())[:300]
         raise UserError(
             f'{where}.weights = "timm": the weights of "{config.name}" could not be loaded ({reason}); '
@@ -422,7 +436,7 @@ def _pretrained(config: TowerConfig, where: str, kwargs: dict[str, Any]) -> nn.M
 
 
 def _from_factory(config: TowerConfig, where: str, input_size: tuple[int, int], num_classes: int) -> nn.Module:
-    """Calls a function outside this project, see `TowerConfig`."""
+    """Creates a network by calling a function outside this project, see `TowerConfig`."""
     factory: Callable[..., nn.Module] = load_external(config.name, f"{where}.name")
     if config.weights == "timm":
         raise UserError(f'{where}.weights = "timm": "{config.name}" is not a timm model')
@@ -438,7 +452,7 @@ def _from_factory(config: TowerConfig, where: str, input_size: tuple[int, int], 
 
 
 def _reason(error: Exception) -> str:
-    """Returns an error's text on one line, with the nearest argument of a ViT where one is misspelt."""
+    """Returns an error's text on one line, with the nearest argument of a ViT if one is misspelt."""
     text = reason_of(error)
     match = re.search(r"^VisionTransformer\.__init__\(\) got an unexpected keyword argument '(\w+)'", text)
     near = did_you_mean(match[1], inspect.signature(VisionTransformer).parameters) if match else ""

@@ -1,7 +1,7 @@
-"""The model's first operations on frames and spectrograms: normalise, mask, mix.
+"""The model's first operations on frames and spectrograms: normalisation, masking and mixup.
 
-Pure tensor functions without data-dependent Python: they run on the device, inside the compiled graph and inside what
-is exported.
+These are pure tensor functions without data-dependent Python. They run on the device, and are part of the compiled and
+of the exported graph.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ def normalise_frames(frames: Tensor, mean_C: Tensor, std_C: Tensor, dtype: torch
 
     Args:
         frames: uint8 [..., 3, H, W].
-        mean_C: Of the tower's training images, in 0 to 1.
-        std_C: As `mean_C`.
-        dtype: Of the result; the arithmetic is float32.
+        mean_C: Mean of each colour channel, in 0 to 1.
+        std_C: Standard deviation of each colour channel, in 0 to 1.
+        dtype: Type of the result; the arithmetic is float32.
     """
     scaled = frames.to(torch.float32) / 255
     return ((scaled - mean_C[:, None, None]) / std_C[:, None, None]).to(dtype)
 
 
 def normalise_mel(mel: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
-    """Returns (mel - mean) / std with the data set's statistics in dB, so that 0 is the data set's mean."""
+    """Returns (mel - mean) / std, with the data set's mean and standard deviation in dB."""
     return (mel - mean) / std
 
 
@@ -33,7 +33,7 @@ def mask_bands(mel_BWCML: Tensor, band_B2: Tensor) -> Tensor:
 
     Args:
         mel_BWCML: Normalised log-mel.
-        band_B2: int64 first masked row and how many; (0, 0) masks nothing.
+        band_B2: int64 first masked row and number of masked rows; (0, 0) masks nothing.
     """
     row_M = torch.arange(mel_BWCML.shape[3], device=mel_BWCML.device)
     first_B1, count_B1 = band_B2[:, :1], band_B2[:, 1:]
@@ -45,9 +45,9 @@ def mix(x: Tensor, mix_B: Tensor, partner_B: Tensor) -> Tensor:
     """Mixes every row with its partner: mix * x + (1 - mix) * x[partner] (mixup, equation 1).
 
     Args:
-        x: float [B, ...]: normalised inputs, or targets.
-        mix_B: Weight of the row itself; 1 leaves it as it is.
-        partner_B: int64 row of the partner.
+        x: float [B, ...] normalised inputs, or targets.
+        mix_B: Weight of the row itself, 0 to 1; 1 leaves the row unchanged.
+        partner_B: int64 row number of the partner.
     """
     weight = mix_B.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
     return weight * x + (1 - weight) * x[partner_B]

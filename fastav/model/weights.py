@@ -1,6 +1,6 @@
-"""Filling a network from weights of a slightly different one: other classes, another image size.
+"""Loads weights into a network that differs slightly: other classes, another image size.
 
-Only safetensors are read. What does not fit is named, never skipped in silence; the head alone may differ.
+Only safetensors files are read. A warning lists every parameter that does not fit; only the head may differ silently.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class RunTower:
     """One tower of a finished run.
 
     Attributes:
-        state: Its parameters and buffers by the network's own names.
-        classes: The run's classes.
-        grid: Its patches (high, wide), None where it is not a ViT.
+        state: Parameters and buffers, by their names in the network.
+        classes: Class names of the run.
+        grid: Number of patches (rows, columns) of a ViT; None for another network.
     """
 
     state: dict[str, Tensor]
@@ -41,10 +41,14 @@ class RunTower:
 
 
 def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
-    """Reads the tensors of a file.
+    """Reads the tensors of a safetensors file.
+
+    Args:
+        path: File to read.
+        where: Recipe key that names the file, for messages.
 
     Raises:
-        UserError: where it is not there or no safetensors file; `where` names the key it came from.
+        UserError: There is no such file, or it is not a valid safetensors file.
     """
     if not path.is_file():
         raise UserError(f'{where}: "{path}": no such file')
@@ -61,31 +65,40 @@ def read_safetensors(path: Path, where: str) -> dict[str, Tensor]:
 def read_description(folder: Path, where: str) -> dict:
     """Reads the `model.json` of a saved model.
 
+    Args:
+        folder: Folder of the saved model.
+        where: Recipe key that names the folder, for messages.
+
     Raises:
-        UserError: where it is not there or broken.
+        UserError: There is no such file, or it is not valid JSON.
     """
     path = folder / DESCRIPTION
     if not path.is_file():
-        raise UserError(f'{where}: "{folder}" holds no {DESCRIPTION}; the folder of a run or its model/ expected')
+        raise UserError(f'{where}: "{folder}" has no {DESCRIPTION}; expected the folder of a run, or its model/')
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(description, dict):
-            raise ValueError("a table expected")
+            raise ValueError("expected a JSON object")
         return description
     except ValueError as error:
         raise UserError(f"{where}: {path} is broken: {error}") from error
 
 
 def model_folder(folder: Path) -> Path:
-    """Returns the folder of the saved model: `folder/model` of a run, otherwise `folder` itself."""
+    """Returns the folder of the saved model: `folder/model` for a run, otherwise `folder` itself."""
     return folder / "model" if (folder / "model" / DESCRIPTION).is_file() else folder
 
 
 def read_run(run: Path, modality: str, where: str) -> RunTower:
-    """Reads the tower of one modality from the folder of a run, or of its model.
+    """Reads the tower of one modality from the folder of a run or of a saved model.
+
+    Args:
+        run: Folder of the run or of the saved model.
+        modality: `video` or `audio`.
+        where: Recipe key that names the folder, for messages.
 
     Raises:
-        UserError: where there is no such model or it has no such tower.
+        UserError: There is no saved model, or it has no tower of this modality.
     """
     folder = model_folder(run)
     description = read_description(folder, where)
@@ -93,8 +106,8 @@ def read_run(run: Path, modality: str, where: str) -> RunTower:
     prefix = f"{modality}.net."
     own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
     if not own:
-        there = sorted({name.split(".")[0] for name in state} & {"video", "audio"})
-        raise UserError(f'{where}: the model in "{folder}" has no {modality} tower; it has: {", ".join(there)}')
+        towers = sorted({name.split(".")[0] for name in state} & {"video", "audio"})
+        raise UserError(f'{where}: the model in "{folder}" has no {modality} tower; it has: {", ".join(towers)}')
     inputs = description.get("inputs", {})
     if modality == "video":
         size = (inputs.get("image_size", 0), inputs.get("image_size", 0))
@@ -113,19 +126,20 @@ def fill(
     grid: tuple[int, int] | None = None,
     head: bool = True,
 ) -> None:
-    """Loads what fits into a network, a ViT's position and patch embeddings resampled where sizes differ.
+    """Loads the tensors that fit into a network; a ViT's position and patch embeddings are resampled.
 
-    What does not fit is named in one warning. The head is left as it is where it differs, without a warning.
+    One warning lists what does not fit. A head that differs keeps its initial values, without a warning.
 
     Args:
         net: Network with `get_classifier()`.
-        state: Tensors by the network's names.
-        where: The key they came from, for messages.
-        grid: Patches (high, wide) of the position embedding in `state`; unknown: square, or those of `net`.
-        head: Whether the head is wanted.
+        state: Tensors, by their names in the network.
+        where: Recipe key that names the source, for messages.
+        grid: Number of patches (rows, columns) of the position embedding in `state`. None: it is taken as square, or
+            else as that of `net`.
+        head: Whether to load the head.
 
     Raises:
-        UserError: where nothing fits.
+        UserError: No tensor fits.
     """
     own = net.state_dict()
     heads = _head_names(net, [*own, *state])
@@ -141,17 +155,17 @@ def fill(
         elif name not in heads:
             (missing if new is None else other_shape).append(name)
     if not set(fitting) - heads:
-        raise UserError(f"{where}: not one of its {len(state)} tensors fits this tower")
+        raise UserError(f"{where}: none of its {len(state)} tensors fits this tower")
     net.load_state_dict(fitting, strict=False)
     unknown = [name for name in state if name not in own and name not in heads]
-    reasons = (("not there", missing), ("of another shape", other_shape), ("not in this tower", unknown))
+    reasons = (("missing", missing), ("different shape", other_shape), ("not in this tower", unknown))
     text = "; ".join(f"{reason}: {listed(names)}" for reason, names in reasons if names)
     if text:
-        log.warning("%s: not everything was loaded. %s", where, text)
+        log.warning("%s: some parameters were not loaded: %s", where, text)
 
 
 def _head_names(net: Any, names: Collection[str]) -> set[str]:
-    """Returns which names belong to the head, of this network or of one with other classes."""
+    """Returns which of the names belong to the classification head."""
     classifier = net.get_classifier()
     prefixes = [name for name, module in net.named_modules() if module is classifier]
     listed = (getattr(net, "pretrained_cfg", None) or {}).get("classifier") or ()
@@ -162,7 +176,7 @@ def _head_names(net: Any, names: Collection[str]) -> set[str]:
 def _adapted(
     name: str, state: Mapping[str, Tensor], net: Any, own: Tensor, grid: tuple[int, int] | None
 ) -> Tensor | None:
-    """Returns the tensor for a parameter of `net`, resampled where it is one of a ViT's embeddings."""
+    """Returns the tensor for a parameter of `net`, resampled if it is an embedding of a ViT; None if it is missing."""
     value = state.get(name)
     if value is None:
         return None
@@ -174,7 +188,7 @@ def _adapted(
 
 
 def _positions(value: Tensor, state: Mapping[str, Tensor], net: Any, grid: tuple[int, int] | None) -> Tensor:
-    """Fits a position embedding [1, P + N, D] to the grid and to the class and register tokens of `net`."""
+    """Resamples a position embedding [1, P + N, D] to the grid and to the class and register tokens of `net`."""
     no_prefix = bool(getattr(net, "no_embed_class", False))
     given = 0 if no_prefix else sum(state[k].shape[1] for k in ("cls_token", "reg_token") if k in state)
     wanted = 0 if no_prefix else net.num_prefix_tokens
@@ -184,6 +198,6 @@ def _positions(value: Tensor, state: Mapping[str, Tensor], net: Any, grid: tuple
         side = math.isqrt(max(patches, 0))
         grid = (side, side) if side * side == patches else new_grid
     if math.prod(grid) != patches or wanted not in (0, given):
-        return value  # its shape is wrong, which is reported
+        return value  # `fill` reports the different shape
     resampled = resample_abs_pos_embed(value, list(new_grid), list(grid), num_prefix_tokens=given)
     return resampled if wanted == given else resampled[:, given:]

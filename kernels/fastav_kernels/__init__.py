@@ -1,6 +1,6 @@
-"""Operations of audiovisual transformers: each with a reference in plain PyTorch that is its specification.
+"""Operations for audiovisual transformers, each with a plain PyTorch reference that is its specification.
 
-Nothing of `fastav` is imported here; the package can be used on its own.
+The package does not import `fastav` and can be used on its own.
 """
 
 from __future__ import annotations

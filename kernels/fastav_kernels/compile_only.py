@@ -1,4 +1,4 @@
-"""Compiles kernels for an architecture on a machine that need not have a GPU, and says what they use of it."""
+"""Compiles kernels for a GPU architecture, without needing a GPU, and reports the resources they use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one program of a compiled kernel uses.
+    """Resources that one program of a compiled kernel uses.
 
     Attributes:
-        registers: Of a thread, 255 at most; fewer than 16 is no kernel but a trap.
-        stack: Bytes of a thread: what had no room in the registers.
+        registers: Registers per thread, at most 255. Fewer than 16 means that the kernel was compiled to a trap.
+        stack: Bytes of stack per thread, for values that did not fit into registers.
         shared: Bytes of shared memory.
-        instructions: How often each mnemonic is in the machine code.
+        instructions: Number of instructions by mnemonic in the machine code.
     """
 
     registers: int
@@ -34,11 +34,11 @@ class Usage:
     instructions: Mapping[str, int]
 
     def count(self, mnemonic: str) -> int:
-        """How many instructions are of this mnemonic: `HGMMA` of the tensor cores of sm_90, `HMMA` of older ones."""
+        """Returns the number of instructions with this mnemonic, such as `HGMMA` (tensor cores of sm_90) or `HMMA`."""
         return self.instructions.get(mnemonic, 0)
 
 
-def compiled(
+def compile_kernel(
     kernel: Any,
     types: Mapping[str, str],
     constants: Mapping[str, Any],
@@ -50,12 +50,13 @@ def compiled(
     """Compiles a kernel.
 
     Args:
-        kernel: Made by `triton.jit`, not by the interpreter.
-        types: Of its arguments that are no constants, such as `*bf16`, `fp32`, `i32`; pointers are to whole 16 bytes.
-        constants: Its other arguments.
-        architecture: Such as `sm_90`.
-        num_warps: As at a launch.
-        num_stages: As at a launch.
+        kernel: Function decorated by `triton.jit`, without the interpreter.
+        types: Types of the arguments that are not constants, such as `*bf16`, `fp32`, `i32`. Pointers are taken as
+            aligned to 16 bytes.
+        constants: Values of the other arguments.
+        architecture: Architecture, such as `sm_90`.
+        num_warps: Number of warps of a launch.
+        num_stages: Number of pipeline stages of a launch.
     """
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
@@ -66,18 +67,18 @@ def compiled(
         attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")},
     )
     target = GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
-    made = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
+    binary = triton.compile(source, target=target, options={"num_warps": num_warps, "num_stages": num_stages})
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
-        file.write_bytes(made.asm["cubin"])
-        resources = _say("cuobjdump", "--dump-resource-usage", str(file))
-        code = _say("nvdisasm", "-c", str(file))
-    told = dict(re.findall(r"(REG|STACK):(\d+)", resources))
+        file.write_bytes(binary.asm["cubin"])
+        usage_text = _run_tool("cuobjdump", "--dump-resource-usage", str(file))
+        code = _run_tool("nvdisasm", "-c", str(file))
+    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage_text))
     instructions: dict[str, int] = {}
     for mnemonic in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", code, re.MULTILINE):
         instructions[mnemonic] = instructions.get(mnemonic, 0) + 1
-    return Usage(int(told["REG"]), int(told["STACK"]), made.metadata.shared, instructions)
+    return Usage(int(resources["REG"]), int(resources["STACK"]), binary.metadata.shared, instructions)
 
 
-def _say(tool: str, *words: str) -> str:
+def _run_tool(tool: str, *words: str) -> str:
     return subprocess.run([str(_TOOLS / tool), *words], capture_output=True, text=True, check=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import textwrap
 
@@ -11,9 +12,12 @@ import torch
 from fastav.__main__ import main
 from fastav.core.errors import UserError
 from fastav.core.external import load_external
+from fastav.data.plan import Sampling
 from fastav.media.spectrogram import Frontend
-from fastav.model.av_model import AVModel
+from fastav.model.av_model import AVModel, Model
 from fastav.model.fusion import ExternalFusion
+from fastav.model.fusion.kind import FusionKind
+from fastav.model.tower import TowerConfig
 from fastav.recipe.parse import load_recipe, to_toml
 
 CODE = '''
@@ -26,7 +30,7 @@ from fastav.data.manifest import Manifest
 from fastav.datasets.listing import Listing
 from fastav.media.pyav import PyAV
 from fastav.model.fusion.kind import FusionKind
-from fastav.model.fusion.inputs import audio_features, over_windows, video_features
+from fastav.model.fusion.inputs import audio_features, mean_over_windows, video_features
 
 
 class Product(FusionKind, frozen=True):
@@ -43,7 +47,7 @@ class ProductFusion(nn.Module):
 
     def forward(self, video, audio, streams):
         video_BK = video.head(video_features(video, streams))
-        audio_BK = over_windows(audio.head(audio_features(audio, streams)), streams.window_BW)
+        audio_BK = mean_over_windows(audio.head(audio_features(audio, streams)), streams.window_BW)
         return self.power * (video_BK + audio_BK)
 
     def flops(self, video, audio, frames, windows):
@@ -142,12 +146,12 @@ def test_a_kind_from_outside_is_written_short_and_kept_whole(tmp_path):
         ("my_birds:Product", {"power": "x"}, "model.fusion.args: my_birds:Product: Expected `float`, got `str`"),
         ("my_birds:Product", {"pwer": 1.0}, "fusion.args: my_birds:Product: Object contains unknown field `pwer`"),
         ("my_birds:not_a_fusion", {"x": 1}, "fusion.args: my_birds:not_a_fusion: not_a_fusion() got an unexpected"),
-        ("my_birds:not_a_fusion", {}, '"my_birds:not_a_fusion" makes a int, expected a subclass of FusionKind'),
+        ("my_birds:not_a_fusion", {}, '"my_birds:not_a_fusion" returns a int, expected a subclass of fastav.model'),
     ],
 )  # fmt: skip
 def test_mistakes_name_the_key_and_the_code(name, args, message):
     with pytest.raises(UserError) as caught:
-        ExternalFusion(name, args).made()
+        ExternalFusion(name, args).make()
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -204,3 +208,23 @@ def test_a_data_set_from_outside_is_indexed(made, tmp_path, capsys):
     assert "Birds of one made data set." in capsys.readouterr().out
     assert main(["index", "my_birds:Product", str(made), "--out", str(out)]) == 2
     assert 'fastav index: "my_birds:Product" has no add_arguments(), which a data set needs' in capsys.readouterr().err
+
+
+def test_the_documented_fusion_runs(tmp_path, monkeypatch):
+    """The example in `FusionKind` is complete: as a file, it builds, trains and ignores a missing modality."""
+    lines = inspect.getdoc(FusionKind).splitlines()
+    first = next(number for number, line in enumerate(lines) if line.strip() == "import torch")
+    (tmp_path / "documented.py").write_text(textwrap.dedent("\n".join(lines[first:])))
+    monkeypatch.syspath_prepend(tmp_path)
+    args = {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    tower = TowerConfig(name="vit_tiny_patch16_224", args=args)
+    config = Model(video=tower, audio=tower, fusion=ExternalFusion("documented:GatedSum", {"gate": 0.5}))
+    sampling = Sampling(frames=2, image_size=16, window=24)
+    model = AVModel.build(config, ("crow", "gull"), sampling, Frontend(num_mels=16, mean=-40.0, std=20.0))
+    frames, mel = torch.zeros(3, 2, 3, 16, 16, dtype=torch.uint8), torch.zeros(3, 1, 1, 16, 24)
+    model(frames, mel).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert model.flops() > 0
+    has_audio = torch.tensor([True, False, True])
+    silent = model(frames, mel, has_audio_B=has_audio)[1]
+    torch.testing.assert_close(model(frames, mel + 9, has_audio_B=has_audio)[1], silent)

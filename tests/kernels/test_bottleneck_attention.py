@@ -113,7 +113,7 @@ def test_there_is_a_plan_for_everything(architecture):
 def test_a_forced_kernel_that_cannot_run_says_why():
     segments = Segments(2, 3, 5, 4, "shared")
     for qkv, reason in (
-        (packed(segments, 1, 32, torch.float32), "needs an NVIDIA GPU, the tensors are on cpu"),
+        (packed(segments, 1, 32, torch.float32), "needs an NVIDIA GPU, but the tensors are on cpu"),
         (packed(segments, 1, 48, torch.float32), "takes heads of 32, 64, 128 channels, not 48"),
         (packed(segments, 1, 32), r"takes float32, float16 and bfloat16, not torch\.float64"),
     ):

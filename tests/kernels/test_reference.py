@@ -148,15 +148,15 @@ def test_without_the_bottlenecks_own_result():
 
 def test_wrong_calls_say_what_is_wrong():
     qkv = packed(2, 3, 5, 4)
-    with pytest.raises(ValueError, match=r'impl "cuda" is unknown; there is: auto, flex, masked, reference'):
+    with pytest.raises(ValueError, match=r'impl "cuda" is unknown; expected one of: auto, flex, masked, reference'):
         run(qkv, 2, 3, 5, 4, "mean", impl="cuda")
-    with pytest.raises(ValueError, match='frames "each" is unknown; there is: mean, shared, joint'):
+    with pytest.raises(ValueError, match='frames "each" is unknown; expected one of: mean, shared, joint'):
         run(qkv, 2, 3, 5, 4, "each")
-    with pytest.raises(ValueError, match=r"qkv is \[38, 3, 2, 4\]; \[34, 3, heads, head_dim\] expected"):
+    with pytest.raises(ValueError, match=r"qkv has shape \[38, 3, 2, 4\], expected \[34, 3, heads, head_dim\]"):
         run(qkv, 2, 3, 5, 2, "mean")
-    with pytest.raises(ValueError, match="must be at least 1"):
+    with pytest.raises(ValueError, match="which must be at least 1"):
         run(qkv, 2, 0, 5, 2, "mean")
-    with pytest.raises(ValueError, match=r"torch\.int64; a floating dtype expected"):
+    with pytest.raises(ValueError, match=r"torch\.int64, expected a floating dtype"):
         run(qkv.long(), 2, 3, 5, 4, "mean")
     assert best("cpu", "torch.float32", 64, Segments(2, 8, 197, 4, "shared")) in IMPLEMENTATIONS
     assert run(qkv, 2, 3, 5, 4, "mean", impl="reference").shape[0] == 54

@@ -184,7 +184,7 @@ def test_what_cannot_be_loaded_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no such folder"):
         AVModel.from_pretrained(tmp_path / "nowhere")
     (folder / "model.json").unlink()
-    with pytest.raises(UserError, match=r"holds no model\.json"):
+    with pytest.raises(UserError, match=r"has no model\.json"):
         AVModel.from_pretrained(folder)
 
     def offline(*args, **kwargs):
@@ -256,9 +256,9 @@ def test_towers_start_from_other_runs(tmp_path, caplog):
     assert again.config.video.init_from.endswith("video")
     with pytest.raises(UserError, match="has no video tower; it has: audio"):
         build(Late(), start_from(tmp_path / "audio"), TINY)
-    with pytest.raises(UserError, match=r'model\.audio\.init_from: absent; a finished run expected by .* "score"'):
+    with pytest.raises(UserError, match=r'model\.audio\.init_from is not set; fusion "score" trains nothing and needs'):
         build(Score(), start_from(tmp_path / "score"), TINY)
-    with pytest.raises(UserError, match="trained on 3 classes other than these 2"):
+    with pytest.raises(UserError, match="trained on 3 classes that differ from the 2 of this data"):
         build(Score(), start_from(tmp_path / "score"), start_from(tmp_path / "audio"), CLASSES[:2])
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import get_code
 
 import fastav.model.bottleneck_block
-from fastav.model.bottleneck_block import enter_blocks
+from fastav.model.bottleneck_block import use_bottleneck_blocks
 from fastav.model.tower import TowerConfig
 from fastav.model.transforms import mask_bands, normalise_frames, normalise_mel
 
@@ -144,7 +144,7 @@ def test_fusion_layers_have_the_graph_of_plain_ones(frames, monkeypatch):
 
     def both(depth):
         fused = tower(depth)
-        enter_blocks(fused, 0, frames, "sdpa", last_needs_bottleneck=True)
+        use_bottleneck_blocks(fused, 0, frames, "sdpa", last_needs_bottleneck=True)
 
         def through_fused(x, z):
             for layer in fused.blocks:

@@ -125,7 +125,7 @@ def test_weights_file_is_fitted_to_size_and_classes(tmp_path, caplog):
     save_file(source.net.state_dict(), path)
     with caplog.at_level(logging.WARNING):
         build((32, 80), weights=str(path))
-    assert "of another shape: pos_embed" in caplog.text
+    assert "different shape: pos_embed" in caplog.text
 
 
 def test_what_a_weights_file_lacks_is_named(tmp_path, caplog):
@@ -138,11 +138,11 @@ def test_what_a_weights_file_lacks_is_named(tmp_path, caplog):
         build(weights=str(tmp_path / "part.safetensors"))
     (record,) = caplog.records
     assert record.getMessage() == (
-        "model.video.weights: not everything was loaded. not there: norm.bias; "
-        "of another shape: blocks.1.norm1.weight; not in this tower: extra"
+        "model.video.weights: some parameters were not loaded: missing: norm.bias; "
+        "different shape: blocks.1.norm1.weight; not in this tower: extra"
     )
     save_file({"other": torch.zeros(3)}, tmp_path / "none.safetensors")
-    with pytest.raises(UserError, match="not one of its 1 tensors fits"):
+    with pytest.raises(UserError, match="none of its 1 tensors fits"):
         build(weights=str(tmp_path / "none.safetensors"))
 
 
@@ -168,7 +168,7 @@ def test_what_cannot_be_started_from(tmp_path):
         build(weights=str(tmp_path / "x.safetensors"))
     with pytest.raises(UserError, match="weights and init_from are both set"):
         build(weights="timm", init_from="run")
-    with pytest.raises(UserError, match=r"holds no model\.json"):
+    with pytest.raises(UserError, match=r"has no model\.json"):
         build(init_from=str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Mid-fusion through bottleneck tokens."""
+"""Fusion kind `bottleneck`: in the last layers both towers exchange information through bottleneck tokens."""
 
 from __future__ import annotations
 
@@ -6,43 +6,45 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastav.core.config import NonNegativeInt
-from fastav.core.errors import UserError, did_you_mean
-from fastav.model.bottleneck_block import BottleneckBlock, describe_attention, enter_blocks
+from fastav.core.errors import UserError
+from fastav.model.bottleneck_block import BottleneckBlock, check_attention, describe_attention, use_bottleneck_blocks
 from fastav.model.fusion.inputs import (
     FusionInputs,
-    both,
     clip_sequence,
-    each_window,
+    concat_features,
+    mean_over_modalities,
+    mean_over_windows,
     new_linear,
-    over_present,
-    over_windows,
-    present,
-    side_by_side,
+    presence,
+    repeat_for_windows,
+    require_both,
 )
 from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, block_flops, linear_flops
-from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments
+from fastav_kernels.bottleneck_attention import Segments
 
 
 class Bottleneck(FusionKind, frozen=True, tag="bottleneck"):
-    """Mid-fusion through bottleneck tokens (MBT; SSW60 section 4.1, equations 3 and 4).
+    """Fusion through bottleneck tokens in the middle and last layers (MBT; SSW60 section 4.1, equations 3 and 4).
 
     Attributes:
-        start: First layer with fusion, counted from 0; the towers' depth for none.
-        tokens: Bottleneck tokens Z.
-        update: `sequential`: the video layer updates the bottleneck, the audio layer reads that and updates
-            it again (SSW60). `mean`: both read the old one, the new one is the mean of theirs (MBT).
-        frames: `mean`: frames pass each layer one by one with a copy of the bottleneck each, and the copies
-            are averaged (the literal reading of SSW60). `shared`: a frame sees itself and the bottleneck, the
-            bottleneck sees all frames. `joint`: one sequence of all frames from the first layer on, with one
-            set of class tokens and a learned embedding of the frames' time (MBT).
-        head: `mean` of both towers' logits, or `concat`: a linear layer on both towers' features side by
-            side.
-        project: Joins towers of different width by a linear layer for the bottleneck, to the audio tower's
-            width and back.
-        attention: Implementation of the attention in fusion layers, `auto` for the best one here.
+        start: First layer with fusion, counted from 0. The towers' depth means no fusion layer.
+        tokens: Number of bottleneck tokens Z.
+        update: How a layer updates the bottleneck. `sequential`: the video layer updates it, then the audio layer reads
+            the result and updates it again (SSW60). `mean`: both layers read the old bottleneck, and the new one is the
+            mean of their two results (MBT).
+        frames: How the frames of a clip share the bottleneck. `mean`: each frame passes each layer with its own copy of
+            the bottleneck, and the copies are averaged (the literal reading of SSW60). `shared`: a frame attends to
+            itself and the bottleneck, the bottleneck attends to all frames. `joint`: the tokens of all frames are one
+            sequence from the first layer on, with one set of class tokens and a learned time embedding (MBT).
+        head: `mean`: the mean of both towers' logits. `concat`: one linear layer on both towers' concatenated features.
+        project: Whether towers of different width are allowed: linear layers then convert the bottleneck from the video
+            tower's width to the audio tower's and back.
+        attention: Implementation of the attention in fusion layers: `sdpa`, `masked`, `flex`, `reference` or `triton`.
+            `auto`: `triton` where it was measured to be faster than `sdpa` for this GPU and shape, otherwise `sdpa`.
     """
 
     start: NonNegativeInt = 8
@@ -54,16 +56,12 @@ class Bottleneck(FusionKind, frozen=True, tag="bottleneck"):
     attention: str = "auto"
 
     @property
+    @override
     def tower_heads(self) -> bool:
-        """Whether each tower has a head of its own."""
         return self.head == "mean"
 
+    @override
     def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
-        """Returns the module and replaces the towers' blocks from `start` on.
-
-        Raises:
-            UserError: where a tower is no plain ViT or the two do not fit together.
-        """
         for tower in (video, audio):
             tower.require_blocks("bottleneck")
         depths = len(video.blocks), len(audio.blocks)
@@ -79,37 +77,37 @@ class Bottleneck(FusionKind, frozen=True, tag="bottleneck"):
                 f"model.fusion.project: the video tower has width {video.width}, the audio tower {audio.width}; set "
                 "project = true for a linear layer between them"
             )
-        if self.attention not in ("auto", *IMPLEMENTATIONS):
-            near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])
-            raise UserError(f'model.fusion.attention: "{self.attention}" is unknown{near}')
-        # Behind the last layer nobody reads the bottleneck, but its audio half reads what the video half made of it.
-        enter_blocks(video, self.start, self.frames, self.attention, last_needs_bottleneck=self.update == "sequential")
-        enter_blocks(audio, self.start, "joint", self.attention, last_needs_bottleneck=False)
+        check_attention(self.attention)
+        # No layer reads the bottleneck after the last one. But with `sequential` the last audio layer reads the last
+        # video layer's.
+        sequential = self.update == "sequential"
+        use_bottleneck_blocks(video, self.start, self.frames, self.attention, last_needs_bottleneck=sequential)
+        use_bottleneck_blocks(audio, self.start, "joint", self.attention, last_needs_bottleneck=False)
         layers = depths[0] - self.start
         return BottleneckFusion(self, (video.width, audio.width), layers, num_classes, num_frames)
 
+    @override
     def describe_attention(self, fusion: Any, video: Any, num_frames: int, device: str, dtype: str) -> str:
-        """See `FusionKind.describe_attention`."""
         num_tokens = video.num_prefix + video.num_patches
         segments = Segments(1, num_frames, num_tokens, fusion.bottleneck.shape[1], self.frames)
         return describe_attention(self.attention, video, segments, device, dtype)
 
 
 class BottleneckFusion(nn.Module):
-    """Kind `bottleneck`.
+    """Module of kind `bottleneck`.
 
     Attributes:
-        bottleneck: [1, Z, D] of the video tower's width, drawn from N(0, 0.02) as in MBT.
-        to_audio, to_video: The linear layers of `project`, where widths differ.
-        time_embed: [T, 1, D], zero at first; with `frames = "joint"`.
-        head: With `head = "concat"`.
+        bottleneck: Bottleneck tokens [1, Z, D] of the video tower's width, initialised from N(0, 0.02) as in MBT.
+        to_audio, to_video: Linear layers that convert the bottleneck where the towers' widths differ, else identities.
+        time_embed: Embedding of the frames' positions in time [T, 1, D], initially zero; only with `frames = "joint"`.
+        head: Linear layer on both towers' features; only with `head = "concat"`.
 
     Args:
         config: Settings.
-        widths: Of the video and the audio tower.
-        layers: Layers with fusion.
-        num_classes: K.
-        num_frames: T.
+        widths: Token widths of the video and the audio tower.
+        layers: Number of layers with fusion.
+        num_classes: Number of classes K.
+        num_frames: Frames per clip T.
     """
 
     def __init__(
@@ -119,7 +117,7 @@ class BottleneckFusion(nn.Module):
         self.config = config
         self.tokens = config.tokens if layers else 0
         empty = torch.empty(1, self.tokens, widths[0])
-        # No parameter without use: distributed training waits for the gradient of each.
+        # No unused parameters: distributed training waits for the gradient of each.
         if self.tokens:
             self.bottleneck = nn.Parameter(empty.normal_(std=0.02))
         else:
@@ -132,16 +130,16 @@ class BottleneckFusion(nn.Module):
         if config.head == "concat":
             self.head = new_linear(sum(widths), num_classes)
 
-    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
+    def forward(self, video: Tower, audio: Tower, inputs: FusionInputs) -> Tensor:
         """Returns logits [B, K]."""
-        frames_BTCHW, mel_BWCML = both(streams)
+        frames_BTCHW, mel_BWCML = require_both(inputs)
         clips, windows = mel_BWCML.shape[:2]
-        x_v = each_window(self._seen(video, frames_BTCHW), windows)
-        x_a = self._heard(audio, mel_BWCML)
+        x_v = repeat_for_windows(self._video_tokens(video, frames_BTCHW), windows)
+        x_a = self._audio_tokens(audio, mel_BWCML)
         z = self.bottleneck.expand(clips * windows, -1, -1)
-        has = present(streams)
+        has = presence(inputs)
         if has is not None:
-            has = each_window(has[0].view(-1, 1, 1), windows), each_window(has[1].view(-1, 1, 1), windows)
+            has = repeat_for_windows(has[0].view(-1, 1, 1), windows), repeat_for_windows(has[1].view(-1, 1, 1), windows)
         layers = list(zip(video.blocks, audio.blocks, strict=True))[self.config.start :]
         for number, (video_block, audio_block) in enumerate(layers, 1):
             x_v, z_v = video_block(x_v, z, clips)
@@ -153,10 +151,10 @@ class BottleneckFusion(nn.Module):
                 z = self._updated(z, read, z_v, self.to_video(z_a), has)
         video_BWF = video.pool(x_v.flatten(0, 1)).unflatten(0, (clips, windows, -1)).mean(2)
         audio_BWF = audio.pool(x_a.squeeze(1)).unflatten(0, (clips, windows))
-        return self._logits(video, audio, video_BWF, audio_BWF, streams)
+        return self._logits(video, audio, video_BWF, audio_BWF, inputs)
 
     def _updated(self, z: Tensor, read: Tensor, z_v: Tensor, z_a: Tensor, has: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Returns the next layer's bottleneck; a missing modality has no part in it."""
+        """Returns the bottleneck for the next layer; a missing modality does not contribute to it."""
         if self.config.update == "sequential":
             return z_a if has is None else torch.where(has[1], z_a, read)
         mean = (z_v + z_a) / 2
@@ -165,16 +163,16 @@ class BottleneckFusion(nn.Module):
         one = torch.where(has[0], z_v, torch.where(has[1], z_a, z))
         return torch.where(has[0] & has[1], mean, one)
 
-    def _heard(self, audio: Tower, mel_BWCML: Tensor) -> Tensor:
-        """Returns the windows' tokens before the first fusion layer, [B * W, 1, L, D]."""
+    def _audio_tokens(self, audio: Tower, mel_BWCML: Tensor) -> Tensor:
+        """Returns the tokens of the audio windows before the first fusion layer, [B * W, 1, L, D]."""
         x = audio.embed(mel_BWCML.flatten(0, 1))
         audio.rows_per_clip(mel_BWCML.shape[1])
         for block in audio.blocks[: self.config.start]:
             x = block(x)
         return x.unsqueeze(1)
 
-    def _seen(self, video: Tower, frames_BTCHW: Tensor) -> Tensor:
-        """Returns the frames' tokens before the first fusion layer, [B, T, N, D]; with `joint` T is 1."""
+    def _video_tokens(self, video: Tower, frames_BTCHW: Tensor) -> Tensor:
+        """Returns the tokens of the frames before the first fusion layer, [B, T, N, D]; with `joint` T is 1."""
         clips, frames = frames_BTCHW.shape[:2]
         if self.config.frames == "joint":
             x, frames = clip_sequence(video, frames_BTCHW, self.time_embed), 1
@@ -185,18 +183,16 @@ class BottleneckFusion(nn.Module):
             x = block(x)
         return x.unflatten(0, (clips, frames))
 
-    def _logits(
-        self, video: Tower, audio: Tower, video_BWF: Tensor, audio_BWF: Tensor, streams: FusionInputs
-    ) -> Tensor:
-        """Returns logits [B, K] of each window's features."""
-        video_BF = over_windows(video_BWF, streams.window_BW)  # the heads are linear
-        audio_BF = over_windows(audio_BWF, streams.window_BW)
+    def _logits(self, video: Tower, audio: Tower, video_BWF: Tensor, audio_BWF: Tensor, inputs: FusionInputs) -> Tensor:
+        """Returns logits [B, K] from the features of each window."""
+        video_BF = mean_over_windows(video_BWF, inputs.window_BW)  # heads are linear: averaging before them is the same
+        audio_BF = mean_over_windows(audio_BWF, inputs.window_BW)
         if self.config.head == "concat":
-            return self.head(side_by_side(video_BF, audio_BF, streams))
-        return over_present(video.head(video_BF), audio.head(audio_BF), streams)
+            return self.head(concat_features(video_BF, audio_BF, inputs))
+        return mean_over_modalities(video.head(video_BF), audio.head(audio_BF), inputs)
 
     def flops(self, video: Tower, audio: Tower, frames: int, windows: int) -> int:
-        """Operations of one clip."""
+        """Returns the floating point operations of one clip."""
         start, Z = self.config.start, self.tokens
         rows, N = frames, video.num_prefix + video.num_patches
         if self.config.frames == "joint":

@@ -1,4 +1,4 @@
-"""A fusion from outside this project."""
+"""Fusions from outside this project, named `module:attribute`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from torch import nn
+from typing_extensions import override
 
 from fastav.core.errors import UserError
 from fastav.core.external import make_external
@@ -15,52 +16,54 @@ from fastav.model.tower import TowerConfig
 
 
 class ExternalFusion(FusionKind, frozen=True, tag="external"):
-    """A fusion from outside this project; `kind = "module:attribute"` is short for it.
+    """A fusion from outside this project. `kind = "module:attribute"` in a recipe is short for this kind.
 
     Attributes:
         factory: `module:attribute` of a subclass of `fastav.model.fusion.kind.FusionKind`, or of a function that
-            returns one of its objects.
-        args: Its settings; a recipe may also write them beside `kind`.
+            returns an instance of one.
+        args: Settings of that fusion. A recipe may also write them directly beside `kind`.
     """
 
     factory: str = ""
     args: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
 
-    def made(self) -> FusionKind:
-        """Returns the config that the factory makes.
+    def make(self) -> FusionKind:
+        """Imports the factory, calls it with `args` and returns the fusion config that it makes.
 
         Raises:
-            UserError: It cannot be imported, does not take the arguments, or makes something else.
+            UserError: The factory cannot be imported, does not take these arguments, or does not return a `FusionKind`.
         """
-        made = make_external(self.factory, self.args, "model.fusion")
-        if not isinstance(made, FusionKind):
+        kind = make_external(self.factory, self.args, "model.fusion")
+        if not isinstance(kind, FusionKind):
             raise UserError(
-                f'model.fusion.kind: "{self.factory}" makes a {type(made).__name__}, expected a subclass of FusionKind'
+                f'model.fusion.kind: "{self.factory}" returns a {type(kind).__name__}, expected a subclass of '
+                "fastav.model.fusion.kind.FusionKind"
             )
-        return made
+        return kind
 
     @property
+    @override
     def modalities(self) -> tuple[Modality, ...]:
-        """Those of the made config."""
-        return self.made().modalities
+        return self.make().modalities
 
     @property
+    @override
     def tower_heads(self) -> bool:
-        """That of the made config."""
-        return self.made().tower_heads
+        return self.make().tower_heads
 
+    @override
     def build(self, video: Any, audio: Any, num_classes: int, num_frames: int) -> nn.Module:
-        """Returns the module of the made config."""
-        return self.made().build(video, audio, num_classes, num_frames)
+        return self.make().build(video, audio, num_classes, num_frames)
 
+    @override
     def check(self, towers: Mapping[Modality, TowerConfig], classes: Sequence[str]) -> None:
-        """Has the made config check the towers."""
-        self.made().check(towers, classes)
+        self.make().check(towers, classes)
 
+    @override
     def without_sources(self) -> Self:
-        """Returns the same config: the factory's arguments are its own; a file to start from is read again."""
+        # The meaning of `args` is known only to the factory: files that they name are read whenever the model is built.
         return self
 
+    @override
     def describe_attention(self, fusion: Any, video: Any, num_frames: int, device: str, dtype: str) -> str:
-        """Has the made config describe it."""
-        return self.made().describe_attention(fusion, video, num_frames, device, dtype)
+        return self.make().describe_attention(fusion, video, num_frames, device, dtype)

@@ -1,11 +1,11 @@
-"""MBT (Nagrani et al., "Attention Bottlenecks for Multimodal Fusion", 2021) as its authors' code has it.
+"""Fusion kind `mbt`: MBT (Nagrani et al., "Attention Bottlenecks for Multimodal Fusion", 2021) as in its authors' code.
 
-What differs from kind `bottleneck`, which lets any two ViTs meet: frames become tubelets, all tokens of a clip are one
-sequence, the spectrogram is read as [time, mel], position embeddings are of whole sequences, one final norm and one
-head serve both modalities, each modality's class token is trained by a loss of its own, and both modalities read the
-old bottleneck, whose next value is the mean of theirs. The towers give their blocks and nothing else.
+It differs from kind `bottleneck`, which combines any two ViTs: frames are embedded as tubelets; all tokens of a clip
+are one sequence; the spectrogram is read as [time, mel]; position embeddings cover whole sequences; both modalities
+share one final norm and one head; each modality's class token has its own loss; both modalities read the old
+bottleneck, and the new one is the mean of their results. Only the blocks of the towers are used.
 
-The authors' defaults are those of `launch/recipes/mbt_b.toml`; their checkpoints come in by `fastav convert scenic`.
+`launch/recipes/mbt_b.toml` has the authors' settings; `fastav convert scenic` converts their checkpoints.
 """
 
 from __future__ import annotations
@@ -18,39 +18,45 @@ import msgspec
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fastav.core.config import NonNegativeInt, PositiveInt
-from fastav.core.errors import UserError, did_you_mean
+from fastav.core.errors import UserError
 from fastav.data.clip import Modality
-from fastav.model.bottleneck_block import BottleneckBlock, describe_attention, enter_blocks
-from fastav.model.fusion.inputs import FusionInputs, over_windows, present
+from fastav.model.bottleneck_block import BottleneckBlock, check_attention, describe_attention, use_bottleneck_blocks
+from fastav.model.fusion.inputs import FusionInputs, mean_over_windows, presence
 from fastav.model.fusion.kind import FusionKind
 from fastav.model.fusion.mbt_init import start_from_image_vit
 from fastav.model.tower import Tower, TowerConfig, block_flops, linear_flops
-from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments
+from fastav_kernels.bottleneck_attention import Segments
 
 
 class MBT(FusionKind, frozen=True, tag="mbt"):
-    """MBT as its authors coded it: tubelets, joint space-time tokens, one head for both modalities.
+    """MBT as in its authors' code: tubelets, joint space-time tokens, one head for both modalities.
 
     Attributes:
-        start: First layer with fusion, counted from 0; the towers' depth for late fusion.
-        mixing: `bottleneck`; `cross`: a modality's queries see both modalities' tokens, each with its own weights;
-            `joint`: one self-attention of all tokens (paper, section 3.2).
-        tokens: Bottleneck tokens; with head `token` there is one more, as in the authors' code.
-        head: `token`: a class token for each modality, logits averaged in evaluation, losses in training; `gap`, `gmp`,
-            `gsp`: mean, maximum or sum of all tokens.
-        shared: Whether both modalities go through the video tower's blocks; `joint` does in its fusion layers.
-        tubelet: Frames of a patch.
-        sampled: Frames of which plain patches are taken instead, evenly spaced; 0 for tubelets.
-        patch: Sides of a patch, pixels; of the spectrogram, frames and bands.
-        hidden: Width of a tanh layer before the head; 0 for none.
-        order: Which modality comes first where tokens are joined.
-        evaluate_fused: Whether evaluation uses the bottleneck, too.
-        rescale: Whether stochastic depth scales what it keeps by 1 / (1 - rate), as the authors' code does not.
-        image_vit: A `.safetensors` file of an image ViT (timm's names) that both encoders start from; empty for none.
-        frame_kernel: How its patch kernel becomes a tubelet's: `central`: all of it for the middle frame; `average`.
-        attention: Implementation of the attention in fusion layers, `auto` for the best one here.
+        start: First layer with fusion, counted from 0. The towers' depth means late fusion.
+        mixing: How modalities are mixed in fusion layers. `bottleneck`: through bottleneck tokens. `cross`: each
+            modality has its own weights, and its queries attend to the tokens of both. `joint`: one self-attention of
+            all tokens (paper, section 3.2).
+        tokens: Number of bottleneck tokens. With head `token` there is one more, as in the authors' code.
+        head: What is classified. `token`: a class token of each modality; training averages their losses, evaluation
+            their logits. `gap`, `gmp`, `gsp`: the mean, maximum or sum of all tokens.
+        shared: Whether both modalities use the video tower's blocks in all layers. (`joint` always does in fusion
+            layers.)
+        tubelet: Frames per tubelet, the 3-D patch of the video. `sampling.frames` must be a multiple of it.
+        sampled: Number of evenly spaced frames that are embedded as 2-D patches, in place of tubelets; 0 for tubelets.
+        patch: Side of a square patch: pixels of a frame; mel frames and mel bands of the spectrogram.
+        hidden: Width of a linear layer with tanh before the head; 0 for none.
+        order: Which modality comes first where the tokens of both are concatenated.
+        evaluate_fused: Whether the bottleneck is used in evaluation, too; false: the modalities are not fused there.
+        rescale: Whether stochastic depth scales the branches it keeps by 1 / (1 - rate). The authors' code does not.
+        image_vit: A `.safetensors` file of an image ViT (timm's parameter names) from which both encoders are
+            initialised; empty for none.
+        frame_kernel: How the patch kernel of `image_vit` becomes a tubelet kernel. `central`: the middle frame has the
+            kernel, the others zeros. `average`: each of n frames has the kernel divided by n.
+        attention: Implementation of the attention in fusion layers: `sdpa`, `masked`, `flex`, `reference` or `triton`.
+            `auto`: `triton` where it was measured to be faster than `sdpa` for this GPU and shape, otherwise `sdpa`.
     """
 
     start: NonNegativeInt = 8
@@ -70,17 +76,13 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
     attention: str = "auto"
 
     @property
+    @override
     def tower_heads(self) -> bool:
-        """None: one head serves both modalities."""
         return False
 
+    @override
     def build(self, video: Tower, audio: Tower, num_classes: int, num_frames: int) -> nn.Module:
-        """Returns the module; of the towers only the blocks are left.
-
-        Raises:
-            UserError: where a tower is no plain ViT, the two do not fit together, or sizes are no whole patches.
-        """
-        self._check_built(video, audio, num_frames)
+        self._check_towers(video, audio, num_frames)
         frames_size = (num_frames, *video.input_size)
         mel_size = (audio.input_size[1], audio.input_size[0])
         fusion = MBTFusion(self, video.width, num_classes, frames_size, mel_size, depth=len(video.blocks))
@@ -89,8 +91,8 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
             start_from_image_vit(fusion, {"video": video, "audio": audio}, self.image_vit)
         return fusion
 
-    def _check_built(self, video: Tower, audio: Tower, num_frames: int) -> None:
-        """Raises a UserError where towers and sizes do not fit together."""
+    def _check_towers(self, video: Tower, audio: Tower, num_frames: int) -> None:
+        """Raises a UserError if the towers do not fit together or the inputs are not whole patches."""
         for tower in (video, audio):
             tower.require_blocks("mbt")
         depth = len(video.blocks)
@@ -101,9 +103,7 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
             )
         if self.start > depth:
             raise UserError(f"model.fusion.start = {self.start}: the towers have only {depth} layers")
-        if self.attention not in ("auto", *IMPLEMENTATIONS):
-            near = did_you_mean(self.attention, ["auto", *IMPLEMENTATIONS])
-            raise UserError(f'model.fusion.attention: "{self.attention}" is unknown{near}')
+        check_attention(self.attention)
         sides = {"sampling.image_size": video.input_size[0], "frontend.num_mels": audio.input_size[0]}
         for key, side in sides.items():
             if side % self.patch:
@@ -114,8 +114,8 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
                 f"least model.fusion.sampled ({self.sampled})"
             )
 
+    @override
     def check(self, towers: Mapping[Modality, TowerConfig], classes: Sequence[str]) -> None:
-        """Refuses towers of which more is wanted than their blocks, which is all that is kept of them."""
         for name, tower in towers.items():
             if self.image_vit and (tower.weights or tower.init_from):
                 raise UserError(
@@ -126,12 +126,12 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
                     f'model.{name}.freeze = {tower.freeze}: fusion "mbt" trains its own embeddings and needs 0'
                 )
 
+    @override
     def without_sources(self) -> Self:
-        """Returns the config without `image_vit`."""
         return msgspec.structs.replace(self, image_vit="")
 
+    @override
     def describe_attention(self, fusion: Any, video: Any, num_frames: int, device: str, dtype: str) -> str:
-        """See `FusionKind.describe_attention`."""
         if not hasattr(fusion, "bottleneck"):
             return "PyTorch's"
         segments = Segments(1, 1, fusion.position["video"].shape[1], fusion.bottleneck.shape[1], "joint")
@@ -139,23 +139,23 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
 
 
 class MBTFusion(nn.Module):
-    """Kind `mbt`: embeddings, bottleneck, final norm and head; the blocks stay in the towers.
+    """Module of kind `mbt`: embeddings, bottleneck, final norm and head. The blocks stay in the towers.
 
     Attributes:
         embed: Patch embedding of each modality.
-        position: [1, (1 +) N, D] for each.
-        class_token: [1, 1, D] for each, with head `token`.
-        bottleneck: [1, Z, D].
-        norm, hidden, head: Shared by both.
+        position: Position embeddings of each modality, [1, N, D], or [1, 1 + N, D] with a class token.
+        class_token: Class token of each modality, [1, 1, D]; only with head `token`.
+        bottleneck: Bottleneck tokens [1, Z, D].
+        norm, hidden, head: Final norm and classification layers, shared by both modalities.
 
     Args:
         config: Settings.
-        width: D.
-        num_classes: K.
+        width: Token width D.
+        num_classes: Number of classes K.
         frames_size: T, H, W of the frames.
-        mel_size: L, M of the spectrogram.
-        used: Modalities, in the order in which their tokens are joined; None for that of the config.
-        depth: Layers of the towers; None: more than `config.start`.
+        mel_size: L, M of the spectrogram: mel frames and mel bands.
+        used: Modalities, in the order in which their tokens are concatenated; None for both, in the config's order.
+        depth: Number of layers of the towers; None: more than `config.start`.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class MBTFusion(nn.Module):
         self.class_token = nn.ParameterDict()
         if self.prefix:
             self.class_token = nn.ParameterDict({n: nn.Parameter(torch.zeros(1, 1, width)) for n in self.used})
-        # No parameter without use: distributed training waits for the gradient of each.
+        # No unused parameters: distributed training waits for the gradient of each.
         fused_layers = depth is None or config.start < depth
         self.fuses = config.mixing == "bottleneck" and len(self.used) > 1 and fused_layers
         if self.fuses:
@@ -201,10 +201,10 @@ class MBTFusion(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.hidden = nn.Linear(width, config.hidden) if config.hidden else nn.Identity()
         self.head = nn.Linear(config.hidden or width, num_classes)
-        self._draw()
+        self._initialise()
 
-    def _draw(self) -> None:
-        """The authors' start: LeCun's for patches, N(0, 0.02) for positions and bottleneck, zeros for the head."""
+    def _initialise(self) -> None:
+        """Initialises as the authors do: LeCun for patches, N(0, 0.02) for positions and bottleneck, 0 for the head."""
         for embed in self.embed.values():
             weight: Any = embed.weight
             nn.init.trunc_normal_(weight, std=(weight[0].numel()) ** -0.5)
@@ -217,59 +217,63 @@ class MBTFusion(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def take_blocks(self, towers: dict[Modality, Tower]) -> None:
-        """Leaves the towers nothing but blocks, which the bottleneck enters, and sets their stochastic depth."""
+        """Reduces the towers to their blocks, prepares these for the bottleneck, and sets their stochastic depth."""
         for name, tower in towers.items():
-            tower.mean = tower.std = (0.5, 0.5, 0.5)  # frames from -1 to 1, whatever the tower was made for
+            tower.mean = tower.std = (0.5, 0.5, 0.5)  # frames from -1 to 1, whatever the tower was pretrained on
             shares = self.config.shared and name == "audio" and len(self.used) > 1
             kept = 0 if shares else len(tower.blocks)
             if self.config.mixing == "joint" and name == "audio" and len(self.used) > 1:
-                kept = min(kept, self.config.start)  # the joint layers are the video tower's
+                kept = min(kept, self.config.start)  # joint layers use the video tower's blocks
             tower.keep_blocks(kept)
             if self.fuses and not shares:
-                enter_blocks(tower, self.config.start, "joint", self.config.attention, last_needs_bottleneck=False)
+                use_bottleneck_blocks(
+                    tower, self.config.start, "joint", self.config.attention, last_needs_bottleneck=False
+                )
             tower.rescale(self.config.rescale)
 
     @property
     def decay_free(self) -> list[str]:
-        """Names of parameters that do not decay."""
+        """Names of the parameters without weight decay."""
         names = [f"{kind}.{n}" for kind in ("position", "class_token") for n in getattr(self, kind)]
         return [*names, *(["bottleneck"] if self.fuses else [])]
 
-    def forward(self, video: Tower, audio: Tower, streams: FusionInputs) -> Tensor:
-        """Returns logits [B, K]; in training with head `token` those of each modality, [B, 2, K].
+    def forward(self, video: Tower, audio: Tower, inputs: FusionInputs) -> Tensor:
+        """Returns logits [B, K]; in training with head `token` the logits of each modality, [B, 2, K].
 
-        Each modality then has a loss of its own; one that a clip lacks has the other one's logits.
+        Each modality then has its own loss. A modality that a clip lacks gets the logits of the other one.
         """
-        x = {name: self._embedded(name, streams) for name in self.used}
-        windows = 1 if streams.mel_BWCML is None else streams.mel_BWCML.shape[1]
+        x = {name: self._embedded(name, inputs) for name in self.used}
+        windows = 1 if inputs.mel_BWCML is None else inputs.mel_BWCML.shape[1]
         clips = next(iter(x.values())).shape[0] // windows
-        has = self._present(streams, windows)
+        has = self._present(inputs, windows)
         x = self._encoded(x, {"video": video, "audio": audio}, clips, windows, has)
         encoded = {name: self.norm(tokens) for name, tokens in x.items()}
         if self.prefix:
-            return self._by_token(encoded, clips, windows, has, streams)
-        return over_windows(self._logits(self._pooled(encoded, has)).unflatten(0, (clips, windows)), streams.window_BW)
+            return self._by_token(encoded, clips, windows, has, inputs)
+        return mean_over_windows(
+            self._logits(self._pooled(encoded, has)).unflatten(0, (clips, windows)), inputs.window_BW
+        )
 
-    def _embedded(self, name: Modality, streams: FusionInputs) -> Tensor:
-        """Returns a modality's tokens with their positions, [B * W, (1 +) N, D]."""
+    def _embedded(self, name: Modality, inputs: FusionInputs) -> Tensor:
+        """Returns a modality's tokens with position embeddings, [B * W, N, D], or 1 + N with a class token."""
         embed = self.embed[name]
         if name == "audio":
-            assert streams.mel_BWCML is not None
-            patches = embed(streams.mel_BWCML.flatten(0, 1).transpose(2, 3))  # time is the first axis
+            assert inputs.mel_BWCML is not None
+            patches = embed(inputs.mel_BWCML.flatten(0, 1).transpose(2, 3))  # [time, mel], as in the authors' code
         else:
-            patches = self._frames(streams, embed)
+            patches = self._frames(inputs, embed)
         tokens = patches.flatten(2).transpose(1, 2)
         if self.prefix:
             tokens = torch.cat([self.class_token[name].expand(len(tokens), -1, -1), tokens], dim=1)
         tokens = tokens + self.position[name]
-        if name == "video" and streams.mel_BWCML is not None:
-            tokens = tokens.repeat_interleave(streams.mel_BWCML.shape[1], dim=0)
+        if name == "video" and inputs.mel_BWCML is not None:
+            tokens = tokens.repeat_interleave(inputs.mel_BWCML.shape[1], dim=0)
         return tokens
 
-    def _frames(self, streams: FusionInputs, embed: nn.Module) -> Tensor:
-        """Returns the patches of frames or tubelets, [B, D, time, height, width]."""
-        assert streams.frames_BTCHW is not None
-        frames_BCTHW = streams.frames_BTCHW.transpose(1, 2)
+    def _frames(self, inputs: FusionInputs, embed: nn.Module) -> Tensor:
+        """Returns the embedded patches of frames or tubelets, [B, D, time, height, width]."""
+        assert inputs.frames_BTCHW is not None
+        frames_BCTHW = inputs.frames_BTCHW.transpose(1, 2)
         if not self.config.sampled:
             return embed(frames_BCTHW)
         frames = frames_BCTHW.shape[2]
@@ -277,9 +281,12 @@ class MBTFusion(nn.Module):
         picked = frames_BCTHW[:, :, chosen].transpose(1, 2)
         return embed(picked.flatten(0, 1)).unflatten(0, picked.shape[:2]).transpose(1, 2)
 
-    def _present(self, streams: FusionInputs, windows: int) -> dict[str, Tensor] | None:
-        """Returns which sequences have a modality (both where a clip has neither), [B * W, 1, 1] each; None: all."""
-        has = present(streams) if len(self.used) > 1 else None
+    def _present(self, inputs: FusionInputs, windows: int) -> dict[str, Tensor] | None:
+        """Returns masks [B * W, 1, 1] of the sequences that have each modality; None if all have both.
+
+        A clip with neither modality counts as having both.
+        """
+        has = presence(inputs) if len(self.used) > 1 else None
         if has is None:
             return None
         neither_B = ~(has[0] | has[1])
@@ -294,7 +301,7 @@ class MBTFusion(nn.Module):
         windows: int,
         has: dict[str, Tensor] | None,
     ) -> dict[Modality, Tensor]:
-        """Sends the tokens through all layers."""
+        """Runs the tokens through all layers."""
         for tower in towers.values():
             if tower is not None:
                 tower.rows_per_clip(windows)
@@ -312,7 +319,7 @@ class MBTFusion(nn.Module):
             elif z is not None:
                 x, z = self._by_bottleneck(blocks, x, z, clips, has)
             else:
-                x = self._side_by_side(blocks, x, has)
+                x = self._by_attention(blocks, x, has)
         return x
 
     def _by_bottleneck(
@@ -323,34 +330,34 @@ class MBTFusion(nn.Module):
         clips: int,
         has: dict[str, Tensor] | None,
     ) -> tuple[dict[Modality, Tensor], Tensor]:
-        """One layer with the bottleneck: all modalities read the old one, the next is the mean of those present."""
-        made, shares = {}, {}
+        """Runs one layer with bottleneck; the new bottleneck is the mean of the results of the modalities present."""
+        new_x, new_z = {}, {}
         for name, block in blocks.items():
-            tokens, shares[name] = block(x[name].unsqueeze(1), z, clips)
-            made[name] = tokens.squeeze(1)
-        one, two = (shares[name] for name in self.used)
+            tokens, new_z[name] = block(x[name].unsqueeze(1), z, clips)
+            new_x[name] = tokens.squeeze(1)
+        one, two = (new_z[name] for name in self.used)
         mean = (one + two) / 2
         if has is not None:
             first, second = (has[name] for name in self.used)
             mean = torch.where(first & second, mean, torch.where(first, one, two))
-        return made, mean
+        return new_x, mean
 
-    def _side_by_side(
+    def _by_attention(
         self, blocks: dict[Modality, Any], x: dict[Modality, Tensor], has: dict[str, Tensor] | None
     ) -> dict[Modality, Tensor]:
-        """One layer of attention over both modalities' tokens: `joint` at once, `cross` for each behind the other's."""
+        """Runs one layer of attention over the tokens of both modalities, for mixing `joint` or `cross`."""
         lengths = [x[name].shape[1] for name in self.used]
         if self.config.mixing == "joint":
             tokens = blocks["video"](
                 torch.cat([x[name] for name in self.used], dim=1), attn_mask=_mask(has, self.used, lengths)
             )
             return dict(zip(self.used, tokens.split(lengths, dim=1), strict=True))
-        made = {}
+        new_x = {}
         for name, length in zip(self.used, lengths, strict=True):
             names = (*(other for other in self.used if other != name), name)
             mask = _mask(has, names, [x[n].shape[1] for n in names])
-            made[name] = blocks[name](torch.cat([x[n] for n in names], dim=1), attn_mask=mask)[:, -length:]
-        return made
+            new_x[name] = blocks[name](torch.cat([x[n] for n in names], dim=1), attn_mask=mask)[:, -length:]
+        return new_x
 
     def _by_token(
         self,
@@ -358,9 +365,9 @@ class MBTFusion(nn.Module):
         clips: int,
         windows: int,
         has: dict[str, Tensor] | None,
-        streams: FusionInputs,
+        inputs: FusionInputs,
     ) -> Tensor:
-        """Logits of the class tokens."""
+        """Returns the logits of the class tokens."""
         by_modality = [self._logits(encoded[name][:, 0]) for name in self.used]
         if has is not None:
             one, two = by_modality
@@ -369,25 +376,28 @@ class MBTFusion(nn.Module):
         logits_BWMK = torch.stack(by_modality, dim=1).unflatten(0, (clips, windows))
         if self.training and len(self.used) > 1:
             return logits_BWMK[:, 0]
-        return over_windows(logits_BWMK.mean(2), streams.window_BW)
+        return mean_over_windows(logits_BWMK.mean(2), inputs.window_BW)
 
     def _pooled(self, encoded: dict[Modality, Tensor], has: dict[str, Tensor] | None) -> Tensor:
-        """Mean, maximum or sum of all tokens of the modalities that a clip has."""
+        """Returns the mean, maximum or sum of all tokens of the modalities that a clip has, [B * W, D]."""
         tokens = torch.cat([encoded[name] for name in self.used], dim=1)
         if has is None:
-            there = torch.ones_like(tokens[:, :, :1], dtype=torch.bool)
+            mask = torch.ones_like(tokens[:, :, :1], dtype=torch.bool)
         else:
-            there = torch.cat([has[n].expand(-1, encoded[n].shape[1], -1) for n in self.used], dim=1)
+            mask = torch.cat([has[n].expand(-1, encoded[n].shape[1], -1) for n in self.used], dim=1)
         if self.config.head == "gmp":
-            return tokens.masked_fill(~there, float("-inf")).amax(1)
-        total = torch.where(there, tokens, 0).sum(1)
-        return total if self.config.head == "gsp" else total / there.sum(1)
+            return tokens.masked_fill(~mask, float("-inf")).amax(1)
+        total = torch.where(mask, tokens, 0).sum(1)
+        return total if self.config.head == "gsp" else total / mask.sum(1)
 
     def _logits(self, features: Tensor) -> Tensor:
         return self.head(self.hidden(features).tanh() if self.config.hidden else features)
 
     def flops(self, video: Tower, audio: Tower, frames: int, windows: int) -> int:
-        """Operations of one clip; frames become patches once, and meet every window."""
+        """Returns the floating point operations of one clip.
+
+        Frames are embedded once; all layers run once per window.
+        """
         lengths = {name: self.position[name].shape[1] for name in self.used}
         once = total = 0
         for name, embed in self.embed.items():
@@ -403,20 +413,20 @@ class MBTFusion(nn.Module):
         return once + windows * (total + heads * (len(self.used) if self.prefix else 1))
 
     def _layer_flops(self, block: Any, number: int, lengths: dict[Modality, int], name: Modality) -> int:
-        N, everything = lengths[name], sum(lengths.values())
+        N, total = lengths[name], sum(lengths.values())
         if isinstance(block, BottleneckBlock):
             return block.flops(1, N, self.bottleneck.shape[1])
         if number < self.config.start:
             return block_flops(block, N, N, N * N)
         if self.config.mixing == "joint":
-            return block_flops(block, everything, everything, everything * everything) // len(self.used)
-        return block_flops(block, everything, everything, everything * everything)
+            return block_flops(block, total, total, total * total) // len(self.used)
+        return block_flops(block, total, total, total * total)
 
 
 def sampled_frames(num_frames: int, wanted: int) -> list[int]:
-    """Returns the numbers of evenly spaced frames, as the authors' `temporal_sampling`: rounded half to even.
+    """Returns the indices of evenly spaced frames, as the authors' `temporal_sampling` (rounded half to even).
 
-    As there, rounding decides whether there are so many or one more: two of four are 1, 3 and 3.
+    As in their code, rounding can give one index more than wanted: 2 of 4 frames gives 1, 3 and 3.
     """
     if wanted >= num_frames:
         return list(range(num_frames))
@@ -425,7 +435,7 @@ def sampled_frames(num_frames: int, wanted: int) -> list[int]:
 
 
 def _mask(has: dict[str, Tensor] | None, names: tuple[Modality, ...], lengths: list[int]) -> Tensor | None:
-    """Returns which keys may be attended, bool [sequences, 1, 1, keys]; None for all."""
+    """Returns the attention mask, bool [sequences, 1, 1, keys], True where a key may be attended; None if all may."""
     if has is None:
         return None
     parts = [has[name][:, :, 0].expand(-1, length) for name, length in zip(names, lengths, strict=True)]

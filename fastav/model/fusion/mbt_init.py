@@ -1,4 +1,4 @@
-"""MBT's start from an image ViT: blocks for both modalities, patches for tubelets, positions for all the rest."""
+"""Initialises MBT from an image ViT: blocks, patch embeddings (as tubelets) and position embeddings."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ _WHERE = "model.fusion.image_vit"
 
 
 class FusionToFill(Protocol):
-    """What is read of an `MBTFusion`, whose module imports this one.
+    """The attributes of `MBTFusion` that are used here; its module imports this one, so it cannot be imported.
 
     Attributes:
-        config: Its config, an `MBT`.
-        prefix: Class tokens of each modality, 0 or 1.
-        fuses: Whether it has bottleneck tokens.
-        frame_grid: Tubelets along time, height and width.
-        mel_grid: Patches along bands and time.
+        config: The config, an `MBT`.
+        prefix: Number of class tokens of each modality, 0 or 1.
+        fuses: Whether the fusion has bottleneck tokens.
+        frame_grid: Number of tubelets along time, height and width.
+        mel_grid: Number of patches along the two axes of the spectrogram, time and mel bands.
     """
 
     config: Any
@@ -37,28 +37,28 @@ class FusionToFill(Protocol):
     mel_grid: tuple[int, int]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """As `nn.Module.named_parameters`."""
+        """See `nn.Module.named_parameters`."""
         ...
 
 
 def start_from_image_vit(fusion: FusionToFill, towers: Mapping[Modality, Tower], file: str) -> None:
-    """Fills a model from an image ViT's file (timm's names); its head is left alone.
+    """Initialises fusion and towers from a file of an image ViT (timm's parameter names), except for the head.
 
     Raises:
-        UserError: The file cannot be read, or is another network's.
+        UserError: The file cannot be read, or is of a network that does not fit.
     """
     copy_image_vit(fusion, towers, read_safetensors(Path(file), _WHERE))
 
 
 @torch.no_grad()
 def copy_image_vit(fusion: FusionToFill, towers: Mapping[Modality, Tower], vit: Mapping[str, Tensor]) -> None:
-    """As `start_from_image_vit`, of its parameters; what the authors' `initialise_from_train_state` does.
+    """Initialises fusion and towers from the parameters of an image ViT, as the authors' `initialise_from_train_state`.
 
-    The audio's class token stays as it is, as there. Bottleneck tokens are positions, too: the grid at the size whose
-    sides multiply to their number.
+    As in their code, the audio class token keeps its initial value, and bottleneck tokens are position embeddings: the
+    ViT's grid, resized so that it has as many positions as there are tokens.
 
     Raises:
-        UserError: A parameter is missing or of another shape, or there is no such grid.
+        UserError: A parameter is missing or has another shape, or no such grid exists for the number of tokens.
     """
     config = fusion.config
     needed = {"patch_embed.proj.weight", "patch_embed.proj.bias", "pos_embed", "norm.weight", "norm.bias"}
@@ -85,12 +85,12 @@ def copy_image_vit(fusion: FusionToFill, towers: Mapping[Modality, Tower], vit: 
     for tower in towers.values():
         for name, parameter in tower.net.blocks.named_parameters():
             if f"blocks.{name}" not in vit:
-                raise UserError(f'{_WHERE}: has no "blocks.{name}", which the towers\' depth and width ask for')
+                raise UserError(f'{_WHERE}: has no "blocks.{name}", which towers of this depth and width need')
             _fill(parameter, f"blocks.{name}", vit[f"blocks.{name}"])
 
 
 def _positions(fusion: FusionToFill, positions_1ND: Tensor, classed: bool) -> dict[str, Tensor]:
-    """The position tables of both modalities and of the bottleneck."""
+    """Returns the position embeddings of both modalities, and the bottleneck."""
     first, patches = positions_1ND[0, : int(classed)], positions_1ND[0, int(classed) :]
     side = math.isqrt(len(patches))
     if side * side != len(patches):
@@ -108,7 +108,7 @@ def _positions(fusion: FusionToFill, positions_1ND: Tensor, classed: bool) -> di
         rows = math.isqrt(tokens)
         if rows * (tokens // rows) != tokens:
             raise UserError(
-                f"model.fusion.tokens: {tokens} given, with image_vit the product of two neighbouring sides expected "
+                f"model.fusion.tokens = {tokens}: with image_vit, expected n * n, n * (n + 1) or n * (n + 2) tokens "
                 "(1, 2, 3, 4, 6, 8, 9, 12, ...)"
             )
         fills["bottleneck"] = torch.cat([prefix, zoomed(grid_HWD, (rows, tokens // rows)).flatten(0, 1)])[None]
@@ -122,7 +122,13 @@ def _fill(parameter: Tensor, name: str, value: Tensor) -> None:
 
 
 def tubelet_kernel(kernel_DCHW: Tensor, frames: int, how: str) -> Tensor:
-    """Returns the kernel of tubelets of so many frames that an image's patch kernel becomes, [D, C, frames, H, W]."""
+    """Converts the patch kernel of an image ViT to a tubelet kernel, [D, C, frames, H, W].
+
+    Args:
+        kernel_DCHW: Patch kernel.
+        frames: Frames per tubelet.
+        how: `MBT.frame_kernel`.
+    """
     if how == "average":
         return kernel_DCHW.unsqueeze(2).repeat(1, 1, frames, 1, 1) / frames
     kernel = kernel_DCHW.new_zeros(*kernel_DCHW.shape[:2], frames, *kernel_DCHW.shape[2:])
@@ -131,8 +137,9 @@ def tubelet_kernel(kernel_DCHW: Tensor, frames: int, how: str) -> Tensor:
 
 
 def zoomed(grid_HWD: Tensor, size: tuple[int, int]) -> Tensor:
-    """Returns a grid of position embeddings at another size: bilinear, corners on corners (scipy's `zoom`, order 1)."""
+    """Resizes a grid of position embeddings: bilinear with aligned corners, as scipy's `zoom` of order 1."""
     if tuple(grid_HWD.shape[:2]) == size:
         return grid_HWD
-    made = functional.interpolate(grid_HWD.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=True)
-    return made[0].permute(1, 2, 0)
+    grid_1DHW = grid_HWD.permute(2, 0, 1)[None]
+    resized_1DHW = functional.interpolate(grid_1DHW, size=size, mode="bilinear", align_corners=True)
+    return resized_1DHW[0].permute(1, 2, 0)

@@ -1,21 +1,21 @@
-"""Attention of frames that meet in bottleneck tokens, on one packed matrix of query, key and value rows.
+"""Attention of frames that exchange information through bottleneck tokens, on one packed matrix of q, k and v rows.
 
 Rows of the packed input, C clips of T frames of N tokens and Z bottleneck tokens each:
 
     0 ... C*T*N           token (clip c, frame t, token n) is row (c*T + t)*N + n
     C*T*N ... + C*Z       bottleneck (clip c, token z) is row C*T*N + c*Z + z
 
-so that a projection that makes it is a single matrix product and no row is ever moved. What attends what:
+so that one matrix product makes all rows and none is ever copied. Which rows attend to which:
 
-| `frames` | tokens of a frame see | bottleneck tokens see | bottleneck rows of the output |
+| `frames` | tokens of a frame attend to | bottleneck tokens attend to | bottleneck rows of the output |
 |---|---|---|---|
 | `joint` | all tokens of the clip, the bottleneck | the same | C*Z |
 | `shared` | their own frame, the bottleneck | all tokens of the clip, the bottleneck | C*Z |
 | `mean` | their own frame, the bottleneck | one copy per frame: that frame, the bottleneck | C*T*Z |
 
-With one frame all three are the same. `mean` returns the copies, row C*T*N + (c*T + t)*Z + z of each: they are
-averaged by the caller, after whatever else the layer does to them (SSW60's frames, which pass a layer one by one).
-Where nobody reads the bottleneck's result, as in the last layer, it need not be asked for: no such rows come out.
+With one frame all three are the same. `mean` returns one copy of the bottleneck per frame, in row
+C*T*N + (c*T + t)*Z + z. The caller averages them at the end of the layer (in SSW60 frames pass a layer one by one).
+If the bottleneck's result is not needed, as in the last layer, `need_bottleneck=False` leaves out its rows.
 """
 
 from __future__ import annotations
@@ -53,40 +53,44 @@ def bottleneck_attention(
     need_bottleneck: bool = True,
     impl: str = "auto",
 ) -> Tensor:
-    """Computes softmax(q k^T / sqrt(d)) v over the segments that each row may see (table at the top).
+    """Computes softmax(q k^T / sqrt(d)) v over the rows that each row attends to (see the module's table).
 
     Args:
-        qkv: [C*T*N + C*Z, 3, H, d] of any floating dtype: queries, keys and values of H heads, packed as
-            above.
-        clips: C.
-        num_frames: T, at least 1.
-        num_tokens: N tokens of a frame, at least 1.
-        num_bottleneck: Z, 0 for plain attention.
-        frames: Which segments there are.
-        need_bottleneck: Whether the bottleneck's own result is wanted.
-        impl: One of `IMPLEMENTATIONS`, or `auto` for the best one here (`best`).
+        qkv: [C*T*N + C*Z, 3, H, d] of any floating dtype: queries, keys and values of H heads, rows packed as above.
+        clips: Number of clips C.
+        num_frames: Frames per clip T, at least 1.
+        num_tokens: Tokens per frame N, at least 1.
+        num_bottleneck: Bottleneck tokens per clip Z; 0 for plain attention.
+        frames: How frames and bottleneck attend to each other: `mean`, `shared` or `joint`.
+        need_bottleneck: Whether to compute the result of the bottleneck rows.
+        impl: One of `IMPLEMENTATIONS`, or `auto` for the one that `best` returns.
 
     Returns:
-        [C*T*N + C*Z, H, d] in the same order of rows; with `mean` [C*T*N + C*T*Z, H, d]; without the
-        bottleneck's result [C*T*N, H, d].
+        [C*T*N + C*Z, H, d] with rows in the same order; with `mean` [C*T*N + C*T*Z, H, d]; without `need_bottleneck`
+        [C*T*N, H, d].
 
     Raises:
-        ValueError: where `impl` or `frames` is unknown, `qkv` does not have the rows that it should, or a forced
-            implementation cannot run, with the reason.
+        ValueError: `impl` or `frames` is unknown, `qkv` has another shape, or the requested implementation cannot run
+            here.
+
+    Example:
+        heads = bottleneck_attention(
+            qkv, clips=64, num_frames=8, num_tokens=197, num_bottleneck=4, frames="shared"
+        )
     """
     segments = Segments(clips, num_frames, num_tokens, num_bottleneck, frames, need_bottleneck)
     segments.check(qkv)
     if impl == "auto":
         impl = best(str(qkv.device), str(qkv.dtype), qkv.shape[3], segments)
     elif impl not in IMPLEMENTATIONS:
-        raise ValueError(f'impl "{impl}" is unknown; there is: auto, {", ".join(IMPLEMENTATIONS)}')
+        raise ValueError(f'impl "{impl}" is unknown; expected one of: auto, {", ".join(IMPLEMENTATIONS)}')
     if impl == "triton" and (reason := _why_not(str(qkv.device), str(qkv.dtype), qkv.shape[3])):
         raise ValueError(f'impl "triton" cannot run: {reason}')
     return IMPLEMENTATIONS[impl](qkv, segments)
 
 
 def best(device: str, dtype: str, head_dim: int, segments: Segments) -> str:
-    """Returns what `auto` stands for: `triton` where it was measured to be faster than `sdpa`, which it is else."""
+    """Returns what `auto` selects: `triton` where it was measured to be faster than `sdpa`, otherwise `sdpa`."""
     s = segments
     if not device.startswith("cuda") or s.alone:
         return "sdpa"
@@ -104,7 +108,7 @@ def best(device: str, dtype: str, head_dim: int, segments: Segments) -> str:
 
 @torch.compiler.assume_constant_result
 def _wins(device: str, dtype: str, head_dim: int) -> tuple[tuple[str, int, int, bool, int, int], ...]:
-    """What was measured for such numbers on such a device, where the kernels can run; constant to a compiler."""
+    """Returns the shapes for which the kernels were measured to be faster on this device; a constant when compiled."""
     if _why_not(device, dtype, head_dim):
         return ()
     return tuple(

@@ -1,4 +1,4 @@
-"""Launches the kernels: which of them, on what grid, with which tiles and buffers."""
+"""Launches the kernels: selects them, and sets grid, tiles and buffers."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def why_not(device: str, dtype: str, head_dim: int) -> str:
-    """Returns why the kernels cannot run on such a matrix; nothing where they can."""
+    """Returns why the kernels cannot run with this device, dtype and head width; empty if they can."""
     if dtype not in map(str, _DTYPES):
         return f"it takes float32, float16 and bfloat16, not {dtype}"
     if head_dim not in HEAD_DIMS:
         return f"it takes heads of {', '.join(map(str, HEAD_DIMS))} channels, not {head_dim}"
     if device.startswith("cuda"):
         if torch.cuda.get_device_capability(device) < (8, 0):
-            return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
+            return f"it needs compute capability 8.0 or newer, which {torch.cuda.get_device_name(device)} does not have"
     elif not triton.knobs.runtime.interpret:
-        return f"it needs an NVIDIA GPU, the tensors are on {device}"
+        return f"it needs an NVIDIA GPU, but the tensors are on {device}"
     return ""
 
 
@@ -35,9 +35,9 @@ def run_forward(qkv: Tensor, segments: Segments, chip: Chip | None = None) -> tu
     """Returns the output [out rows, H, d] and its log-sum-exp, base 2, float32 [H, out rows].
 
     Args:
-        qkv: Contiguous, as `Segments.check` wants it.
-        segments: Its sizes.
-        chip: Whose plans; None for the device's.
+        qkv: Contiguous packed matrix that passes `Segments.check`.
+        segments: Sizes of the packed matrix.
+        chip: Chip whose plans are used; None for that of the device.
     """
     H, D = qkv.shape[2:]
     call, chip = Call(segments, H, D, qkv.dtype), chip or chip_of(qkv.device)
@@ -46,7 +46,7 @@ def run_forward(qkv: Tensor, segments: Segments, chip: Chip | None = None) -> tu
     parts = (call.sequences, call.bottleneck, H, D) if call.merges else (0, 0, 0, 0)
     part_out = qkv.new_empty(parts, dtype=torch.float32)
     part_lse = qkv.new_empty(parts[:3], dtype=torch.float32)
-    plan = call.surely("forward", chip)
+    plan = call.require_plan("forward", chip)
     kernels.forward[(call.sequences * H * call.tiles(plan),)](
         qkv, out, lse, part_out, part_lse, call.scale, call.frames, segments.token_rows, segments.out_rows,
         call.tokens // plan.block_n, **call.constants(plan), **_options(plan),
@@ -63,15 +63,15 @@ def run_forward(qkv: Tensor, segments: Segments, chip: Chip | None = None) -> tu
 def run_backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, segments: Segments, chip: Chip | None = None
 ) -> Tensor:
-    """Returns the gradient of the packed matrix, of its dtype.
+    """Returns the gradient of the packed matrix, in its dtype.
 
     Args:
-        dout: Gradient of the output, contiguous.
-        qkv: As it was.
-        out: As it came out.
-        lse: Likewise.
-        segments: Sizes.
-        chip: Whose plans; None for the device's.
+        dout: Contiguous gradient of the output.
+        qkv: Input of the forward pass.
+        out: Output of the forward pass.
+        lse: Log-sum-exp of the forward pass.
+        segments: Sizes of the packed matrix.
+        chip: Chip whose plans are used; None for that of the device.
     """
     H, D = qkv.shape[2:]
     call, chip = Call(segments, H, D, qkv.dtype), chip or chip_of(qkv.device)
@@ -81,7 +81,7 @@ def run_backward(
     parts = (call.sequences, call.bottleneck, 3, H, D) if call.split else (0,)
     sums = qkv.new_empty(parts, dtype=torch.float32)
     whole = call.plan("backward_whole", chip)
-    plans = [whole] if whole else [call.surely(name, chip) for name in ("backward_keys", "backward_queries")]
+    plans = [whole] if whole else [call.require_plan(name, chip) for name in ("backward_keys", "backward_queries")]
     for plan in plans:
         getattr(kernels, plan.kernel)[(call.sequences * H * call.tiles(plan),)](
             qkv, out, dout, lse, dqkv, sums, call.scale, call.unit, call.frames, segments.token_rows,
@@ -97,13 +97,15 @@ def run_backward(
 
 
 class Call:
-    """What the kernels are compiled for and told; a clip that is one sequence has one frame of all its tokens.
+    """Sizes and compile-time constants of the kernels for one call.
+
+    A clip that is a single sequence counts as one frame with all its tokens.
 
     Args:
-        segments: Sizes.
-        heads: H.
-        dim: d.
-        dtype: Of the packed matrix.
+        segments: Sizes of the packed matrix.
+        heads: Number of heads H.
+        dim: Head width d.
+        dtype: Type of the packed matrix.
     """
 
     def __init__(self, segments: Segments, heads: int, dim: int, dtype: torch.dtype) -> None:
@@ -122,7 +124,7 @@ class Call:
         self.merges = self.kind == kernels.PARTS.value and self.queries > 0
 
     def tiles(self, plan: LaunchPlan) -> int:
-        """Programs for one head of a sequence."""
+        """Returns the number of programs for one head of a sequence."""
         if plan.kernel == "backward_whole":
             return 1
         if plan.kernel == "backward_keys":
@@ -130,38 +132,38 @@ class Call:
         return triton.cdiv(self.tokens + self.queries, plan.block_m)
 
     def constants(self, plan: LaunchPlan) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        told: dict[str, Any] = {
+        """Returns the compile-time constants of a kernel."""
+        constants: dict[str, Any] = {
             "H": self.heads, "D": self.dim, "N": self.tokens, "Z": self.bottleneck, "QUERIES": self.queries,
             "KIND": self.kind, "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32", "BLOCK_M": plan.block_m,
         }  # fmt: skip
         if plan.kernel == "forward":
             left = self.keys - self.tokens // plan.block_n * plan.block_n
-            tail = min(plan.block_n, max(16, triton.next_power_of_2(left)))  # as few columns as the tensor cores take
-            told |= {"TAIL": tail, "TRIPS": not triton.knobs.runtime.interpret}
+            tail = min(plan.block_n, max(16, triton.next_power_of_2(left)))  # 16: the fewest columns of a tensor core
+            constants |= {"TAIL": tail, "TRIPS": not triton.knobs.runtime.interpret}
         else:
-            told |= {"SPLIT": self.split}
+            constants |= {"SPLIT": self.split}
         if plan.kernel == "backward_whole":
-            return told | {"KEYS": plan.block_n}
-        return told | {"BLOCK_N": plan.block_n, "TILES": self.tiles(plan)}
+            return constants | {"KEYS": plan.block_n}
+        return constants | {"BLOCK_N": plan.block_n, "TILES": self.tiles(plan)}
 
     def plan(self, kernel: str, chip: Chip) -> LaunchPlan | None:
-        """The tiles of a kernel."""
+        """Returns the plan of a kernel; None if there is none."""
         return plan_for(kernel, chip, self.dim, self.dtype.itemsize, self.keys)
 
-    def surely(self, kernel: str, chip: Chip) -> LaunchPlan:
-        """The same, where every file has tiles for sequences of any length."""
+    def require_plan(self, kernel: str, chip: Chip) -> LaunchPlan:
+        """Returns the plan of a kernel for which every file has plans for any sequence length."""
         plan = self.plan(kernel, chip)
         assert plan is not None, f"no plan of {kernel} for heads of {self.dim} in {self.dtype} on {chip}"
         return plan
 
 
 def chip_of(device: torch.device) -> Chip:
-    """Returns whose plans a device uses; the interpreter those of sm_90."""
+    """Returns the chip of a device; the interpreter uses the plans of sm_90."""
     if device.type != "cuda":
         return Chip("sm_90")
-    told: Any = torch.cuda.get_device_properties(device)
-    return Chip(architecture_of((told.major, told.minor)), told.shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)
+    return Chip(architecture_of((properties.major, properties.minor)), properties.shared_memory_per_block_optin)
 
 
 def _options(plan: LaunchPlan) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The kernels as operators of PyTorch: with shapes for tracing, gradients, and no graph break."""
+"""The kernels as PyTorch operators, with fake tensors for tracing and with gradients, so that graphs do not break."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fastav_kernels.bottleneck_attention.segments import Frames, Segments
 def forward(
     qkv: Tensor, clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, need_bottleneck: bool
 ) -> tuple[Tensor, Tensor]:
-    """Returns output and log-sum-exp; `launch.run_forward`."""
+    """Returns output and log-sum-exp, see `launch.run_forward`."""
     from fastav_kernels.bottleneck_attention.launch import run_forward
 
     segments = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), need_bottleneck)
-    with torch.cuda.device_of(qkv):  # Triton launches where the current device is
+    with torch.cuda.device_of(qkv):  # Triton launches on the current device
         return run_forward(qkv.contiguous(), segments)
 
 
@@ -36,7 +36,7 @@ def backward(
     dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor,
     clips: int, num_frames: int, num_tokens: int, num_bottleneck: int, frames: str, need_bottleneck: bool,
 ) -> Tensor:  # fmt: skip
-    """Returns the gradient of qkv; `launch.run_backward`."""
+    """Returns the gradient of qkv, see `launch.run_backward`."""
     from fastav_kernels.bottleneck_attention.launch import run_backward
 
     segments = Segments(clips, num_frames, num_tokens, num_bottleneck, cast(Frames, frames), need_bottleneck)
@@ -70,7 +70,7 @@ torch.library.register_autograd("fastav::bottleneck_attention", _backward, setup
 
 
 def kernel(qkv: Tensor, segments: Segments) -> Tensor:
-    """As `bottleneck_attention`, by the Triton kernels."""
+    """Computes `bottleneck_attention` by the Triton kernels."""
     s = segments
     out, _ = forward(qkv, s.clips, s.num_frames, s.num_tokens, s.num_bottleneck, s.frames, s.need_bottleneck)
     return cast(Tensor, out)

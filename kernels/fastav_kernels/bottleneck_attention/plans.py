@@ -1,8 +1,9 @@
-"""How the kernels are cut into tiles on each architecture: data in `plans/*.json`, written by the benchmark's `--tune`.
+"""Tile sizes of the kernels for each architecture, from `plans/*.json`.
 
-Nothing is tuned at run time: the same call launches the same kernels on every rank and in every run. A file says, for
-each kernel, head width and bytes of a number, the tiles for sequences of up to so many keys; and, once it has been
-measured, for which shapes the kernels beat PyTorch's attention (`wins`), which is all that `impl = "auto"` believes.
+`python -m benchmarks kernels --tune` writes these files. Nothing is tuned at run time: the same call launches the same
+kernels on every rank and in every run. A file lists the tile sizes for each kernel, head width, element size and
+maximum number of keys. `wins` lists the shapes for which the kernels were measured to be faster than PyTorch's
+attention; `impl = "auto"` uses the kernels only for these.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ HEAD_DIMS = (32, 64, 128)
 
 @dataclass(frozen=True, slots=True)
 class LaunchPlan:
-    """Tiles of one kernel.
+    """Tile sizes of one kernel.
 
     Attributes:
         kernel: One of `KERNELS`.
-        head_dim: d.
-        num_bytes: Of a number: 2 or 4.
-        max_keys: N + Z of a sequence that it is for, at most.
-        block_m: Queries of a tile.
-        block_n: Keys of a tile; with `backward_whole` all of them.
-        num_warps: Of a program.
-        num_stages: Of its software pipeline.
-        shared_bytes: Shared memory of a program, at most.
+        head_dim: Head width d.
+        num_bytes: Bytes per element: 2 or 4.
+        max_keys: Largest number of keys N + Z of a sequence for which the plan is used.
+        block_m: Queries per tile.
+        block_n: Keys per tile; with `backward_whole` all keys.
+        num_warps: Warps per program.
+        num_stages: Stages of the software pipeline.
+        shared_bytes: Largest shared memory of a program, bytes.
     """
 
     kernel: str
@@ -47,18 +48,18 @@ class LaunchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Win:
-    """Shapes for which the kernels, forward and backward, were measured to beat PyTorch's attention.
+    """Shapes for which forward plus backward of the kernels was measured to be faster than PyTorch's attention.
 
     Attributes:
-        frames: Kind.
-        head_dim: d.
-        dtype: Such as `bfloat16`.
-        num_frames: T.
-        num_bottleneck: Z.
-        need_bottleneck: Whether the bottleneck's own result is made.
-        min_tokens: N of a frame, at least.
-        max_tokens: N of a frame, at most.
-        ratio: How much faster, at the worst of the measured shapes.
+        frames: `mean`, `shared` or `joint`.
+        head_dim: Head width d.
+        dtype: Type, such as `bfloat16`.
+        num_frames: Frames per clip T.
+        num_bottleneck: Bottleneck tokens Z.
+        need_bottleneck: Whether the result of the bottleneck rows is computed.
+        min_tokens: Smallest number of tokens per frame N.
+        max_tokens: Largest number of tokens per frame N.
+        ratio: Speed relative to PyTorch's, at the worst of the measured shapes.
     """
 
     frames: str
@@ -74,11 +75,11 @@ class Win:
 
 @dataclass(frozen=True, slots=True)
 class Chip:
-    """What decides on a plan.
+    """Properties of a GPU that select a plan.
 
     Attributes:
         architecture: One of `ARCHITECTURES`.
-        shared_bytes: Shared memory that a program may have; some chips of an architecture have less than others.
+        shared_bytes: Shared memory available to a program, bytes; it differs between chips of one architecture.
     """
 
     architecture: str
@@ -87,11 +88,11 @@ class Chip:
 
 @dataclass(frozen=True, slots=True)
 class PlanFile:
-    """What is known of an architecture.
+    """Content of one file of `plans/`.
 
     Attributes:
-        plans: In order of preference.
-        wins: Empty until it was measured.
+        plans: Plans in order of preference.
+        wins: Shapes for which the kernels are faster; empty until measured.
         measured: Machine, versions and date of the measurement, or `predicted`.
     """
 
@@ -104,21 +105,21 @@ class PlanFile:
 def read_plans(architecture: str) -> PlanFile:
     """Returns the file of an architecture."""
     text = resources.files("fastav_kernels.bottleneck_attention").joinpath(f"plans/{architecture}.json").read_text()
-    told: dict[str, Any] = json.loads(text)
+    data: dict[str, Any] = json.loads(text)
     return PlanFile(
-        tuple(LaunchPlan(**plan) for plan in told["plans"]), tuple(Win(**win) for win in told["wins"]), told["measured"]
+        tuple(LaunchPlan(**plan) for plan in data["plans"]), tuple(Win(**win) for win in data["wins"]), data["measured"]
     )
 
 
 def architecture_of(capability: tuple[int, int]) -> str:
-    """Returns whose plans a GPU of some compute capability uses: the nearest older architecture."""
+    """Returns the architecture whose plans a GPU of this compute capability uses: its own, or the nearest older one."""
     number = 10 * capability[0] + capability[1]
     fitting = [name for name in ARCHITECTURES if int(name[3:]) <= number]
     return fitting[-1] if fitting else ARCHITECTURES[0]
 
 
 def plan_for(kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> LaunchPlan | None:
-    """Returns the first plan that fits, or None."""
+    """Returns the first plan that fits kernel, chip, head width, element size and number of keys; None without one."""
     for plan in read_plans(chip.architecture).plans:
         if (plan.kernel, plan.head_dim, plan.num_bytes) != (kernel, head_dim, num_bytes):
             continue

@@ -1,4 +1,4 @@
-"""The specification of bottleneck attention: one softmax for each query over all keys that it may see, written out."""
+"""The specification of bottleneck attention: for each query, one softmax over all keys that it attends to."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastav_kernels.bottleneck_attention.segments import Segments
 
 
 def reference(qkv: Tensor, segments: Segments) -> Tensor:
-    """As `bottleneck_attention`, for any device and floating dtype, float64 included; memory grows as rows squared."""
+    """Computes `bottleneck_attention` on any device in any floating dtype; memory grows with the square of the rows."""
     q, k, v = by_clip(qkv, segments)
     scores = q @ k.transpose(2, 3) / q.shape[3] ** 0.5
     weights = scores.masked_fill(~allowed(segments, qkv.device), float("-inf")).softmax(-1)
@@ -17,9 +17,9 @@ def reference(qkv: Tensor, segments: Segments) -> Tensor:
 
 
 def allowed(segments: Segments, device: torch.device) -> Tensor:
-    """Returns which query of a clip sees which key, bool [queries, keys], tokens first."""
+    """Returns which query of a clip attends to which key, bool [queries, keys], tokens first."""
     T, N, Z = segments.num_frames, segments.num_tokens, segments.num_bottleneck
-    everything = -1  # no frame's own
+    everything = -1  # belongs to no single frame
     frames_T = torch.arange(T, device=device)
     token_frames = frames_T.repeat_interleave(N)
     keys = torch.cat([token_frames, token_frames.new_full((Z,), everything)])
@@ -34,7 +34,7 @@ def allowed(segments: Segments, device: torch.device) -> Tensor:
 
 
 def by_clip(qkv: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns queries, keys and values [C, H, rows of a clip, d], tokens first; with `mean` a query for each copy."""
+    """Returns q, k and v as [C, H, rows of a clip, d], tokens first; with `mean`, q has one row per bottleneck copy."""
     s = segments
     tokens = qkv[: s.token_rows].unflatten(0, (s.clips, s.num_frames * s.num_tokens))
     bottleneck = qkv[s.token_rows :].unflatten(0, (s.clips, s.num_bottleneck))
@@ -47,7 +47,7 @@ def by_clip(qkv: Tensor, segments: Segments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def to_rows(out: Tensor, segments: Segments) -> Tensor:
-    """Returns results [C, H, queries of a clip, d] as rows of the output."""
+    """Converts results [C, H, queries of a clip, d] to rows of the output."""
     tokens = segments.num_frames * segments.num_tokens
     rows = out.transpose(1, 2)
     return torch.cat([rows[:, :tokens].flatten(0, 1), rows[:, tokens:].flatten(0, 1)])

@@ -1,21 +1,21 @@
-"""The Triton kernels of bottleneck attention, and nothing else: who calls them with what is `launch`'s concern.
+"""The Triton kernels of bottleneck attention; `launch` calls them.
 
-One program works on one head of one sequence, which is a frame (kinds `mean` and `shared`) or a clip (`joint`, and any
-kind with a single frame). Local row i < N of a sequence is its token i, row N + z is bottleneck token z: rows of the
-packed matrix follow by index arithmetic, so that nothing is gathered, joined or copied. The few bottleneck queries ride
-in the padding of the last tile of rows.
+One program computes one head of one sequence. A sequence is a frame (kinds `mean` and `shared`) or a clip (`joint`, and
+any kind with a single frame). Local row i < N of a sequence is its token i, row N + z is bottleneck token z. Rows of
+the packed matrix follow by index arithmetic, so nothing is gathered, concatenated or copied. The few bottleneck queries
+use the padding of the last tile of rows.
 
-`KIND` says what a sequence's bottleneck queries mean:
+`KIND` defines how the results of a sequence's bottleneck queries are used:
 
-    ALONE   the sequence is the whole clip: their result is final
-    COPIES  kind `mean`: each frame's copy has a row of its own in the output
-    PARTS   kind `shared`: each frame gives a part, a softmax over its own keys with its log-sum-exp; `merge_parts`
-            joins them (only the first frame sees the bottleneck's keys, so that each key counts once)
+    ALONE   the sequence is the whole clip: the result is final
+    COPIES  kind `mean`: each frame's copy has its own row in the output
+    PARTS   kind `shared`: each frame computes a partial softmax over its own keys, with its log-sum-exp; `merge_parts`
+            combines them (only the first frame includes the bottleneck's keys, so that each key counts once)
 
-Log-sum-exps are to base 2, of scores that are scaled by log2(e) / sqrt(d): exp2 is what the hardware has.
+Log-sum-exps are to base 2, of scores scaled by log2(e) / sqrt(d), because the hardware computes exp2.
 
 The gradients of a clip's bottleneck rows are sums over its frames. Every program writes its own part in float32, and
-`sum_parts` adds them in a fixed order: no atomics, two runs give the same bits.
+`sum_parts` adds the parts in a fixed order: no atomics, and two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ALONE, COPIES, PARTS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 @triton.jit
 def _sequence(TILES: tl.constexpr, H: tl.constexpr, frames):
-    """Tile, head, sequence and clip that this program works on; tiles of a head are neighbours, they share its keys."""
+    """Returns tile, head, sequence and clip of this program; tiles of a head are neighbours because they share keys."""
     pid = tl.program_id(0)
     seq = (pid // TILES // H).to(tl.int64)
     return pid % TILES, (pid // TILES) % H, seq, seq // frames
@@ -36,22 +36,23 @@ def _sequence(TILES: tl.constexpr, H: tl.constexpr, frames):
 
 @triton.jit
 def _count(known: tl.constexpr, trips, TRIPS: tl.constexpr):
-    """How often a loop goes round: `known`, or `trips`, which says the same where the compiler cannot see it.
+    """Returns the number of iterations of a loop: `known`, or the equal `trips`, which is hidden from the compiler.
 
-    It would unroll three rounds, for 140 registers instead of 99 on sm_90. Only the interpreter needs to know.
+    With a known number the compiler unrolls three iterations, for 140 registers instead of 99 on sm_90. Only the
+    interpreter needs the known number.
     """
     return trips if TRIPS else known
 
 
 @triton.jit
 def _in_rows(local, seq, clip, first, N: tl.constexpr, Z: tl.constexpr):
-    """Rows of the packed input of local rows."""
+    """Converts local rows to rows of the packed input."""
     return tl.where(local < N, seq * N + local, first + clip * Z + local - N)
 
 
 @triton.jit
 def _out_rows(local, seq, clip, first, N: tl.constexpr, Z: tl.constexpr, KIND: tl.constexpr):
-    """Rows of the output of local rows; with `PARTS` those of the merged bottleneck."""
+    """Converts local rows to rows of the output; with `PARTS`, bottleneck rows are those of the merged result."""
     if KIND == COPIES:
         return tl.where(local < N, seq * N + local, first + seq * Z + local - N)
     return tl.where(local < N, seq * N + local, first + clip * Z + local - N)
@@ -59,16 +60,16 @@ def _out_rows(local, seq, clip, first, N: tl.constexpr, Z: tl.constexpr, KIND: t
 
 @triton.jit
 def _visible(row, col, is_first, N: tl.constexpr, Z: tl.constexpr, KIND: tl.constexpr):
-    """Which pairs of local rows and columns meet; both are given with their axes in place."""
-    there = (row >= 0) & (col < N + Z)
+    """Returns the mask of pairs of local rows (queries) and columns (keys), which are given with broadcastable axes."""
+    mask = (row >= 0) & (col < N + Z)
     if KIND == PARTS:
-        there = there & ((row < N) | (col < N) | is_first)
-    return there
+        mask = mask & ((row < N) | (col < N) | is_first)
+    return mask
 
 
 @triton.jit
 def _attend(q, k, v, acc, top, total, keep, scale, MASKED: tl.constexpr, PRECISION: tl.constexpr):
-    """One step of the running softmax over a tile of keys and values [columns, d]."""
+    """Adds a tile of keys and values [columns, d] to the running softmax."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
     if MASKED:
         s = tl.where(keep, s, float("-inf"))
@@ -86,11 +87,11 @@ def forward(
     TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
     TRIPS: tl.constexpr,
 ):  # fmt: skip
-    """Writes a tile of output rows and their log-sum-exp.
+    """Computes a tile of output rows and their log-sum-exp.
 
     Pointers: qkv [rows, 3, H, D]; out [num_out, H, D]; lse float32 [H, num_out]; with `PARTS` also float32
-    part_out [sequences, Z, H, D] and part_lse [sequences, Z, H]. `first`: rows of tokens. `QUERIES`: Z, or 0 where
-    the bottleneck's own result is not wanted. Columns: full tiles of tokens without a mask, then tiles of TAIL.
+    part_out [sequences, Z, H, D] and part_lse [sequences, Z, H]. `first`: number of token rows. `QUERIES`: Z, or 0 if
+    the result of the bottleneck rows is not needed. Keys: full tiles of tokens without a mask, then tiles of TAIL.
     """
     tile, head, seq, clip = _sequence(TILES, H, frames)
     is_first = seq % frames == 0
@@ -114,9 +115,9 @@ def forward(
     for j in range((N + Z - full * BLOCK_N + TAIL - 1) // TAIL):
         col = full * BLOCK_N + j * TAIL + tl.arange(0, TAIL)
         at = keys + _in_rows(col, seq, clip, first, N, Z)[:, None] * row_size + dim[None, :]
-        there = (col < N + Z)[:, None]
-        k = tl.load(at, mask=there, other=0.0)
-        v = tl.load(at + H * D, mask=there, other=0.0)
+        valid = (col < N + Z)[:, None]
+        k = tl.load(at, mask=valid, other=0.0)
+        v = tl.load(at + H * D, mask=valid, other=0.0)
         keep = _visible(local[:, None], col[None, :], is_first, N, Z, KIND)
         acc, top, total = _attend(q, k, v, acc, top, total, keep, scale, True, PRECISION)
     acc = acc / total[:, None]
@@ -140,7 +141,7 @@ def merge_parts(
     part_out, part_lse, out, lse, first, num_out,
     H: tl.constexpr, D: tl.constexpr, Z: tl.constexpr, FRAMES: tl.constexpr, BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
-    """Joins the frames' parts of a clip's bottleneck queries, weighted by their share of the softmax."""
+    """Combines the frames' partial results of a clip's bottleneck queries, weighted by their share of the softmax."""
     tiles: tl.constexpr = (Z + BLOCK_Z - 1) // BLOCK_Z
     tile, head, clip, _ = _sequence(tiles, H, 1)
     dim = tl.arange(0, D)
@@ -169,7 +170,7 @@ def _queries(
     qkv, out, dout, lse, local, seq, clip, head, first, num_out,
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """Loads a tile of queries with their gradients: q, dout [rows, d], log-sum-exp and rowsum(out * dout) [rows]."""
+    """Loads a tile of queries: q and dout [rows, d], log-sum-exp and rowsum(out * dout) [rows]."""
     dim = tl.arange(0, D)
     real = local < N + QUERIES
     rows = _in_rows(local, seq, clip, first, N, Z)
@@ -187,10 +188,10 @@ def _keys_values(
     qkv, col, seq, clip, head, first, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr
 ):  # fmt: skip
     """Loads a tile of keys and values [rows, d]; zeros beyond the sequence."""
-    there = (col < N + Z)[:, None]
+    valid = (col < N + Z)[:, None]
     at = _in_rows(col, seq, clip, first, N, Z)[:, None] * (3 * H * D) + head * D + tl.arange(0, D)[None, :]
-    k = tl.load(qkv + H * D + at, mask=there, other=0.0)
-    v = tl.load(qkv + 2 * H * D + at, mask=there, other=0.0)
+    k = tl.load(qkv + H * D + at, mask=valid, other=0.0)
+    v = tl.load(qkv + 2 * H * D + at, mask=valid, other=0.0)
     return k, v
 
 
@@ -201,7 +202,7 @@ def _store_rows(
 ):  # fmt: skip
     """Writes gradients [rows, d] of q, k or v (`which` 0, 1, 2) of local rows below `limit`.
 
-    With `SPLIT`, those of the bottleneck go to this sequence's part, float32 [sequences, Z, 3, H, D].
+    With `SPLIT`, gradients of bottleneck rows go to this sequence's entry in `parts`, float32 [sequences, Z, 3, H, D].
     """
     dim = tl.arange(0, D)
     rows = _in_rows(local, seq, clip, first, N, Z)
@@ -216,7 +217,7 @@ def _store_rows(
 
 @triton.jit
 def _key_gradients(q, do, log, delta, k, v, dk, dv, keep, scale, unit, PRECISION: tl.constexpr):
-    """Adds a tile of queries to the gradients of keys and values; also returns those of the scores, [keys, queries]."""
+    """Adds a tile of queries to the gradients of keys and values; returns these and the scores' [keys, queries]."""
     s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
     p = tl.where(keep, tl.exp2(s - log[None, :]), 0.0)
     dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
@@ -232,11 +233,11 @@ def backward_whole(
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_M: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head of one short sequence; its N + Z <= KEYS keys and values stay on the chip.
+    """Computes all gradients of one head of one short sequence; its N + Z <= KEYS keys and values stay on chip.
 
-    Scores are kept transposed, keys by queries, so that the tensor cores get the many keys as their rows. Five matrix
-    products a tile, against seven of two kernels; rowsum(out * dout) is made on the way, as each query has one program.
-    `scale` is log2(e) / sqrt(d), `unit` 1 / sqrt(d).
+    Scores are transposed (keys by queries), so that the many keys are the rows of the tensor cores' products. This
+    takes five matrix products per tile, where two kernels take seven. rowsum(out * dout) is computed here, because each
+    query belongs to one program. `scale` is log2(e) / sqrt(d), `unit` is 1 / sqrt(d).
     """
     _, head, seq, clip = _sequence(1, H, frames)
     is_first = seq % frames == 0
@@ -251,7 +252,7 @@ def backward_whole(
         )
         keep = _visible(local[None, :], col[:, None], is_first, N, Z, KIND)
         dk, dv, ds = _key_gradients(q, do, log, delta, k, v, dk, dv, keep, scale, unit, PRECISION)
-        if D < 64:  # the tensor cores of sm_90 want 64 rows of a product: channels, or queries
+        if D < 64:  # the tensor cores of sm_90 need 64 rows of a product: channels, or else queries
             dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
         else:
             dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
@@ -266,7 +267,7 @@ def backward_keys(
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
     SPLIT: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values of a sequence of any length; as `backward_whole`, without the queries'."""
+    """Computes the gradients of a tile of keys and values, for sequences of any length; see `backward_whole`."""
     tile, head, seq, clip = _sequence(TILES, H, frames)
     is_first = seq % frames == 0
     col = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -290,7 +291,7 @@ def backward_queries(
     H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, Z: tl.constexpr, QUERIES: tl.constexpr, KIND: tl.constexpr,
     SPLIT: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries of a sequence of any length."""
+    """Computes the gradients of a tile of queries, for sequences of any length."""
     tile, head, seq, clip = _sequence(TILES, H, frames)
     is_first = seq % frames == 0
     local = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -314,14 +315,14 @@ def sum_parts(
     H: tl.constexpr, D: tl.constexpr, Z: tl.constexpr, FRAMES: tl.constexpr, QUERIES: tl.constexpr,
     BLOCK_Z: tl.constexpr,
 ):  # fmt: skip
-    """Adds the frames' parts of the gradients of a clip's bottleneck rows, in their order."""
+    """Adds up the frames' parts of the gradients of a clip's bottleneck rows, in the order of the frames."""
     tiles: tl.constexpr = (Z + BLOCK_Z - 1) // BLOCK_Z
     tile, column, clip, _ = _sequence(tiles, 3 * H, 1)
     dim = tl.arange(0, D)
     z = tile * BLOCK_Z + tl.arange(0, BLOCK_Z)
     real = (z < Z)[:, None]
     acc = tl.zeros([BLOCK_Z, D], tl.float32)
-    if (QUERIES > 0) | (column >= H):  # queries that were not asked have no gradient
+    if (QUERIES > 0) | (column >= H):  # without QUERIES, the gradient of the bottleneck queries is zero
         for f in range(FRAMES):
             part = ((clip * FRAMES + f) * Z + z[:, None]) * (3 * H) + column
             acc += tl.load(parts + part * D + dim[None, :], mask=real, other=0.0)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastav.core.errors import UserError
 from fastav.model.bottleneck_block import BottleneckBlock
-from fastav.model.fusion import MBT, Audio, Bottleneck, Early, FusionInputs, Late, Score, Video, over_windows
+from fastav.model.fusion import MBT, Audio, Bottleneck, Early, FusionInputs, Late, Score, Video, mean_over_windows
 from fastav.model.tower import TowerConfig
 
 B, T, W, K = 2, 3, 2, 5
@@ -422,4 +422,4 @@ def test_names_of_parameters_do_not_depend_on_the_fusion():
 def test_windows():
     values = torch.arange(12.0).view(2, 3, 2)
     real = torch.tensor([[True, True, False], [False, False, False]])
-    assert over_windows(values, real).tolist() == [[1.0, 2.0], [6.0, 7.0]]
+    assert mean_over_windows(values, real).tolist() == [[1.0, 2.0], [6.0, 7.0]]
