@@ -20,12 +20,12 @@ from fastav.train import train
 
 
 @pytest.fixture(scope="module")
-def trained(made, tmp_path_factory):
+def trained(packed, tmp_path_factory):
     """A late-fusion run of a few steps."""
     from tests.conftest import TINY
 
     out = tmp_path_factory.mktemp("evaluate") / "run"
-    words = [*TINY, "--model.fusion.kind", "late", "--data.manifest", str(made), "--train.epochs", "0.5"]
+    words = [*TINY, "--model.fusion.kind", "late", "--data.manifest", str(packed), "--train.epochs", "0.5"]
     train(load_recipe(None, [*words, "--out", str(out)]))
     return out
 

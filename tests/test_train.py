@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -21,6 +19,8 @@ from fastav.recipe.parse import load_recipe, to_toml
 from fastav.task.predictions import read_predictions
 from fastav.train import Trainer, train
 from fastav.training.checkpoint import Checkpoints
+
+ROOT = Path(__file__).parents[1]
 
 
 def run(words: list[str]):
@@ -153,7 +153,7 @@ def test_changed_rows_are_refused(whole, made, tmp_path):
     import shutil
 
     shutil.copytree(out, copy, dirs_exist_ok=True)
-    other = made.with_name("other.parquet")
+    other = tmp_path / "other.parquet"
     from fastav.data.manifest import Manifest, write_manifest
 
     manifest = Manifest.open(made)
@@ -164,27 +164,27 @@ def test_changed_rows_are_refused(whole, made, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["video", "audio", "late", "early"])
-def test_every_fusion_trains(kind, tiny, tmp_path):
-    evaluation = run(tiny(kind, tmp_path / "run", "--train.epochs", "0.5"))
+def test_every_fusion_trains(kind, tiny_packed, tmp_path):
+    evaluation = run(tiny_packed(kind, tmp_path / "run", "--train.epochs", "0.5"))
     assert evaluation is not None
     assert evaluation.metrics["num_clips"] == 16
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 
 
-def test_mbt_trains_a_loss_for_each_modality(tiny, tmp_path):
+def test_mbt_trains_a_loss_for_each_modality(tiny_packed, tmp_path):
     words = ["--model.fusion.patch", "8", "--model.fusion.start", "1", "--train.epochs", "0.5"]
-    evaluation = run(tiny("mbt", tmp_path / "run", *words))
+    evaluation = run(tiny_packed("mbt", tmp_path / "run", *words))
     assert evaluation is not None
     assert evaluation.metrics["num_clips"] == 16
     model = AVModel.from_pretrained(tmp_path / "run")
     assert model.fusion.head.weight.abs().sum() > 0
 
 
-def test_score_fusion_trains_nothing_and_is_the_mean_of_the_two_runs(tiny, tmp_path):
+def test_score_fusion_trains_nothing_and_is_the_mean_of_the_two_runs(tiny_packed, tmp_path):
     for kind in ("video", "audio"):
-        run(tiny(kind, tmp_path / kind, "--train.epochs", "0.5"))
+        run(tiny_packed(kind, tmp_path / kind, "--train.epochs", "0.5"))
     run(
-        tiny(
+        tiny_packed(
             "score",
             tmp_path / "score",
             "--train.epochs",
@@ -203,37 +203,36 @@ def test_score_fusion_trains_nothing_and_is_the_mean_of_the_two_runs(tiny, tmp_p
     assert abs(score.probabilities_NK - expected).max() < 1e-5
 
 
-def test_accumulation_gives_the_same_losses(tiny, tmp_path):
-    run(tiny("late", tmp_path / "whole", "--train.epochs", "1", "--train.threads", "1"))
-    run(tiny("late", tmp_path / "parts", "--train.epochs", "1", "--train.threads", "1", "--train.micro_batch", "2"))
+def test_accumulation_gives_the_same_losses(tiny_packed, tmp_path):
+    run(tiny_packed("late", tmp_path / "whole", "--train.epochs", "1", "--train.threads", "1"))
+    run(
+        tiny_packed(
+            "late", tmp_path / "parts", "--train.epochs", "1", "--train.threads", "1", "--train.micro_batch", "2"
+        )
+    )
     gaps = [abs(a - b) for a, b in zip(losses(tmp_path / "whole"), losses(tmp_path / "parts"), strict=True)]
     assert max(gaps) <= 1e-6
 
 
 def test_a_sigterm_saves_exits_75_and_the_same_command_resumes(whole, tmp_path):
-    # Long enough that the signal comes before the end, however slowly this process gets to send it.
-    words = [*whole[1], "--train.epochs", "12", "--train.threads", "1"]
+    words = [*whole[1], "--train.threads", "1"]
     out, stopped = tmp_path / "whole", tmp_path / "run"
     run([*words, "--out", str(out)])
-    command = [sys.executable, "-m", "fastav", "train", *_as_recipe(words, tmp_path), "--out", str(stopped)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while time.time() < deadline and not ((stopped / "metrics.jsonl").exists() and losses_so_far(stopped) >= 2):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    _, log = process.communicate(timeout=120)
-    assert process.returncode == Stopped.exit_code == 75, log
-    assert "stopped by SIGTERM after step" in log.splitlines()[-1]
+    told = [*_as_recipe(words, tmp_path), "--out", str(stopped)]
+    # It sends itself the signal, between the checkpoints of steps 3 and 6.
+    env = os.environ | {"FASTAV_RECORD": str(tmp_path / "taken"), "FASTAV_STOP_AT": "5"}
+    command = [sys.executable, "-m", "tests.recorded", *told]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == Stopped.exit_code == 75, done.stderr
+    assert "stopped by SIGTERM after step 5/12" in done.stderr.splitlines()[-1]
     assert json.loads((stopped / "status.json").read_text())["state"] == "stopped"
-    assert Checkpoints(stopped / "checkpoints").steps()[-1] >= 2
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert Checkpoints(stopped / "checkpoints").steps() == [3, 5]
+    done = subprocess.run(
+        [sys.executable, "-m", "fastav", "train", *told], capture_output=True, text=True, timeout=240
+    )  # not `run`: the bits must be the same in another process
     assert done.returncode == 0, done.stderr
-    assert "resumed after step" in done.stderr
+    assert "resumed after step 5" in done.stderr
     assert same(out, stopped)
-
-
-def losses_so_far(folder: Path) -> int:
-    return (folder / "metrics.jsonl").read_text().count('"loss"')
 
 
 def _as_recipe(words: list[str], folder: Path) -> list[str]:
@@ -289,8 +288,8 @@ def test_too_many_broken_clips_end_the_run_with_exit_3(tiny, tmp_path, made, cap
     assert "gone_" in (tmp_path / "run" / "skipped.csv").read_text()
 
 
-def test_a_loss_that_stays_non_finite_stops_the_run(tiny, tmp_path):
-    words = tiny(
+def test_a_loss_that_stays_non_finite_stops_the_run(tiny_packed, tmp_path):
+    words = tiny_packed(
         "video",
         tmp_path / "run",
         "--optim.lr",
@@ -322,29 +321,29 @@ def test_a_loss_that_stays_non_finite_stops_the_run(tiny, tmp_path):
         (["--saving.best", "top1_micro"], 'did you mean "top1_micro_pct"'),
     ],
 )
-def test_what_does_not_fit_together_is_one_line(tiny, tmp_path, words, message):
+def test_what_does_not_fit_together_is_one_line(tiny_packed, tmp_path, words, message):
     with pytest.raises(UserError, match=message) as caught:
-        run(tiny("video", tmp_path / "run", *words))
+        run(tiny_packed("video", tmp_path / "run", *words))
     assert "\n" not in str(caught.value)
 
 
-def test_two_processes_that_never_met_are_refused(tiny, tmp_path, monkeypatch):
+def test_two_processes_that_never_met_are_refused(tiny_packed, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "-1")
     from fastav.training.ranks import Ranks
 
-    recipe = load_recipe(None, tiny("video", tmp_path / "run"))
+    recipe = load_recipe(None, tiny_packed("video", tmp_path / "run"))
     with pytest.raises(UserError, match="each would train alone"):
         Ranks(recipe.train)
 
 
-def test_tensorboard_gets_the_numbers(tiny, tmp_path):
-    run(tiny("video", tmp_path / "run", "--train.epochs", "0.5", "--log.trackers", "tensorboard"))
+def test_tensorboard_gets_the_numbers(tiny_packed, tmp_path):
+    run(tiny_packed("video", tmp_path / "run", "--train.epochs", "0.5", "--log.trackers", "tensorboard"))
     assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
 
 
-def test_repeat_decodes_once_and_plateau_and_best_are_kept(tiny, tmp_path):
-    words = tiny(
+def test_repeat_decodes_once_and_plateau_and_best_are_kept(tiny_packed, tmp_path):
+    words = tiny_packed(
         "video", tmp_path / "run", "--sampling.repeat", "2", "--optim.schedule.kind", "plateau",
         "--train.eval_every", "0.5",
         "--train.epochs", "1.5", "--saving.keep", "1",
@@ -356,8 +355,8 @@ def test_repeat_decodes_once_and_plateau_and_best_are_kept(tiny, tmp_path):
     assert best["step"] in Checkpoints(tmp_path / "run" / "checkpoints").steps()
 
 
-def test_a_single_modality_still_says_what_the_clips_have(tiny, tmp_path):
-    evaluation = run(tiny("video", tmp_path / "run", "--train.epochs", "0.5"))
+def test_a_single_modality_still_says_what_the_clips_have(tiny_packed, tmp_path):
+    evaluation = run(tiny_packed("video", tmp_path / "run", "--train.epochs", "0.5"))
     assert evaluation.metrics["num_clips_without_audio"] == 0
     assert evaluation.metrics["num_clips_without_video"] == 0
     assert read_predictions(tmp_path / "run" / "predictions.parquet").has_audio_N.all()

@@ -58,11 +58,14 @@ def main(words: Sequence[str]) -> int:
             return _profile(media)
         found = results.new("data", list(words), {"decoder": [], "pack": list(PACKS), "workers": [1, args.workers]})
         _describe(found, media)
-        turns = interleave(_decoding(media, args.clips), args.rounds, told=lambda text: console.log(text))
+        turns = interleave(
+            _decoding(media, args.clips), args.rounds, told=lambda text: console.log(text), warm=not args.quick
+        )
         _report(found, console, "one thread, video only", turns, per_cpu_second, "clips_per_cpu_s")
         _verdicts(found, console, turns, per_cpu_second, "clips_per_cpu_s")
         with ThreadPoolExecutor(args.workers) as pool:
-            parallel = interleave(_parallel(media, args.clips * args.workers, args.workers, pool), args.rounds)
+            clips = args.clips * args.workers
+            parallel = interleave(_parallel(media, clips, args.workers, pool), args.rounds, warm=not args.quick)
         name = f"{args.workers} threads, video only"
         _report(found, console, name, parallel, per_second, f"clips_per_s_{args.workers}_threads")
         for duel in duels(_readers(media), _plans, turns, list(PACKS), args.workers, args.rounds, args.clips * 2):

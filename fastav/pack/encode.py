@@ -1,6 +1,7 @@
 """Encoders of what a pack holds: video as access units, sound as FLAC frames, stills as JPEG.
 
-All of them run in one thread and give the same bytes for the same input; many clips are packed side by side instead.
+All of them run in one thread and give the same bytes for the same input, on every x86-64 machine
+(`fastav.media.x264`); many clips are packed side by side instead.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastav.media.shards.format import FLAC_BLOCK, UnitKind
+from fastav.media.x264 import SAME_BYTES
 from fastav.pack.settings import PRESETS, PackSettings
 
 Unit = tuple[bytes, UnitKind]
@@ -56,7 +58,7 @@ class VideoEncoder:
             context.options = {"preset": "veryfast", "tune": "fastdecode", "crf": f"{preset.crf:g}"} | {
                 "x264-params": f"keyint={preset.gop}:min-keyint={preset.gop}:scenecut=0:bframes=0:ref=1:open-gop=0:"
                 "aud=1:repeat-headers=1:annexb=1:colormatrix=smpte170m:colorprim=smpte170m:transfer=smpte170m:"
-                "fullrange=off:threads=1"
+                f"fullrange=off:threads=1:{SAME_BYTES}"
             }
         else:
             context.pix_fmt = "yuvj420p"

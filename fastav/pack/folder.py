@@ -8,7 +8,9 @@
     skipped.csv        what could not be read, and why
 
 Which clips go into which shard follows from the manifest's numbers alone, before anything is decoded, and encoders give
-the same bytes each time; so a run that was killed ends with the bytes of one that was not.
+the same bytes each time, on every x86-64 machine; so a run that was killed ends with the bytes of one that was not. (It
+may go on on another machine if both have AVX2: without it, FFmpeg decodes AAC and resamples sound to other last bits.)
+One begun with other encoders, or with x264 as it was before it was held to that, is refused and not continued.
 """
 
 from __future__ import annotations
@@ -310,7 +312,7 @@ def _described(manifest: Manifest, settings: PackSettings) -> dict[str, Any]:
         "format": FORMAT_VERSION,
         "settings": msgspec.to_builtins(settings),
         "source": {"manifest": str(manifest.path), "sha256": sha256(manifest.path), "clips": len(manifest)},
-        "encoders": {"av": version("av"), "pillow": version("pillow")},
+        "encoders": {"av": version("av"), "pillow": version("pillow"), "x264": "cpu-independent"},
         "finished": False,
     }
 

@@ -8,7 +8,8 @@ says.
 
 Files are H.264 (high profile, B-frames, GOP 250) and AAC (44.1 kHz stereo), 4 s at 25 frames a second. A few
 training clips have no sound, a few break while they are decoded, and two files cannot be opened at all.
-The same seed and library versions give the same bytes.
+The same seed and library versions give the same bytes on CPUs of one kind: streams are encoded alike on every x86-64
+machine, but sounds are drawn by numpy, whose last bits differ between instruction sets.
 """
 
 from __future__ import annotations

@@ -23,6 +23,8 @@ import av
 import numpy as np
 from numpy.typing import NDArray
 
+from fastav.media.x264 import SAME_BYTES
+
 PATTERNS = ("barred", "streaked", "spotted", "ringed")
 CALLS = ("whistler", "weeper", "warbler", "rattler")
 
@@ -355,7 +357,7 @@ def encode_video(frames_THWC: NDArray[np.uint8]) -> bytes:
         stream.codec_context.thread_count = 1
         stream.codec_context.gop_size = GOP
         stream.codec_context.max_b_frames = 3
-        stream.options = {"preset": "veryfast", "crf": "20", "profile": "high"}
+        stream.options = {"preset": "veryfast", "crf": "20", "profile": "high", "x264-params": SAME_BYTES}
         for picture in frames_THWC:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, "rgb24")))
         container.mux(stream.encode())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from fastav.media.shards import ShardReader, ShardReading
 from tests.acceptance.rows import REALDATA, Failed, Result, call, fresh
 
 _PLANS = 1000
+_CPUS = ("Nehalem", "SandyBridge", "Haswell", "EPYC-Rome")  # as qemu names them; it knows no AVX-512
 FOOTAGE = REALDATA / "video" / "flipping_a_pancake.mkv"
 
 
@@ -97,4 +100,32 @@ def dali_cpu(work: Path) -> Result:
     return {"pytest": done.stdout.strip().splitlines()[-1]}, " passed" in done.stdout and "skipped" not in done.stdout
 
 
-PACK_ROWS = {"splice": splice, "data_speed": data_speed, "real_packs": real_packs, "dali_cpu": dali_cpu}
+def _digests(times: int, *before: str, **env: str) -> dict[str, list[str]]:
+    """What encodes of clips of many sizes give in a process of their own, under another program where one is named."""
+    done = call(*before, sys.executable, "-m", "tests.helpers.encoded", str(times), env=env, timeout=7200)
+    return json.loads(done.stdout)
+
+
+def same_bytes(work: Path) -> Result:
+    """19 clips of many sizes, 30 encodes in one process, and in four full of different garbage: one stream each."""
+    ways = [_digests(30), *(_digests(3, MALLOC_PERTURB_=byte) for byte in ("1", "85", "170", "254"))]
+    found = {name: sorted({digest for way in ways for digest in way[name]}) for name in ways[0]}
+    several = {name: digests for name, digests in found.items() if len(digests) > 1}
+    return {"clips": len(found), "several": several}, len(found) == 19 and not several
+
+
+def cpu_models(work: Path) -> Result:
+    """The same clips on CPUs with SSE4.2, AVX and AVX2, of Intel and of AMD, and on this one: one stream each."""
+    qemu = shutil.which("qemu-x86_64")
+    if qemu is None or platform.machine() != "x86_64":
+        return {"skipped": "no other CPUs here: needs qemu-user's qemu-x86_64, on x86-64"}, True
+    ways = {"this one": _digests(1)} | {model: _digests(1, qemu, "-cpu", model) for model in _CPUS}
+    found = {name: {model: way[name] for model, way in ways.items()} for name in ways["this one"]}
+    several = {name: by for name, by in found.items() if len({digest for these in by.values() for digest in these}) > 1}
+    return {"clips": len(found), "cpus": list(ways), "several": several}, len(found) == 19 and not several
+
+
+PACK_ROWS = {
+    "splice": splice, "data_speed": data_speed, "real_packs": real_packs, "dali_cpu": dali_cpu,
+    "same_bytes": same_bytes, "cpu_models": cpu_models,
+}  # fmt: skip

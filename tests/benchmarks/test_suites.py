@@ -146,9 +146,9 @@ def test_results_follow_their_schema(tmp_path):
         result.check(made | {"summary": [{"variant": "a", "metric": "m", "median": 1.0}]})
 
 
-def test_the_suite_runs(tmp_path, capsys):
-    out = tmp_path / "r.json"
-    assert main(["data", "--quick", "--workers", "1", "--folder", str(tmp_path / "m"), "--out", str(out)]) == 0
+def test_the_suite_runs(media, tmp_path, capsys):
+    out, folder = tmp_path / "r.json", str(media.dump.parent)
+    assert main(["data", "--quick", "--workers", "1", "--folder", folder, "--out", str(out)]) == 0
     found = json.loads(out.read_text())
     result.check(found)
     assert {row["variant"] for row in found["summary"]} >= {"balanced through ours", "ten JPEGs", "raw", "balanced"}

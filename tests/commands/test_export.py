@@ -20,10 +20,10 @@ def states(*folders):
     return [AVModel.from_pretrained(folder).state_dict() for folder in folders]
 
 
-def test_the_last_checkpoint_is_the_runs_model(tiny, tmp_path, capsys):
+def test_the_last_checkpoint_is_the_runs_model(tiny_packed, tmp_path, capsys):
     out = tmp_path / "run"
     words = ["--train.epochs", "1", "--optim.ema", "0.9", "--saving.every", "1", "--saving.keep", "9"]
-    train(load_recipe(None, [*tiny("bottleneck", out), *words]))
+    train(load_recipe(None, [*tiny_packed("bottleneck", out), *words]))
     assert main(["export", "weights", str(out)]) == 0
     last = max((out / "exported").iterdir())
     assert str(last) in capsys.readouterr().err

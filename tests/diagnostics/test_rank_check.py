@@ -246,8 +246,8 @@ def test_mistakes(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_the_recipe_chooses(tiny, tmp_path, capsys, monkeypatch):
-    words = tiny("video", tmp_path / "run", "--train.epochs", "0.2", "--data.test", "")
+def test_the_recipe_chooses(tiny_packed, tmp_path, capsys, monkeypatch):
+    words = tiny_packed("video", tmp_path / "run", "--train.epochs", "0.2", "--data.test", "")
     assert main(["train", "launch/recipes/quickstart_video.toml", *words]) == 0
     file = tmp_path / "run" / "logs" / "preflight.json"
     assert not file.exists(), "a single node"
@@ -269,9 +269,9 @@ def test_the_recipe_chooses(tiny, tmp_path, capsys, monkeypatch):
     assert main(["train", "launch/recipes/quickstart_video.toml", *words, *more]) == 0, "on a CPU it is only told"
 
 
-def test_a_broken_rank_always_ends_the_run(tiny, tmp_path, capsys, monkeypatch):
+def test_a_broken_rank_always_ends_the_run(tiny_packed, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch, "mm", spoiled(0, 32))
-    words = tiny("video", tmp_path / "run", "--guard.preflight", "always")
+    words = tiny_packed("video", tmp_path / "run", "--guard.preflight", "always")
     assert main(["train", "launch/recipes/quickstart_video.toml", *words]) == 1
     assert "broken: matrix product: 1 of 4096 numbers are not those of float64" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "logs" / "preflight.json").read_text())["faults"][0]["kind"] == "broken"
@@ -286,8 +286,8 @@ def test_the_keys_may_change_on_resume_and_older_recipes_have_none():
     assert parse_recipe(older, {}, "an older checkpoint") == load_recipe(None)
 
 
-def test_a_run_on_two_nodes_measures_what_is_between_them(tiny, tmp_path):
-    words = tiny("video", tmp_path / "run", "--train.epochs", "0.2", "--data.test", "")
+def test_a_run_on_two_nodes_measures_what_is_between_them(tiny_packed, tmp_path):
+    words = tiny_packed("video", tmp_path / "run", "--train.epochs", "0.2", "--data.test", "")
     nodes = [
         subprocess.Popen(
             [

@@ -119,8 +119,8 @@ def test_the_kubernetes_job_is_valid_and_checked(tmp_path):
     assert pod["securityContext"]["runAsNonRoot"]
 
 
-def test_a_node_saves_when_it_is_told_to_end_and_goes_on(tiny, tmp_path):
-    out, words = tmp_path / "run", tiny("video", tmp_path / "ignored", "--train.epochs", "3", "--log.every", "1")
+def test_a_node_saves_when_it_is_told_to_end_and_goes_on(tiny_packed, tmp_path):
+    out, words = tmp_path / "run", tiny_packed("video", tmp_path / "ignored", "--train.epochs", "3", "--log.every", "1")
     at = words.index("--out")
     words = ["launch/recipes/quickstart_video.toml", *words[:at], *words[at + 2 :]]
     environment = os.environ | {
@@ -148,9 +148,9 @@ def test_a_node_saves_when_it_is_told_to_end_and_goes_on(tiny, tmp_path):
     assert "cannot resolve host no-such-host.invalid; set MASTER_ADDR" in done.stderr
 
 
-def test_a_dead_rank_ends_the_job_at_once_and_is_named(tiny, tmp_path):
+def test_a_dead_rank_ends_the_job_at_once_and_is_named(tiny_packed, tmp_path):
     out = tmp_path / "run"
-    words = tiny("video", out, "--train.epochs", "60", "--log.every", "1", "--saving.every", "2")
+    words = tiny_packed("video", out, "--train.epochs", "60", "--log.every", "1", "--saving.every", "2")
     at = words.index("--out")
     words = ["launch/recipes/quickstart_video.toml", *words[:at], *words[at + 2 :], "--out", str(out)]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -11,16 +11,14 @@ import torch
 
 from fastav.__main__ import main
 from fastav.data.manifest import Manifest, write_manifest
-from fastav.pack.build import build_pack
-from fastav.pack.settings import PackSettings
 from fastav.recipe.parse import load_recipe
 from fastav.training.inputs import make_loader, make_plan, training_source
 from tests.helpers.range_server import serving
 
 
 @pytest.fixture(scope="module")
-def pack(made, tmp_path_factory):
-    return build_pack(Manifest.open(made), tmp_path_factory.mktemp("pack") / "p", PackSettings(), workers=2)
+def pack(packed):
+    return Manifest.open(packed)
 
 
 def recipe_of(pack, tiny, out, *more):

@@ -83,6 +83,7 @@ from fastav.media.open import TIME_TOLERANCE_S, first_stream, frame_times_s, med
 from fastav.media.packed_clip import wave_of
 from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.media.shards import FetchedClip, ShardReader, SplicedAudio, SplicedFrames
+from fastav.media.x264 import SAME_BYTES
 
 Device = Literal["auto", "gpu", "cpu"]
 
@@ -502,7 +503,8 @@ def made_film(codec: str) -> VideoSample:
     context.pix_fmt = "yuv420p" if codec == "h264" else "yuvj420p"
     context.time_base, context.thread_count = Fraction(1, 25), 1
     if codec == "h264":
-        context.options = {"x264-params": "keyint=2:min-keyint=2:scenecut=0:bframes=0:aud=1:repeat-headers=1"}
+        parameters = f"keyint=2:min-keyint=2:scenecut=0:bframes=0:aud=1:repeat-headers=1:{SAME_BYTES}"
+        context.options = {"x264-params": parameters}
     units: list[bytes] = []
     first, second = TRIAL_GREYS[:2], TRIAL_GREYS[2:]
     for number, grey in enumerate((*first, *first, *second)):
