@@ -42,26 +42,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--codec", default=defaults.codec, choices=("h264", "mjpeg"), help="video codec; default h264")
     parser.add_argument(
-        "--fps", type=float, default=0.0, metavar="HZ", help="lower the frame rate to HZ; default: keep"
+        "--fps", type=float, default=0.0, metavar="HZ", help="lower the frame rate to HZ; default: keep it"
     )
     parser.add_argument(
-        "--short-side",
-        type=int,
-        default=defaults.short_side,
-        metavar="PX",
-        help="maximum shorter side; default 256",
-    )
+        "--short-side", type=int, default=defaults.short_side, metavar="PX",
+        help="maximum length of the shorter side; default 256",
+    )  # fmt: skip
     parser.add_argument(
         "--audio", default=defaults.audio, choices=("mono", "keep"),
         help="mono (default): one channel at the sample rate of --frontend; keep: original channels and sample rate",
     )  # fmt: skip
     parser.add_argument(
-        "--frontend",
-        default="ssw60",
-        choices=sorted(FRONTENDS),
-        help="preset with the sample rate; default ssw60, 16 kHz",
+        "--frontend", default="ssw60", choices=sorted(FRONTENDS),
+        help="spectrogram preset whose sample rate is used; default ssw60, 16 kHz",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shard-mib", type=int, default=defaults.shard_mib, metavar="MIB", help="size of a shard; default 256"
     )
-    parser.add_argument("--shard-mib", type=int, default=defaults.shard_mib, metavar="MIB", help="size; default 256")
     parser.add_argument("--no-shuffle", action="store_true", help="keep the order of the manifest within each split")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default 0: one per core")
     parser.add_argument(
