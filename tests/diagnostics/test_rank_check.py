@@ -236,8 +236,8 @@ def test_slow_ranks_count_but_on_a_cpu(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--seconds", "0"], "--seconds 0: more than 0 expected"),
-        (["--slow", "2"], "--slow 2: a share from 0 to 1 expected"),
+        (["--seconds", "0"], "--seconds 0: expected more than 0"),
+        (["--slow", "2"], "--slow 2: expected a share from 0 to 1"),
         (["--patients", "2"], '--patients 2; did you mean "--patience"?'),
     ],
 )
