@@ -1,1 +1,1 @@
-"""Rows and plans: what a clip is, which clips come when, and what is read of each. Nothing here imports torch."""
+"""Rows and plans: what a clip is, in which order clips are visited and what is read from each. Imports no torch."""

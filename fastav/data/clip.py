@@ -1,4 +1,4 @@
-"""The words that cross module borders: Clip (a manifest row) and ClipPlan (what to read of it).
+"""The shared data types: `Clip` (a manifest row) and `ClipPlan` (what to read from it and how to augment it).
 
 Shape letters, used as suffixes in tensor code (`frames_BTCHW`):
 
@@ -22,41 +22,42 @@ Modality = Literal["video", "audio"]
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """One row of a manifest: a span of media, what was probed of it, and its labels.
+    """One row of a manifest: a span of a media file, its probed properties and its labels.
 
     Attributes:
         id: Unique within the manifest.
         row: Row number in the manifest it was read from.
-        video: File with the video stream; None where the clip has none.
-        audio: File with the audio stream (the same container as `video` for most clips); None where there is none.
-        image: A still picture, treated as a video of one frame; exclusive with `video`.
-        mel: A stored spectrogram, `.npy` float32 [C, M, L]; exclusive with `audio`.
-        shard: Absolute path or URL of the tar that holds a packed clip, which has no other path; else empty.
-        shard_at: Byte offset in the shard of the header of the clip's first member.
-        shard_size: Bytes of all its members, headers and padding included.
-        start_s: Start of the span in the file, seconds from the file's first presented frame (audio only: first
-            sample).
-        duration_s: Length of the span, seconds.
+        video: File with the video stream; None without video.
+        audio: File with the audio stream (the same container as `video` for most clips); None without audio.
+        image: A still picture, treated as a video of one frame; excludes `video`.
+        mel: A stored spectrogram, `.npy` float32 [C, M, L]; excludes `audio`.
+        shard: Absolute path or URL of the tar shard that holds a packed clip; empty for other clips. A packed clip
+            has no other path.
+        shard_at: Byte offset in the shard of the tar header of the clip's first member.
+        shard_size: Size in bytes of all members of the clip in the shard, headers and padding included.
+        start_s: Start of the span in the file, in seconds from the first presented frame (without video: from the
+            first sample).
+        duration_s: Length of the span in seconds.
         start_frame: First frame of the span, counted in presentation order from the file's first frame.
-        num_frames: Frames of the span; 1 for an image; 0 without video.
+        num_frames: Number of frames in the span; 1 for an image; 0 without video.
         fps: Mean frame rate of the stream, Hz; 0 without video.
         width: Upright width in pixels (after `rotation`).
         height: Upright height in pixels (after `rotation`).
-        rotation: Degrees by which decoded frames are turned clockwise to stand upright: 0, 90, 180, 270.
-        video_codec: FFmpeg's name, such as `h264`.
+        rotation: Clockwise rotation in degrees that makes decoded frames upright: 0, 90, 180 or 270.
+        video_codec: FFmpeg's name of the video codec, such as `h264`.
         start_sample: First audio sample of the span, counted at `sample_rate` from the stream's first sample.
-        num_samples: Audio samples per channel of the span at `sample_rate`; 0 without audio.
-        sample_rate: Hz as stored; 0 without audio.
-        channels: Audio channels as stored.
-        audio_codec: FFmpeg's name, such as `aac`.
-        audio_offset_s: First audio sample's time minus first frame's time in the file, seconds.
-        num_mel_frames: Length L of a stored spectrogram; 0 otherwise.
-        labels: Class names; one for single-label tasks.
-        split: Such as `train`, `test`.
-        group: What must not be torn between splits (a recorder, a recording); empty for none.
-        weight: Sample weight given by the data set.
-        lat: Latitude, degrees; NaN where unknown.
-        lon: Longitude, degrees; NaN where unknown.
+        num_samples: Audio samples per channel in the span at `sample_rate`; 0 without audio.
+        sample_rate: Sample rate of the stored audio, Hz; 0 without audio.
+        channels: Number of channels of the stored audio.
+        audio_codec: FFmpeg's name of the audio codec, such as `aac`.
+        audio_offset_s: Time of the first audio sample minus time of the first frame in the file, seconds.
+        num_mel_frames: Length L of a stored spectrogram in mel frames; 0 otherwise.
+        labels: Class names; exactly one for single-label tasks.
+        split: Name of the split, such as `train` or `test`.
+        group: Name of a unit that must stay within one split (a recorder, a recording); empty for none.
+        weight: Sample weight that the data set gives the clip.
+        lat: Latitude in degrees; NaN if unknown.
+        lon: Longitude in degrees; NaN if unknown.
     """
 
     id: str
@@ -93,37 +94,37 @@ class Clip:
 
     @property
     def has_video(self) -> bool:
-        """Whether there is anything to see: a video stream or an image."""
+        """Whether the clip has a video stream or an image."""
         return self.num_frames > 0
 
     @property
     def has_audio(self) -> bool:
-        """Whether there is anything to hear: an audio stream or a stored spectrogram."""
+        """Whether the clip has an audio stream or a stored spectrogram."""
         return self.num_samples > 0 or self.num_mel_frames > 0
 
     @property
     def source(self) -> str:
-        """The file that a message about the clip names."""
+        """The file to name in messages about the clip."""
         return str(self.video or self.image or self.audio or self.mel or self.shard or self.id)
 
 
 @dataclass(frozen=True, slots=True)
 class ClipPlan:
-    """What to read of one clip and how to crop, flip, window, mask and mix it: one row of a `PlanBatch`.
+    """What to read from one clip and how to crop, flip, window, mask and mix it: one row of a `PlanBatch`.
 
     Attributes:
         sample: Global number of the sample since the start of training; -1 for a padding row of an evaluation batch.
-        source: Which of the mixed manifests, 0 with a single one.
+        source: Number of the manifest among the mixed ones; 0 with a single manifest.
         row: Row in that manifest.
-        replica: Which of `repeat` augmentations of one decode.
-        frames_T: Frame numbers within the clip's span, presentation order, ascending, int32; repeats are allowed.
+        replica: Number of the augmentation among the `repeat` ones that share one decode.
+        frames_T: Frame numbers within the clip's span, ascending in presentation order, int32; repeats are allowed.
         crop: x, y, width, height in upright pixels (float).
-        flip: Mirror left to right after the crop.
-        windows_W: First mel frame of each window, int32; -1 marks a window that does not fit (masked).
-        band: First masked mel band and how many, (0, 0) for none.
-        mix: Weight of the clip itself in mixup; 1 for none. The partner has 1 - mix.
+        flip: Whether to flip horizontally after the crop.
+        windows_W: First mel frame of each audio window, int32; -1 marks a window that does not fit (masked).
+        band: First masked mel band and number of masked bands; (0, 0) for none.
+        mix: Weight of the clip itself in mixup; 1 without mixup. The partner has weight 1 - mix.
         partner: Row of the mixup partner within the same batch.
-        weight: Weight in the loss; 0 for padding.
+        weight: Weight of the sample in the loss; 0 for padding.
     """
 
     sample: int
@@ -142,7 +143,7 @@ class ClipPlan:
 
 @dataclass(frozen=True, slots=True)
 class PlanBatch:
-    """The plans of B consecutive samples as arrays; indexing gives one `ClipPlan`. Fields as in `ClipPlan`."""
+    """The plans of B consecutive samples as arrays, with the fields of `ClipPlan`; indexing gives one `ClipPlan`."""
 
     sample_B: NDArray[np.int64]
     source_B: NDArray[np.int64]

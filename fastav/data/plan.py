@@ -1,11 +1,10 @@
-"""The plan: which clip stands at which position of training or evaluation, and what is read and mixed of it.
+"""The plan: which clip is at which position of training or evaluation, what is read from it and how it is augmented.
 
-All randomness of the input is here, as a pure function of (manifests, sampling, seed, position). Nothing
-has a state, so the order is the same for any number of ranks and workers, and resuming is one integer.
-Every draw is a Philox word whose key is (seed, purpose, source) and whose counter is (row, epoch of that
-source, replica, block); each purpose has a stream of its own, so that switching one on never shifts
-another. The shuffle is a keyed bijection (`fastav.data.rng.permute`): any position costs the same, however far
-out and however many clips.
+All randomness of the input is here, as a pure function of (manifests, sampling, seed, position). The plan has no
+state: the order is the same for any number of ranks and workers, and resuming needs one integer. Every draw is
+a Philox word. Its key is (seed, purpose, source), its counter is (row, epoch of that source, replica, block). Each
+purpose has its own stream, so turning one augmentation on never changes the draws of another. The shuffle is a keyed
+bijection (`fastav.data.rng.permute`): the cost per position does not depend on the position or on the number of clips.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 _CROP_TRIES = 10  # torchvision's RandomResizedCrop.get_params
-_MAX_ALPHA = 1000  # beyond, every mixup weight is 0.5
-_MAX_NUMBER = 1 << 48  # samples, epochs and rows have 48 bits of the counter
+_MAX_ALPHA = 1000  # above this, every mixup weight is 0.5
+_MAX_NUMBER = 1 << 48  # samples, epochs and rows each have 48 bits in the counter
 _COLUMNS = (
     "num_frames",
     "width",
@@ -48,27 +47,32 @@ _COLUMNS = (
 
 
 class Sampling(Config, frozen=True):
-    """What is taken of each clip; the defaults are SSW60's (section 4.1) with torchvision's crop.
+    """Which frames, crops and audio windows are taken from each clip, and how they are augmented.
+
+    The defaults are those of SSW60 (section 4.1), with torchvision's random resized crop.
 
     Attributes:
-        frames: Frames per clip T, one of each of T equal segments.
-        image_size: Side of the square that crops are resized to, pixels.
-        crop_scale: Least and greatest area of a training crop as a share of the picture.
-        crop_ratio: Least and greatest width / height of a training crop.
-        flip: Probability of mirroring left to right in training.
-        eval_crop: Side of the centred square of evaluation as a share of the shorter edge; 0.875 is the crop
-            of 224 from a picture resized to 256.
-        window: Mel frames of an audio window.
-        eval_windows: First mel frames of the evaluation windows.
-        mask_bands: Consecutive mel bands masked in training; 0 is off.
-        mixup: Alpha of mixup's Beta(alpha, alpha); 0 is off.
-        repeat: Augmentations (crop, flip, masks, mixup) drawn of one decode.
-        balance: `class` weighs each clip by the inverse frequency of its classes.
-        mix_block: Samples within which several manifests keep their exact shares.
-        order: `global` shuffles all clips of an epoch; `blocked` keeps neighbours near each other, for shards that are
-            far away (`fastav.data.shuffle.blocked`).
-        block: Neighbouring clips that stay together, with `blocked`.
-        block_window: Blocks whose clips are shuffled with each other, with `blocked`.
+        frames: Frames per clip (T). The clip is divided into T equal segments and gives one frame of each: a random one
+            in training, the centre one in evaluation.
+        image_size: Side in pixels of the square that crops are resized to.
+        crop_scale: Smallest and largest area of a random training crop, as a fraction of the picture, at most 1.
+        crop_ratio: Smallest and largest aspect ratio (width / height) of a random training crop.
+        flip: Probability of a horizontal flip in training, 0 to 1.
+        eval_crop: Side of the centred square crop in evaluation, as a fraction of the picture's shorter edge. 0.875 is
+            the crop of 224 pixels from a picture resized to 256.
+        window: Length of an audio window in mel frames.
+        eval_windows: Starts of the evaluation windows, in mel frames from the start of the clip. Starts whose window
+            does not fit into the clip are skipped.
+        mask_bands: Number of consecutive mel bands masked in training; 0 turns masking off.
+        mixup: Alpha of mixup's Beta(alpha, alpha) distribution, 0 to 1000; 0 turns mixup off.
+        repeat: Number of augmented samples (crop, flip, mask, mixup) made from each decode of a clip.
+        balance: `class` weights each clip in the loss by the inverse frequency of its classes; `none` does not.
+        mix_block: With several manifests, number of samples within which their shares are exact; a multiple of
+            `repeat`.
+        order: `global` shuffles all clips of an epoch. `blocked` keeps neighbouring clips of the manifest close
+            together, for shards on remote storage; see `block` and `block_window`.
+        block: With `order = "blocked"`, number of neighbouring clips that stay together.
+        block_window: With `order = "blocked"`, number of blocks whose clips are shuffled together.
     """
 
     frames: PositiveInt = 8
@@ -89,10 +93,10 @@ class Sampling(Config, frozen=True):
     block_window: PositiveInt = 16
 
     def check(self, mel_bands: int, num_sources: int = 1) -> None:
-        """Refuses settings that contradict one another, the spectrogram's bands or the number of manifests.
+        """Checks the settings against one another, the number of mel bands and the number of manifests.
 
         Raises:
-            UserError: naming the key, what was given and what was expected.
+            UserError: A value is invalid; the message names the key, its value and what is expected.
         """
         for name, (low, high), top in (
             ("crop_scale", self.crop_scale, 1),
@@ -105,7 +109,7 @@ class Sampling(Config, frozen=True):
         if self.mixup > _MAX_ALPHA:
             raise UserError(f"sampling.mixup = {self.mixup:g}: expected 0 to {_MAX_ALPHA}")
         if not self.eval_windows:
-            raise UserError("sampling.eval_windows is empty: expected at least one start in seconds, such as [0]")
+            raise UserError("sampling.eval_windows is empty: expected at least one start in mel frames, such as [0]")
         if self.mask_bands >= mel_bands:
             raise UserError(f"sampling.mask_bands = {self.mask_bands}: expected fewer than the {mel_bands} mel bands")
         if num_sources > 1 and self.mix_block % self.repeat:
@@ -115,7 +119,7 @@ class Sampling(Config, frozen=True):
 
 
 class Purpose(IntEnum):
-    """The streams of draws; the numbers are part of what a seed means and are never changed or used again."""
+    """The independent streams of random draws; a seed depends on these numbers, so never change or reuse one."""
 
     ORDER = 1
     BLOCK = 2
@@ -127,7 +131,7 @@ class Purpose(IntEnum):
     MIX = 8
 
 
-_SHARED_BY_REPLICAS = (Purpose.FRAMES, Purpose.WINDOW)  # what one decode delivers
+_SHARED_BY_REPLICAS = (Purpose.FRAMES, Purpose.WINDOW)  # what one decode provides
 
 
 @dataclass(frozen=True)
@@ -135,10 +139,10 @@ class PlanSource:
     """One of the mixed manifests.
 
     Attributes:
-        manifest: Its clips.
-        weight: Its share of the samples, relative to the other sources'.
-        num_clips: Rows of the manifest.
-        draws_per_block: Clips drawn of it in each block of `mix_block // repeat`.
+        manifest: The clips.
+        weight: Share of the samples, relative to the weights of the other sources.
+        num_clips: Number of rows in the manifest.
+        draws_per_block: Number of clips drawn from it in each block of `mix_block // repeat` draws.
         class_weight_K: Loss weight of each class, in the manifest's order; None without balancing.
     """
 
@@ -153,27 +157,27 @@ class Plan:
     """The infinite stream of training samples and the list of evaluation samples, addressed by position.
 
     Training with one source of n clips: sample s is replica s % repeat of draw d = s // repeat, which is in
-    epoch d // n, and its clip is `permute(d % n, n, key(epoch))`, or `blocked(...)` of the same. With several
-    sources, each block of `mix_block` samples holds the same exact number of each (largest remainder of the
-    weights), arranged by a keyed shuffle of the block, and each source walks its own epochs: draw k of a source in
-    block b is draw `b * draws_per_block + k` of its own stream, so every clip of a source comes as often as any
-    other, to one.
+    epoch d // n, and its clip is `permute(d % n, n, key(epoch))`, or `blocked` of the same arguments. With several
+    sources, each block of `mix_block` samples holds the same exact number from each source (largest remainder of the
+    weights), in an order given by a keyed shuffle of the block. Each source has its own epochs: draw k of a source in
+    block b is draw `b * draws_per_block + k` of that source's stream. So the clips of a source are drawn equally often,
+    up to a difference of one.
 
     Args:
         sources: Manifests and their relative weights.
-        sampling: What is taken of each clip.
+        sampling: What is taken from each clip and how it is augmented.
         seed: 0 to 2^64 - 1; all draws depend on it.
-        mel_bands: Bands M of the spectrogram.
-        mel_frames: Number of mel frames of clips that last so many seconds (float64 array to int64 array).
+        mel_bands: Number M of mel bands of the spectrogram.
+        mel_frames: Function from durations in seconds (float64 array) to numbers of mel frames (int64 array).
 
     Attributes:
-        sources: The `PlanSource`s in the given order; `source_B` counts into them.
-        sampling: As given.
-        seed: As given.
+        sources: The `PlanSource`s in the order of the argument; `source_B` are indices into them.
+        sampling: The argument.
+        seed: The argument.
 
     Raises:
-        UserError: for contradicting settings, a manifest without clips, or weights that are not positive or
-            too small to get one draw per block.
+        UserError: The settings contradict one another, a manifest has no clips, or a weight is not positive or too
+            small to get one draw per block.
     """
 
     def __init__(
@@ -193,7 +197,7 @@ class Plan:
         self._mel_bands, self._mel_frames = mel_bands, mel_frames
         self._sizes_S = np.array([source.num_clips for source in self.sources], dtype=np.int64)
         self._per_block_S = np.array([source.draws_per_block for source in self.sources], dtype=np.int64)
-        # A key of 64 pseudo-random bits for each purpose and source.
+        # One key of 64 pseudo-random bits for each purpose and source.
         purposes, numbers = np.arange(max(Purpose) + 1)[:, None], np.arange(len(self.sources))
         self._keys_2PS = philox4x32((purposes, numbers, 0, 0), split_words(seed))[:2]
         uniforms = {
@@ -204,7 +208,7 @@ class Plan:
             Purpose.BAND: int(sampling.mask_bands > 0),
             Purpose.MIX: int(sampling.mixup > 0),
         }
-        # The Philox blocks (of four words) of a sample: purpose by purpose, each numbered from 0.
+        # The Philox blocks (four words each) of a sample, grouped by purpose and numbered from 0 within each.
         blocks = [(purpose, i) for purpose, count in uniforms.items() for i in range(-(-count // 4))]
         self._purpose_J = np.array([purpose for purpose, _ in blocks])
         self._block_J1 = np.array([i for _, i in blocks])[:, None]
@@ -212,29 +216,28 @@ class Plan:
 
     @property
     def epoch_size(self) -> int:
-        """Samples per epoch: clips of all sources times `repeat`."""
+        """Samples per epoch: the number of clips of all sources times `repeat`."""
         return int(self._sizes_S.sum()) * self.sampling.repeat
 
     @property
     def num_evaluated(self) -> int:
-        """Clips of all sources, each of which evaluation visits once."""
+        """Number of clips of all sources; evaluation visits each clip once."""
         return int(self._sizes_S.sum())
 
     def train(self, start: int, count: int) -> PlanBatch:
-        """Returns samples `start` to `start + count` of the training stream.
+        """Returns samples `start` to `start + count - 1` of the training stream.
 
-        Cutting a range into calls gives the same plans, but for `partner_B`, which counts within the call:
-        row p is mixed with row ((p // repeat) XOR 1) * repeat + p % repeat, the same replica of the
-        neighbouring draw ("mixup", Zhang et al. 2018, equation 1, with a weight of Beta(alpha, alpha) for
-        each row).
+        Splitting a range into several calls gives the same plans, except for `partner_B`, which counts within the
+        call: row p is mixed with row ((p // repeat) XOR 1) * repeat + p % repeat, the same replica of the neighbouring
+        draw ("mixup", Zhang et al. 2018, equation 1, with a weight drawn from Beta(alpha, alpha) for each row).
 
         Args:
             start: First sample, 0 or more, counted from the start of training.
-            count: Samples, 1 or more.
+            count: Number of samples, 1 or more.
 
         Raises:
-            UserError: for a range outside the stream, or one that tears mixup partners apart: with mixup on,
-                both numbers must be multiples of 2 * repeat.
+            UserError: The range is outside the stream, or separates mixup partners: with mixup, both numbers must be
+                multiples of 2 * repeat.
         """
         sampling = self.sampling
         _check_range(start, count)
@@ -248,8 +251,8 @@ class Plan:
         source_B, epoch_B, row_B = self._order(draw_B)
         column = self._columns(source_B, row_B)
         u = self._uniforms(source_B, row_B, epoch_B, replica_B)
-        visible_B = column["num_frames"] > 0
-        audible_B = (column["num_samples"] > 0) | (column["num_mel_frames"] > 0)
+        has_video_B = column["num_frames"] > 0
+        has_audio_B = (column["num_samples"] > 0) | (column["num_mel_frames"] > 0)
         partner_B, mix_B = self._mixup(u, count)
         return PlanBatch(
             sample_B=sample_B,
@@ -258,30 +261,29 @@ class Plan:
             replica_B=replica_B,
             frames_BT=segment_frames(column["num_frames"], u[Purpose.FRAMES][:, : sampling.frames]),
             crop_B4=random_crops(
-                column["width"] * visible_B,
-                column["height"] * visible_B,
+                column["width"] * has_video_B,
+                column["height"] * has_video_B,
                 u[Purpose.CROP],
                 sampling.crop_scale,
                 sampling.crop_ratio,
             ),
-            flip_B=(u[Purpose.FLIP][:, 0] < sampling.flip) & visible_B,
+            flip_B=(u[Purpose.FLIP][:, 0] < sampling.flip) & has_video_B,
             windows_BW=random_windows(self._mel_length(column), sampling.window, u[Purpose.WINDOW][:, 0]),
-            band_B2=self._bands(u, audible_B),
+            band_B2=self._bands(u, has_audio_B),
             mix_B=mix_B,
             partner_B=partner_B,
             weight_B=(column["weight"] * self._balance(source_B, row_B)).astype(np.float32),
         )
 
     def evaluate(self, start: int, count: int) -> PlanBatch:
-        """Returns evaluation samples `start` to `start + count`: each clip once, in manifest order.
+        """Returns evaluation samples `start` to `start + count - 1`: each clip once, in manifest order.
 
-        Nothing is random: frames are the centres of the T segments, the crop is the centred square, the
-        windows are those of `eval_windows` that fit. Every clip has weight 1, whatever its weight in
-        training. Rows past the end are padding: sample -1, weight 0, and otherwise the plan of row 0 of the
-        first source.
+        Nothing is random: frames are the centres of the T segments, the crop is the centred square, the windows are
+        those of `eval_windows` that fit. Every clip has weight 1, whatever its weight in training. Rows past the end
+        are padding: sample -1, weight 0, and otherwise the plan of row 0 of the first source.
 
         Raises:
-            UserError: for a negative start or a count below 1.
+            UserError: The start is negative or the count is below 1.
         """
         _check_range(start, count)
         sampling = self.sampling
@@ -292,14 +294,14 @@ class Plan:
         source_B = np.searchsorted(ends_S, place_B, side="right").astype(np.int64)
         row_B = place_B - (ends_S - self._sizes_S)[source_B]
         column = self._columns(source_B, row_B)
-        visible_B = column["num_frames"] > 0
+        has_video_B = column["num_frames"] > 0
         return PlanBatch(
             sample_B=np.where(real_B, sample_B, -1),
             source_B=source_B,
             row_B=row_B,
             replica_B=np.zeros(count, dtype=np.int64),
             frames_BT=segment_centres(column["num_frames"], sampling.frames),
-            crop_B4=centre_crops(column["width"] * visible_B, column["height"] * visible_B, sampling.eval_crop),
+            crop_B4=centre_crops(column["width"] * has_video_B, column["height"] * has_video_B, sampling.eval_crop),
             flip_B=np.zeros(count, dtype=np.bool_),
             windows_BW=fitting_windows(self._mel_length(column), sampling.window, sampling.eval_windows),
             band_B2=np.zeros((count, 2), dtype=np.int32),
@@ -334,10 +336,10 @@ class Plan:
         return words[0] | (words[1] << np.uint64(32))
 
     def _uniforms(self, source_B: Ints, row_B: Ints, epoch_B: Ints, replica_B: Ints) -> dict[Purpose, Floats]:
-        """Returns the uniforms of each purpose in force, [B, 4 * blocks], all from one Philox call."""
+        """Returns the uniforms of each active purpose, [B, 4 * blocks], all from one Philox call."""
         row_low, row_high = split_words(row_B)
         epoch_low, epoch_high = split_words(epoch_B)
-        # Rows and epochs have 48 bits: their upper 16 share a word, replica and block share the last one.
+        # Rows and epochs have 48 bits: their upper 16 bits share a word, replica and block share the last word.
         high = (row_high << np.uint64(16)) | epoch_high
         last_JB = ((replica_B * self._own_J1) << 16) | self._block_J1
         key_2JB = self._keys_2PS[:, self._purpose_J[:, None], source_B]
@@ -363,23 +365,23 @@ class Plan:
         return out
 
     def _mel_length(self, column: Mapping[str, NDArray[Any]]) -> Ints:
-        """Returns the mel frames of each clip: as stored, or of the sound's length; 0 without sound."""
+        """Returns the number of mel frames of each clip: stored, or computed from the audio length; 0 without audio."""
         rate = column["sample_rate"]
         duration_s = np.where(rate > 0, column["num_samples"] / np.maximum(rate, 1), column["duration_s"])
-        heard = np.where(column["num_samples"] > 0, self._mel_frames(duration_s), 0)
-        return np.where(column["num_mel_frames"] > 0, column["num_mel_frames"], heard)
+        computed = np.where(column["num_samples"] > 0, self._mel_frames(duration_s), 0)
+        return np.where(column["num_mel_frames"] > 0, column["num_mel_frames"], computed)
 
-    def _bands(self, u: Mapping[Purpose, Floats], audible_B: NDArray[np.bool_]) -> NDArray[np.int32]:
-        """Returns first band and number of bands masked (SpecAugment, Park et al. 2019, of fixed width)."""
+    def _bands(self, u: Mapping[Purpose, Floats], has_audio_B: NDArray[np.bool_]) -> NDArray[np.int32]:
+        """Returns the first and the number of masked mel bands (SpecAugment, Park et al. 2019, with a fixed width)."""
         width = self.sampling.mask_bands
         if not width:
-            return np.zeros((len(audible_B), 2), dtype=np.int32)
+            return np.zeros((len(has_audio_B), 2), dtype=np.int32)
         first_B = np.floor(u[Purpose.BAND][:, 0] * (self._mel_bands - width + 1))
-        bands_B2 = np.stack([first_B, np.full_like(first_B, width)], axis=1) * audible_B[:, None]
+        bands_B2 = np.stack([first_B, np.full_like(first_B, width)], axis=1) * has_audio_B[:, None]
         return bands_B2.astype(np.int32)
 
     def _mixup(self, u: Mapping[Purpose, Floats], count: int) -> tuple[Ints, NDArray[np.float32]]:
-        """Returns the row each row is mixed with and its own weight: itself and 1 where mixup is off."""
+        """Returns each row's mixup partner and its own weight; without mixup these are the row itself and 1."""
         place_B, repeat = np.arange(count, dtype=np.int64), self.sampling.repeat
         if not self.sampling.mixup:
             return place_B, np.ones(count, dtype=np.float32)
@@ -397,10 +399,10 @@ class Plan:
 
 
 def largest_remainder(weights: ArrayLike, total: int) -> Ints:
-    """Returns whole numbers that add up to `total` in proportion to `weights` (Hamilton's method).
+    """Returns integers that sum to `total` and are in proportion to `weights` (Hamilton's method).
 
-    Each gets the floor of its quota `total * w / sum(w)`; what is left goes to the largest fractional parts,
-    the first of equal ones.
+    Each gets the floor of its quota `total * w / sum(w)`. The remaining units go to the largest fractional parts, to
+    the first ones where they are equal.
     """
     share = np.asarray(weights, dtype=np.float64)
     quota = total * share / share.sum()
@@ -411,13 +413,13 @@ def largest_remainder(weights: ArrayLike, total: int) -> Ints:
 
 
 def segment_frames(num_frames_B: Ints, u_BT: Floats) -> NDArray[np.int32]:
-    """Returns one frame of each of T equal segments: floor((i + u_i) n / T); 0 for clips without frames.
+    """Returns one random frame of each of T equal segments: floor((i + u_i) n / T); 0 for clips without frames.
 
-    TSN's training sampling (Wang et al. 2016, section 3.1) in its continuous form, which also serves n < T
-    (frames then repeat) and pictures (n = 1).
+    This is TSN's training sampling (Wang et al. 2016, section 3.1) in its continuous form, which also works for n < T
+    (frames then repeat) and for pictures (n = 1).
 
     Args:
-        num_frames_B: Frames n of each clip.
+        num_frames_B: Number of frames n of each clip.
         u_BT: Uniforms in [0, 1), one for each segment.
     """
     num_segments = u_BT.shape[1]
@@ -434,18 +436,18 @@ def segment_centres(num_frames_B: Ints, num_segments: int) -> NDArray[np.int32]:
 def random_crops(
     width_B: Ints, height_B: Ints, u_BU: Floats, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> NDArray[np.float32]:
-    """Returns random crops x, y, width, height in whole pixels, zeros where a picture has no size.
+    """Returns random crops x, y, width, height in whole pixels; zeros for clips without a picture.
 
-    torchvision's `RandomResizedCrop.get_params` (after Szegedy et al. 2015): ten tries at an area uniform
-    within `scale` of the picture and a ratio log-uniform within `ratio`; the first that fits stands at a
-    uniform place. Where none fits, the largest centred crop whose ratio is within the limits.
+    Same distribution as torchvision's `RandomResizedCrop.get_params` (after Szegedy et al. 2015). Up to ten tries draw
+    an area uniform within `scale` and an aspect ratio log-uniform within `ratio`. The first crop that fits gets a
+    uniform position. If none fits, the crop is the largest centred one whose aspect ratio is within the limits.
 
     Args:
         width_B: Upright widths, pixels.
         height_B: Upright heights, pixels.
         u_BU: Uniforms in [0, 1): area and ratio of each try, then x and y; at least 22.
-        scale: Least and greatest share of the area.
-        ratio: Least and greatest width / height.
+        scale: Smallest and largest fraction of the area.
+        ratio: Smallest and largest width / height.
     """
     W_B1, H_B1 = width_B[:, None].astype(np.float64), height_B[:, None].astype(np.float64)
     area_BN = W_B1 * H_B1 * (scale[0] + (scale[1] - scale[0]) * u_BU[:, 0 : 2 * _CROP_TRIES : 2])
@@ -467,10 +469,10 @@ def random_crops(
 
 
 def centre_crops(width_B: Ints, height_B: Ints, share: float) -> NDArray[np.float32]:
-    """Returns centred squares x, y, side, side in whole pixels, zeros where a picture has no size.
+    """Returns centred squares x, y, side, side in whole pixels; zeros for clips without a picture.
 
-    The side is `share` of the shorter edge: with 0.875, what a resize of the shorter edge to 256 and a centre
-    crop of 224 shows (SSW60, section 4.1), cut before it is resized.
+    The side is `share` of the shorter edge. A share of 0.875 gives the same region as a resize of the shorter edge to
+    256 and a centre crop of 224 (SSW60, section 4.1), but crops before resizing.
     """
     side = np.rint(share * np.minimum(width_B, height_B))
     side = np.where((width_B > 0) & (height_B > 0), np.maximum(side, 1), 0)
@@ -479,14 +481,14 @@ def centre_crops(width_B: Ints, height_B: Ints, share: float) -> NDArray[np.floa
 
 
 def random_windows(length_B: Ints, window: int, u_B: Floats) -> NDArray[np.int32]:
-    """Returns one start each, uniform over [0, L - window]; 0 where the clip is shorter. Shape [B, 1]."""
+    """Returns one window start per clip, uniform in [0, L - window], or 0 for shorter clips; shape [B, 1]."""
     return np.floor(u_B * (np.maximum(length_B - window, 0) + 1)).astype(np.int32)[:, None]
 
 
 def fitting_windows(length_B: Ints, window: int, starts: Sequence[int]) -> NDArray[np.int32]:
-    """Returns the starts whose window ends within the clip and -1 for the others, [B, W].
+    """Returns the starts whose window ends within the clip, and -1 for the others; shape [B, W].
 
-    Where none fits (a short clip, or none at all), the first window starts at 0, to be padded at its end.
+    If none fits (a short clip, or one without audio), the first window starts at 0 and is padded at its end.
     """
     starts_W = np.asarray(starts, dtype=np.int64)
     fits_BW = starts_W + window <= length_B[:, None]
@@ -510,7 +512,7 @@ def _weigh(sources: Sequence[tuple[Manifest, float]], sampling: Sampling) -> tup
         if not count:
             raise UserError(
                 f"{manifest.path}: weight = {weight:g}: expected at least one clip in a block of "
-                f"sampling.mix_block = {sampling.mix_block} samples"
+                f"sampling.mix_block = {sampling.mix_block} samples; raise one of the two"
             )
         class_weight = _class_weights(manifest.class_counts()) if sampling.balance == "class" else None
         out.append(PlanSource(manifest, float(weight), len(manifest), int(count), class_weight))
@@ -518,9 +520,9 @@ def _weigh(sources: Sequence[tuple[Manifest, float]], sampling: Sampling) -> tup
 
 
 def _class_weights(counts_K: ArrayLike) -> Floats:
-    """Returns N / (K_present * count) for each class, 0 for absent ones; N is the number of labels.
+    """Returns N / (K_present * count) for each class, 0 for absent classes; N is the number of labels.
 
-    The mean over the clips is 1 where each has one label, or the same number of labels.
+    The mean over the clips is 1 if all clips have the same number of labels.
     """
     counts = np.asarray(counts_K, dtype=np.float64)
     present = counts > 0
@@ -528,7 +530,7 @@ def _class_weights(counts_K: ArrayLike) -> Floats:
 
 
 def _beta(alpha: float, u_B: Floats) -> NDArray[np.float32]:
-    """Returns Beta(alpha, alpha) variates: the inverse of its distribution function at the uniforms."""
+    """Returns Beta(alpha, alpha) variates: the inverse distribution function at the uniforms."""
     from scipy.special import betaincinv  # 0.4 s to import, and mixup is off by default
 
     return betaincinv(alpha, alpha, u_B).astype(np.float32)
@@ -536,4 +538,7 @@ def _beta(alpha: float, u_B: Floats) -> NDArray[np.float32]:
 
 def _check_range(start: int, count: int) -> None:
     if start < 0 or count < 1 or start + count > _MAX_NUMBER:
-        raise UserError(f"samples {start} to {start + count}: expected a start from 0 to 2^48 and at least one sample")
+        raise UserError(
+            f"samples {start} to {start + count}: expected a start of 0 or more, an end of at most 2^48 and at least "
+            "one sample"
+        )

@@ -1,9 +1,9 @@
-"""In which order the clips of a data set are visited: pure functions of the position, for any number of clips.
+"""The order in which the clips of a data set are visited: pure functions of the position, for any number of clips.
 
-`global` is a keyed bijection over all clips (`fastav.data.rng.permute`). `blocked` keeps neighbours near each other,
-for shards that are far away: blocks of neighbouring clips are shuffled, and within windows of a few blocks the clips
-are. A reader then touches no more than a window's worth of shards at a time, and what it fetched coarsely is used up
-before it is dropped. Each epoch cuts the blocks elsewhere, so that clips meet other neighbours.
+The order `global` is a keyed bijection over all clips (`fastav.data.rng.permute`). The order `blocked` keeps
+neighbouring clips close together, for shards on remote storage: it shuffles blocks of neighbouring clips, then shuffles
+the clips within windows of a few blocks. A reader then uses the shards of one window at a time, and reads all clips of
+a fetched range before it drops the range. The block boundaries change each epoch, so that clips get new neighbours.
 """
 
 from __future__ import annotations
@@ -16,22 +16,25 @@ from fastav.data.rng import permute, philox4x32, split_words
 Ints = NDArray[np.int64]
 Keys = NDArray[np.uint64]
 
-_SHIFT, _BLOCKS, _WINDOW = range(3)  # streams of an epoch's key
+_SHIFT, _BLOCKS, _WINDOW = range(3)  # independent random streams of an epoch
 
 
 def blocked(position_B: Ints, size_B: Ints, key_B: Keys, *, block: int, window: int) -> Ints:
     """Returns the row at each position of a blocked epoch.
 
-    Position p is in window p // (block * window), which holds the clips of `window` blocks, shuffled; the blocks are
-    those of a shuffle of all whole blocks, the rows that fill no block come last; and all of it is turned by a random
-    shift, so that blocks begin elsewhere in each epoch.
+    All whole blocks are shuffled; the remaining rows, which do not fill a block, come last. Position p is in window
+    p // (block * window), which holds the shuffled clips of `window` blocks. Finally all rows are rotated by a random
+    shift, so that the block boundaries change each epoch.
 
     Args:
-        position_B: 0 to size - 1.
-        size_B: Clips of the data set.
-        key_B: 64 pseudo-random bits of the epoch.
-        block: Neighbouring clips that stay together.
-        window: Blocks whose clips are shuffled with each other.
+        position_B: Positions in the epoch, 0 to size - 1.
+        size_B: Number of clips in the data set.
+        key_B: 64 pseudo-random bits per epoch.
+        block: Number of neighbouring clips that stay together.
+        window: Number of blocks whose clips are shuffled together.
+
+    Returns:
+        Row numbers, int64 [B].
     """
     span = block * window
     number_B, offset_B = np.divmod(position_B, span)
@@ -47,6 +50,6 @@ def blocked(position_B: Ints, size_B: Ints, key_B: Keys, *, block: int, window: 
 
 
 def _stream(key_B: Keys, stream: int, number_B: Ints) -> Keys:
-    """Returns 64 bits of one of an epoch's streams."""
+    """Returns 64 pseudo-random bits of one of an epoch's streams."""
     words = philox4x32((*split_words(number_B), stream, 0), split_words(key_B))
     return words[0] | (words[1] << np.uint64(32))

@@ -409,7 +409,7 @@ def test_merging(tmp_path: Path) -> None:
     expected = [one[0], two[0], two[1], one[1]]
     assert all(same(a, b) for a, b in zip(both.clips(range(4)), expected, strict=True))
     assert pq.read_table(both.path).column("video")[0].as_py() == "a/x.mp4"
-    with pytest.raises(UserError, match='the id "c0" is given to 2 clips of 2 manifests'):
+    with pytest.raises(UserError, match='2 clips of the 2 manifests have the id "c0"; expected unique ids'):
         merge([first.path, first.path], tmp_path / "twice.parquet")
 
 
@@ -456,8 +456,8 @@ def test_missing_file(tmp_path: Path, files: list[Path]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"duration_s": 0.0}, "span 0.000 s + 0.000 s of {path} has no length"),
-        ({"duration_s": float("nan")}, "has no length"),
+        ({"duration_s": 0.0}, "span 0.000 s + 0.000 s of {path} has zero length"),
+        ({"duration_s": float("nan")}, "has zero length"),
         ({"start_s": -1.0}, "span -1.000 s + 2.000 s starts before {path} does"),
         ({"start_frame": -1}, "starts before {path} does"),
         ({"start_sample": -50000}, "starts before {path} does"),
@@ -488,8 +488,8 @@ def test_no_media(tmp_path: Path, files: list[Path]) -> None:
     clips[3] = Clip("c3", labels=("owl",), split="test", mel=files[3], num_mel_frames=400)
     one, two = found(tmp_path, clips)
     assert one[:3] == ("no_media", "c0", True)
-    assert one[3] == f'clip "c0": no frames and no samples of {files[0]} in its row; was it probed?'
-    assert two == ("no_media", "c1", True, 'clip "c1" names no video, audio, image or mel')
+    assert one[3] == f'clip "c0": its row has no frames and no samples of {files[0]}; was the file probed?'
+    assert two == ("no_media", "c1", True, 'clip "c1" has no video, audio, image or mel file')
 
 
 def test_duplicate_id(tmp_path: Path, files: list[Path]) -> None:
@@ -557,7 +557,7 @@ def test_two_files_with_the_same_content(tmp_path: Path, files: list[Path]) -> N
     content = bytes(range(256)) * 2000
     files[1].write_bytes(content)
     files[3].write_bytes(content)
-    message = f'{files[3]} (clip "c3", test) has the content of {files[1]} (clip "c1", train)'
+    message = f'{files[3]} (clip "c3", test) seems to have the same content as {files[1]} (clip "c1", train)'
     assert found(tmp_path, clips) == [("duplicate_media", "c3", False, message)]
     files[3].write_bytes(content[:-1] + b"x")
     assert found(tmp_path, clips) == [], "another end"

@@ -1,9 +1,9 @@
 """Manifests: one row per clip, as a Parquet file with a memory-mapped Arrow copy beside it.
 
-The Parquet file is the manifest: plain columns named as in `Clip`, readable and writable by any tool; class
-names, schema version and the row range of each split are in its schema metadata. The Arrow IPC file of the
-same stem is a copy for reading rows at random. See `store` for the copy, `window` for reading, `write` for
-writing and merging, `check` for what may be wrong with one.
+The Parquet file is the manifest. Its plain columns are named as in `Clip` and can be read and written by any tool.
+Its schema metadata hold the class names, the schema version and the row range of each split. The Arrow IPC file of
+the same stem is a copy for random access to rows. See `store` for the copy, `window` for reading, `write` for writing
+and merging, and `check` for validation.
 """
 
 from fastav.data.manifest.check import Problem as Problem

@@ -1,4 +1,4 @@
-"""What may be wrong with a manifest: files, spans, classes, and clips that leak between splits."""
+"""Validates a manifest: missing files, bad spans, empty classes, and clips that leak between splits."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from fastav.data.manifest.store import PATHS
 from fastav.data.manifest.window import Manifest
 
 OVERLAP_TOLERANCE_S = 1e-3
-"""Spans that share less than this do not overlap: neighbouring pieces are cut at rounded times."""
+"""Spans that overlap by less than this, in seconds, count as adjacent: pieces are cut at rounded times."""
 
 _ENDS_BYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """Something wrong with a clip, a file, a class or a group.
+    """A problem with a clip, a file, a class or a group.
 
     Attributes:
-        kind: Such as `missing_file`; `check` lists its kinds.
-        clip_id: The (first) clip it concerns; empty where none.
-        path: The file it concerns; empty where none.
-        message: One line that names what is wrong.
-        fatal: Whether training or its figures would be wrong; the others are warnings.
+        kind: Kind of problem, such as `missing_file`; `check` lists its kinds.
+        clip_id: Id of the (first) affected clip; empty if it affects none.
+        path: The affected file; empty if it affects none.
+        message: One line that describes the problem.
+        fatal: Whether training or its metrics would be wrong; other problems are warnings.
     """
 
     kind: str
@@ -44,22 +44,22 @@ class Problem:
 
 
 def check(manifest: Manifest) -> list[Problem]:
-    """Looks for everything that would spoil a training run, or make its figures look better than they are.
+    """Finds problems that would break a training run or make its metrics too optimistic.
 
-    Files are asked for their size, and those of equal size for the content of their ends; no media are
-    decoded. Spans are held against the extent of their file where the manifest knows it.
+    Reads the size of each file and, for files of equal size, their first and last 64 KiB; decodes no media. Spans are
+    compared with the length of their file if the manifest knows it.
 
     Returns:
         Problems of the kinds
-        `duplicate_id`: an id given to several clips;
-        `no_media`: a clip with nothing to see or hear;
-        `bad_span`: a span of zero length, before the start or beyond the end of its file;
-        `missing_file`;
-        `empty_class`: a class without a training clip (where there is a split `train`);
-        `single_clip_class`: a class with one clip, a warning;
-        `split_leak`: a group in two splits;
-        `duplicate_media`: a file whose overlapping spans are in two splits, or, a warning, two files with the
-        same size and the same first and last 64 KiB.
+        `duplicate_id`: several clips have the same id;
+        `no_media`: a clip has neither video nor audio;
+        `bad_span`: a span has zero length, starts before its file or ends after it;
+        `missing_file`: a media file does not exist;
+        `empty_class`: a class has no training clip (if there is a split `train`);
+        `single_clip_class`: a class has only one clip (a warning);
+        `split_leak`: a group is in two splits;
+        `duplicate_media`: overlapping spans of a file are in two splits; or, as a warning, two files have the same
+        size and the same first and last 64 KiB.
     """
     rows = _Rows(manifest)
     parts = (_ids, _spans, _missing, _classes, _groups, _shared_spans, _twins)
@@ -67,7 +67,7 @@ def check(manifest: Manifest) -> list[Problem]:
 
 
 class _Rows:
-    """The columns of a manifest that the checks share."""
+    """The columns of a manifest that several checks use."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -90,11 +90,11 @@ class _Rows:
         return self.split_names[self.splits[row]]
 
     def users(self, file: int) -> NDArray[np.int64]:
-        """Rows that use a file, in order."""
+        """Returns the rows that use a file, in order."""
         return np.unique(self._order[self._bounds[file] : self._bounds[file + 1]] % len(self.ids))
 
     def _media(self) -> tuple[NDArray[np.int64], list[Path]]:
-        """File numbers by modality, [4, rows] with -1 for none, and the files."""
+        """Returns file numbers by kind of path, [4, rows] with -1 for none, and the files."""
         columns = [self.manifest.strings(name) for name in PATHS]
         coded = pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.string())
         dictionary = coded.combine_chunks().dictionary_encode()
@@ -104,7 +104,7 @@ class _Rows:
 
 
 def _size(path: Path) -> int:
-    """Size in bytes; -1 where there is no file."""
+    """Returns the size in bytes; -1 if there is no such file."""
     try:
         return path.stat().st_size if path.is_file() else -1
     except OSError:
@@ -126,7 +126,7 @@ def _spans(rows: _Rows) -> Iterator[Problem]:
     empty = (c["num_frames"] <= 0) & (c["num_samples"] <= 0) & (c["num_mel_frames"] <= 0)
     frames_end, samples_end = c["start_frame"] + c["num_frames"], c["start_sample"] + c["num_samples"]
     zero = timed & ~(c["duration_s"] > 0)
-    # A first sample before 0 is silence: the sound of some files starts after their picture.
+    # A negative first sample is silence: in some files the audio starts after the video.
     early = (c["start_s"] < 0) | (c["start_frame"] < 0) | ((c["num_samples"] > 0) & (samples_end <= 0))
     late_frames = (c["media_frames"] > 0) & (frames_end > c["media_frames"])
     late_samples = (c["media_samples"] > 0) & (samples_end > c["media_samples"])
@@ -135,17 +135,17 @@ def _spans(rows: _Rows) -> Iterator[Problem]:
         span = f"span {c['start_s'][row]:.3f} s + {c['duration_s'][row]:.3f} s"
         where = f'clip "{name}": {span}'
         if not named[row]:
-            yield Problem("no_media", name, "", f'clip "{name}" names no video, audio, image or mel', True)
+            yield Problem("no_media", name, "", f'clip "{name}" has no video, audio, image or mel file', True)
         elif zero[row]:
-            yield Problem("bad_span", name, path, f"{where} of {path} has no length", True)
+            yield Problem("bad_span", name, path, f"{where} of {path} has zero length", True)
         elif empty[row]:
-            message = f'clip "{name}": no frames and no samples of {path} in its row; was it probed?'
+            message = f'clip "{name}": its row has no frames and no samples of {path}; was the file probed?'
             yield Problem("no_media", name, path, message, True)
         elif early[row]:
-            yield Problem("bad_span", name, path, f"{where} starts before {path} does", True)
+            yield Problem("bad_span", name, path, f"{where} starts before the start of {path}", True)
         else:
             ends, extent = (frames_end, "media_frames") if late_frames[row] else (samples_end, "media_samples")
-            what = f"ends at {extent[6:-1]} {ends[row]}, {path} has {c[extent][row]}"
+            what = f"ends at {extent[6:-1]} {ends[row]}, but {path} has {c[extent][row]}"
             yield Problem("bad_span", name, path, f"{where} {what}", True)
 
 
@@ -204,7 +204,7 @@ def _groups(rows: _Rows) -> Iterator[Problem]:
 
 
 def _shared_spans(rows: _Rows) -> Iterator[Problem]:
-    """Files of which the same seconds are in two splits."""
+    """Finds files of which the same seconds are in two splits."""
     starts = rows.column("start_s")
     still = (rows.codes[2:] >= 0).any(axis=0)
     ends = np.where(still, np.inf, starts + rows.column("duration_s"))
@@ -214,10 +214,10 @@ def _shared_spans(rows: _Rows) -> Iterator[Problem]:
     files, num_splits = np.unique(pairs // len(rows.split_names), return_counts=True)
     for file in files[num_splits > 1].tolist():
         users = rows.users(file)
-        latest: dict[int, int] = {}  # the row of each split that ends last so far
+        latest: dict[int, int] = {}  # split -> its row with the latest end so far
         for row in users[np.argsort(starts[users], kind="stable")].tolist():
-            mine = int(rows.splits[row])
-            others = [r for split, r in latest.items() if split != mine]
+            own_split = int(rows.splits[row])
+            others = [r for split, r in latest.items() if split != own_split]
             clash = [r for r in others if ends[r] > starts[row] + OVERLAP_TOLERANCE_S and ends[row] > starts[row]]
             if clash:
                 one, two = (f'clip "{rows.id(r)}" ({rows.split(r)})' for r in (clash[0], row))
@@ -225,12 +225,12 @@ def _shared_spans(rows: _Rows) -> Iterator[Problem]:
                 message = f"{one} and {two} are both cut from {rows.files[file]}{at}"
                 yield Problem("duplicate_media", rows.id(row), str(rows.files[file]), message, True)
                 break
-            if mine not in latest or ends[row] > ends[latest[mine]]:
-                latest[mine] = row
+            if own_split not in latest or ends[row] > ends[latest[own_split]]:
+                latest[own_split] = row
 
 
 def _twins(rows: _Rows) -> Iterator[Problem]:
-    """Different files with the same content, as far as size and both ends tell."""
+    """Finds different files of the same size with the same first and last 64 KiB."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for file, size in enumerate(rows.sizes):
         if size > 0:
@@ -244,14 +244,14 @@ def _twins(rows: _Rows) -> Iterator[Problem]:
                 continue
             one, two = rows.users(twin)[0], rows.users(file)[0]
             message = (
-                f'{rows.files[file]} (clip "{rows.id(two)}", {rows.split(two)}) has the content of '
+                f'{rows.files[file]} (clip "{rows.id(two)}", {rows.split(two)}) seems to have the same content as '
                 f'{rows.files[twin]} (clip "{rows.id(one)}", {rows.split(one)})'
             )
             yield Problem("duplicate_media", rows.id(two), str(rows.files[file]), message, False)
 
 
 def _ends_digest(path: Path, size: int) -> bytes:
-    """Digest of the first and last 64 KiB."""
+    """Returns a digest of the first and last 64 KiB."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         digest.update(file.read(_ENDS_BYTES))

@@ -1,8 +1,7 @@
-"""The Arrow copy of a manifest: mapped, not loaded, so that ten million rows open in milliseconds.
+"""The Arrow copy of a manifest: memory-mapped, so that ten million rows open in milliseconds.
 
-The copy keeps the numbers of a row together in one record, so that a row costs one page. It is made anew
-whenever the Parquet file is no longer the one it was made from; where it cannot be written, the rows are held
-in memory instead.
+The copy stores the numbers of a row together in one record, so that reading a row touches one page. It is rebuilt
+whenever the Parquet file has changed. If it cannot be written, the rows are kept in memory instead.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ from fastav.core.errors import FastavError, UserError, did_you_mean
 from fastav.data.clip import Clip
 
 SCHEMA_VERSION = 2
-"""Version of the Parquet columns and metadata; a manifest with a larger one is refused."""
+"""Version of the Parquet columns and metadata; manifests with a higher version are refused."""
 
 _COPY_VERSION = 2
 COPY_ROWS = 1 << 18
-"""Rows of a record batch of the copy."""
+"""Rows per record batch of the copy."""
 PAGED_BYTES = 1 << 22
-"""Copies larger than this are read with pread, row by row: what is touched of a mapping stays resident."""
-_DENSE = 8  # rows at random from a run at most this many times as long are read as one run
+"""Copies larger than this, in bytes, are read with pread: pages touched through a mapping stay resident."""
+_DENSE = 8  # rows spread over at most this many times their number are read as one contiguous range
 PATHS = ("video", "audio", "image", "mel")
 TEXTS = ("id", *PATHS, "shard", "video_codec", "audio_codec", "group")
 _FLOATS = ("start_s", "duration_s", "fps", "audio_offset_s", "weight", "lat", "lon")
@@ -46,9 +45,9 @@ _INTS = (
 )  # fmt: skip
 NUMBERS = (*_FLOATS, *_LONGS, *_INTS)
 
-# The numbers of one row of the copy. `label` is the number of the first class, -1 for none; `media_frames` and
-# `media_samples` are what the whole file holds, 0 where unknown. The others say where in its batch the row's labels
-# and texts are.
+# The numbers of one row of the copy. `label` is the number of the first class, -1 for none. `media_frames` and
+# `media_samples` are the lengths of the whole file, 0 if unknown. The others locate the row's labels and texts in its
+# record batch.
 _PLACES = ("label", "num_labels", "label_at", "text_at", "text_size")
 RECORD = np.dtype(
     [(n, "<f8") for n in _FLOATS] + [(n, "<i8") for n in _LONGS] + [(n, "<i4") for n in (*_INTS, *_PLACES)]
@@ -65,7 +64,7 @@ SCHEMA = pa.schema(
     + [(name, pa.int64()) for name in _LONGS]
     + [(name, pa.int32()) for name in _INTS]
 )
-"""Columns of the Parquet file: the fields of `Clip` but `row`, and what the whole file holds (0: unknown)."""
+"""Columns of the Parquet file: all fields of `Clip` but `row`, and the length of the whole file (0: unknown)."""
 
 
 def _number(name: str) -> Callable[[NDArray[np.void]], NDArray[Any]]:
@@ -81,14 +80,14 @@ COLUMNS: dict[str, Callable[[NDArray[np.void]], NDArray[Any]]] = {
 
 
 class RowStore:
-    """The record batches of an Arrow copy, in a mapping or in memory, and how to reach a row of them.
+    """The record batches of an Arrow copy, memory-mapped or in memory, with random access to rows.
 
     Columns of a batch: `record` (`RECORD` as fixed-size binary), `modalities` (uint8 bits), `texts` (a row's `TEXTS`
-    in one, parted by NUL), `labels` (lists of class numbers). The schema metadata are those of the Parquet file, and
-    what file it was made from.
+    joined, separated by NUL), `labels` (lists of class numbers). The schema metadata are those of the Parquet file plus
+    the identity of that file.
 
-    Touching a page of a mapping maps its neighbours too: hundreds of MB after a few batches of random rows of a
-    large file, and as slow as reading. So from a large copy rows are read, not touched.
+    Touching a page of a mapping also maps its neighbours: hundreds of MB after a few batches of random rows of a large
+    file, and no faster than reading. So rows of a large copy are read with pread instead.
     """
 
     def __init__(self, path: Path, memory: pa.Buffer | None, source: dict[str, Any], file: BinaryIO | None) -> None:
@@ -140,7 +139,7 @@ class RowStore:
         return bytes(self._view[place : place + size])
 
     def texts(self, rows: NDArray[np.int64], records: NDArray[np.void]) -> list[dict[str, Any]]:
-        """Returns the texts of the rows, whose records are given; an absent path is empty."""
+        """Returns the texts of the rows, given their records; an absent path is an empty string."""
         found = []
         at, sizes = records["text_at"].tolist(), records["text_size"].tolist()
         for batch, start, size in zip(self._batch_of(rows).tolist(), at, sizes, strict=True):
@@ -149,7 +148,7 @@ class RowStore:
         return found
 
     def labels(self, rows: NDArray[np.int64], records: NDArray[np.void]) -> list[NDArray[np.int32]]:
-        """Returns the class numbers of the rows, whose records are given."""
+        """Returns the class numbers of the rows, given their records."""
         found = []
         for row, record in zip(rows, records, strict=True):
             if record["num_labels"] > 1:
@@ -160,7 +159,7 @@ class RowStore:
         return found
 
     def scan(self, name: str) -> NDArray[Any]:
-        """Returns a whole column, [num_rows]: `modalities` or a number of the record."""
+        """Returns a whole column, [num_rows]: `modalities` or a numeric field of the record."""
         whole = np.concatenate(
             self._modalities if name == "modalities" else [records[name] for records in self._records]
         )
@@ -168,14 +167,14 @@ class RowStore:
         return whole
 
     def strings(self, name: str) -> pa.ChunkedArray:
-        """Returns a whole column of texts, from the Parquet file."""
+        """Returns a whole column of texts, read from the Parquet file."""
         absent = pa.chunked_array([pa.nulls(self.num_rows, pa.string())])
         table = pq.read_table(self.path, columns=[name])
         column = table.column(name).cast(pa.string()) if name in table.column_names else absent
         return column if name in PATHS else column.fill_null("")
 
     def count_labels(self, window: slice | NDArray[np.integer], num_classes: int) -> NDArray[np.int64]:
-        """Returns how many rows of the window carry each class, int64 [K]."""
+        """Returns the number of rows of the window with each class, int64 [K]."""
         counts = np.zeros(num_classes, np.int64)
         for start, offsets, values in zip(self._starts, self._label_offsets, self._label_values, strict=True):
             inside = np.zeros(len(offsets) - 1, np.bool_)
@@ -197,14 +196,14 @@ class RowStore:
         return np.searchsorted(self._starts, rows, side="right") - 1
 
     def _release(self) -> None:
-        """Gives the pages of a large mapping back after a scan; they stay in the system's cache."""
+        """Releases the pages of a large mapping after a scan; they stay in the page cache."""
         if self._paged and self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(frozen=True, slots=True)
 class ManifestHeader:
-    """What the schema metadata of a manifest say."""
+    """The contents of a manifest's schema metadata."""
 
     classes: tuple[str, ...]
     splits: dict[str, tuple[int, int]]
@@ -212,7 +211,7 @@ class ManifestHeader:
 
     @classmethod
     def read(cls, raw: Mapping[bytes, bytes] | None, path: Path) -> ManifestHeader:
-        """Parses them; `UserError` where they are not those of a manifest this version can read."""
+        """Parses the schema metadata; raises `UserError` unless they are of a manifest that this version can read."""
         if not raw or b"fastav.schema_version" not in raw:
             raise UserError(
                 f"{path}: not a fastav manifest (no fastav.schema_version in its schema metadata); "
@@ -222,8 +221,8 @@ class ManifestHeader:
             version = int(raw[b"fastav.schema_version"])
             if version > SCHEMA_VERSION:
                 raise UserError(
-                    f"{path}: manifest version {version}, this fastav reads up to {SCHEMA_VERSION}; "
-                    "it was written by a newer fastav"
+                    f"{path}: manifest version is {version}, but this fastav reads versions up to {SCHEMA_VERSION}; "
+                    "update fastav"
                 )
             classes = tuple(str(name) for name in json.loads(raw[b"fastav.classes"]))
             ranges = json.loads(raw[b"fastav.splits"])
@@ -247,10 +246,10 @@ class ManifestHeader:
 
 
 def open_store(path: Path) -> RowStore:
-    """Maps the copy where it is fresh; otherwise makes it anew, in memory where it cannot be written."""
+    """Maps the copy if it is up to date; otherwise rebuilds it, in memory if it cannot be written."""
     if path.is_dir() or not path.exists():
         what = "is a folder" if path.is_dir() else "no such file"
-        # A pack's folder has an index beside its manifest, a run's has predictions.
+        # A pack folder also holds an index, a run folder predictions.
         within = sorted(path.glob("*.parquet"), key=lambda file: ("manifest" not in file.name, file.name))
         within = [file for file in within if file.name not in ("index.parquet", "predictions.parquet")]
         beside = [p.name for p in path.parent.glob("*.parquet")] if path.parent.is_dir() else []
@@ -258,7 +257,7 @@ def open_store(path: Path) -> RowStore:
         raise UserError(f"manifest {path}: {what}, expected a .parquet file{near}")
     copy = path.with_suffix(".arrow")
     if copy == path:
-        raise UserError(f"manifest {path}: this is the copy; expected {path.with_suffix('.parquet')}")
+        raise UserError(f"manifest {path}: this is the Arrow copy; expected {path.with_suffix('.parquet')}")
     store = map_copy(copy, path)
     if store is not None:
         return store
@@ -267,14 +266,14 @@ def open_store(path: Path) -> RowStore:
         try:
             with written_beside(copy) as made, pa.OSFile(str(made), "wb") as sink:
                 write_copy(path, parquet, sink, source)
-        except (OSError, pa.ArrowException):  # a folder that may only be read, or a full disk
+        except (OSError, pa.ArrowException):  # a read-only folder, or a full disk
             memory = pa.BufferOutputStream()
             try:
                 write_copy(path, parquet, memory, source)
             except (OSError, pa.ArrowException) as error:
                 raise UserError(f"{path}: the manifest is damaged ({error})") from None
             return RowStore(path, memory.getvalue(), source, None)
-    # Another process may have put its copy there in the meantime; it is checked like any other.
+    # Another process may have written its copy in the meantime; check it like any other.
     store = map_copy(copy, path)
     if store is None:
         raise FastavError(f"{path}: the manifest is being rewritten; open it again when that is done")
@@ -282,7 +281,7 @@ def open_store(path: Path) -> RowStore:
 
 
 def map_copy(copy: Path, path: Path) -> RowStore | None:
-    """Maps the copy if it was made from just this Parquet file."""
+    """Maps the copy; returns None unless it was made from exactly this Parquet file."""
     try:
         file = copy.open("rb")
     except OSError:
@@ -292,13 +291,13 @@ def map_copy(copy: Path, path: Path) -> RowStore | None:
         source = json.loads(pa.ipc.open_file(file).schema.metadata[b"fastav.copy_of"])
         stat = path.stat()
         fresh = source["version"] == _COPY_VERSION and source["size"] == stat.st_size
-        # A copied or unpacked folder has other times: then the content decides.
+        # A copied or unpacked folder has other modification times: then compare the content.
         if fresh and (source["mtime_ns"] == stat.st_mtime_ns or source["sha256"] == sha256(path)):
             store = RowStore(path, None, source, file)
     except UserError:
         raise
     except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
-        pass  # half-written, or no copy of ours
+        pass  # half-written, or not a copy written by fastav
     finally:
         if store is None:
             file.close()
@@ -310,7 +309,7 @@ def open_parquet(path: Path, file: BinaryIO) -> pq.ParquetFile:
     try:
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a manifest, which is a Parquet file ({error})") from None
+        raise UserError(f"{path}: not a manifest: not a Parquet file ({error})") from None
     header = ManifestHeader.read(parquet.schema_arrow.metadata, path)
     missing = {"id", "split", "labels"} - set(parquet.schema_arrow.names)
     if missing:
@@ -320,13 +319,16 @@ def open_parquet(path: Path, file: BinaryIO) -> pq.ParquetFile:
     if [start for start, _ in covered] != ends[:-1] or ends[-1] != parquet.metadata.num_rows:
         raise UserError(
             f"{path}: the split ranges {header.splits} do not cover its {parquet.metadata.num_rows} rows; "
-            "a tool changed the rows and kept the metadata"
+            "a tool changed the rows but not the metadata; write the manifest again"
         )
     return parquet
 
 
 def file_identity(file: BinaryIO) -> dict[str, Any]:
-    """Returns what tells whether a copy was made from just this open file, whatever its name points to by now."""
+    """Returns version, size, time and digest of the open file, by which its copy is recognised later.
+
+    Takes the open file, as its path may point to another file by now.
+    """
     stat = os.fstat(file.fileno())
     file.seek(0)
     digest = hashlib.file_digest(cast(io.BufferedReader, file), "sha256").hexdigest()
@@ -334,7 +336,7 @@ def file_identity(file: BinaryIO) -> dict[str, Any]:
 
 
 def write_copy(path: Path, parquet: pq.ParquetFile, sink: Any, source: dict[str, Any]) -> None:
-    """Streams the Parquet file into its Arrow copy."""
+    """Converts the Parquet file to its Arrow copy, batch by batch."""
     header = ManifestHeader.read(parquet.schema_arrow.metadata, path)
     metadata = {**header.write(), b"fastav.copy_of": json.dumps(source).encode()}
     kinds = {"record": pa.binary(RECORD.itemsize), "modalities": pa.uint8(), "texts": pa.binary()}
@@ -347,7 +349,7 @@ def write_copy(path: Path, parquet: pq.ParquetFile, sink: Any, source: dict[str,
                 here = batch.column("split").slice(max(first - start, 0), max(last - max(first, start), 0))
                 if len(here) and not pc.all(pc.equal(here, name)).as_py():
                     raise UserError(
-                        f'{path}: rows {first}..{last} are not all of split "{name}"; write the manifest again'
+                        f'{path}: not all of the rows {first}..{last} are in split "{name}"; write the manifest again'
                     )
             try:
                 writer.write_batch(_copy_batch(batch, classes, schema))
@@ -357,7 +359,7 @@ def write_copy(path: Path, parquet: pq.ParquetFile, sink: Any, source: dict[str,
 
 
 def _copy_batch(batch: pa.RecordBatch, classes: pa.Array, schema: pa.Schema) -> pa.RecordBatch:
-    """Turns a batch of the Parquet file into a batch of the copy."""
+    """Converts a batch of the Parquet file to a batch of the copy."""
     records = np.empty(batch.num_rows, RECORD)
     for name in NUMBERS:
         if name in batch.schema.names:
@@ -369,7 +371,7 @@ def _copy_batch(batch: pa.RecordBatch, classes: pa.Array, schema: pa.Schema) -> 
     columns = [batch.column(n).cast(pa.string()) if n in batch.schema.names else absent for n in TEXTS]
     texts = pc.binary_join_element_wise(*columns, "\0", null_handling="replace")
     if pc.max(pc.count_substring(texts, "\0")).as_py() >= len(TEXTS):
-        raise UserError("a NUL character in an id, a path, a codec or a group")
+        raise UserError("an id, a path, a codec or a group contains a NUL character")
     ends = np.cumsum(pc.binary_length(texts).to_numpy())
     labels = batch.column("labels").cast(SCHEMA.field("labels").type).fill_null([])
     names = labels.flatten()

@@ -1,4 +1,4 @@
-"""Reading a manifest: a window of its rows."""
+"""Reading a manifest: `Manifest` is a window of its rows."""
 
 from __future__ import annotations
 
@@ -20,17 +20,21 @@ _MODALITY_BITS = {"video": 1, "audio": 2}
 
 
 class Manifest:
-    """A window of rows of a manifest: all of them, one split, or those with the wanted modalities.
+    """A window of rows of a manifest: all rows, one split, or the rows with given modalities.
 
-    Row numbers are always counted within the window. Nothing is read before it is asked for. A manifest can
-    be sent to another process, which maps the same file again.
+    Row numbers always count within the window. Rows are read on demand. A manifest can be pickled to another process,
+    which maps the same file again.
 
     Attributes:
         path: The Parquet file.
-        root: The folder that relative media paths start from, without symbolic links.
-        shards: Folder or URL that relative shard names start from instead of `root`; empty for `root`.
-        classes: Class names; labels are numbered in this order.
-        metadata: What the writer noted, such as where the data come from.
+        root: Folder that relative media paths start from, with symbolic links resolved.
+        shards: Folder or URL that relative shard names start from; empty for `root`.
+        classes: Class names in the order of their numbers.
+        metadata: Notes of the writer, such as the source of the data.
+
+    Example:
+        >>> train = Manifest.open("manifest.parquet", split="train")
+        >>> len(train), train.classes[0], train.clip(0).duration_s
     """
 
     def __init__(
@@ -48,14 +52,15 @@ class Manifest:
 
     @classmethod
     def open(cls, path: str | Path, *, split: str | None = None) -> Manifest:
-        """Opens a manifest; builds its Arrow copy where that is missing or stale.
+        """Opens a manifest; builds its Arrow copy if that is missing or outdated.
 
         Args:
             path: The `.parquet` file.
-            split: Only the rows of this split.
+            split: Split to open; all rows by default.
 
         Raises:
-            UserError: No such file, not a manifest, written by a newer version, or no such split.
+            UserError: The file does not exist, is not a manifest or was written by a newer version, or the split does
+                not exist.
         """
         whole = cls(open_store(Path(path).absolute()))
         return whole if split is None else whole.split(split)
@@ -71,7 +76,7 @@ class Manifest:
 
     @property
     def splits(self) -> dict[str, int]:
-        """Rows of this window by split, in stored order; splits without a row in it are left out."""
+        """Number of rows of this window in each split, in stored order; splits without rows are left out."""
         found = {}
         for name, (start, stop) in self._store.splits.items():
             if self._index is None:
@@ -84,7 +89,7 @@ class Manifest:
         return found
 
     def split(self, name: str) -> Manifest:
-        """Returns the rows of one split (no copy); `UserError` names the splits there are."""
+        """Returns the rows of one split without copying; raises `UserError` if there is no such split."""
         if name not in self.splits:
             known = ", ".join(self.splits) or "none"
             raise UserError(f'{self.path}: no split "{name}"; it has: {known}')
@@ -95,14 +100,14 @@ class Manifest:
         return Manifest(self._store, max(start, self._start), min(stop, self._stop), shards=self.shards)
 
     def with_shards(self, base: str) -> Manifest:
-        """Returns the same rows with their shards below another folder or URL, such as `s3://bucket/pack`."""
+        """Returns the same rows with their shards in another folder or URL, such as `s3://bucket/pack`."""
         return Manifest(self._store, self._start, self._stop, self._index, base)
 
     def select(self, modalities: Sequence[Modality], require: Literal["any", "all"] = "any") -> Manifest:
-        """Returns the rows that have any (or all) of the modalities; itself where all rows have.
+        """Returns the rows that have any (or all) of the modalities; the manifest itself if all rows do.
 
         Raises:
-            UserError: No row has them.
+            UserError: No row has the modalities.
         """
         wanted = sum(_MODALITY_BITS[m] for m in set(modalities))
         usable = self._store.scan("modalities")[self._window()] & wanted
@@ -118,24 +123,24 @@ class Manifest:
         return Manifest(self._store, index=kept.astype(narrow), shards=self.shards)
 
     def columns(self, rows: NDArray[np.integer], names: Sequence[str]) -> dict[str, NDArray[Any]]:
-        """Returns numeric columns of the given rows; costs as much as there are rows asked for.
+        """Returns numeric columns of the given rows; the cost depends on the number of rows requested only.
 
         Args:
             rows: Row numbers within this window, [n].
-            names: Numeric fields of `Clip`; `label`, the number of the first class (-1: unlabelled);
-                `has_video` and `has_audio`.
+            names: Numeric fields of `Clip`; `label`, the number of the first class (-1 without labels); `has_video`
+                and `has_audio`.
 
         Returns:
-            name -> int64, float64 or bool array, [n].
+            Column name -> int64, float64 or bool array, [n].
         """
         for name in names:
             if name not in COLUMNS:
-                raise UserError(f'manifest column "{name}" is not a number{did_you_mean(name, COLUMNS)}')
+                raise UserError(f'manifest column "{name}" is not numeric{did_you_mean(name, COLUMNS)}')
         records = self._store.records(self._absolute(rows))
         return {name: COLUMNS[name](records) for name in names}
 
     def clip(self, row: int) -> Clip:
-        """Returns one row; its paths are absolute, its `row` is counted within this window."""
+        """Returns one row, with absolute paths; its `row` counts within this window."""
         return self.clips([row])[0]
 
     def clips(self, rows: Sequence[int] | NDArray[np.integer]) -> list[Clip]:
@@ -160,17 +165,17 @@ class Manifest:
         return Path(os.path.normpath(self.root / text)) if ".." in text else self.root / text
 
     def _place(self, text: str) -> str:
-        """The path or URL of a shard."""
+        """Returns the path or URL of a shard."""
         if not text or "://" in text or Path(text).is_absolute():
             return text
         return f"{self.shards.rstrip('/')}/{text}" if self.shards else str(self._full(text))
 
     def class_map(self, classes: Sequence[str], aliases: Mapping[str, str] | None = None) -> NDArray[np.int64]:
-        """Returns for each own class its number in `classes`, by name; -1 where there is no such class.
+        """Returns the number in `classes` of each of this manifest's classes, by name; -1 if there is no such class.
 
         Args:
-            classes: Class names of another space, a model's for example.
-            aliases: Own name -> name in `classes`; tried before the name itself.
+            classes: Other class names, such as those of a model.
+            aliases: This manifest's class name -> name in `classes`; tried before the name itself.
         """
         number = {name: k for k, name in enumerate(classes)}
         known = aliases or {}
@@ -182,11 +187,11 @@ class Manifest:
         classes: Sequence[str] | None = None,
         aliases: Mapping[str, str] | None = None,
     ) -> NDArray[np.float32]:
-        """Returns one-hot or multi-hot labels, float32 [B, K]; labels that do not map are left out.
+        """Returns one-hot or multi-hot labels, float32 [B, K]; labels that are not in `classes` are left out.
 
         Args:
             rows: Row numbers within this window, [B].
-            classes: The columns; this manifest's own by default.
+            classes: Class names of the columns; this manifest's classes by default.
             aliases: See `class_map`.
         """
         target = self.classes if classes is None else classes
@@ -204,11 +209,11 @@ class Manifest:
         return matrix_BK
 
     def label_means(self, rows: NDArray[np.integer], values_K: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns the mean of some values of the classes over each row's labels, float64 [B]; 1 without labels.
+        """Returns the mean of per-class values over each row's labels, float64 [B]; 1 without labels.
 
         Args:
             rows: Row numbers within this window, [B].
-            values_K: One value a class, in this manifest's order.
+            values_K: One value per class, in the order of `classes`.
         """
         where = self._absolute(rows)
         records = self._store.records(where)
@@ -221,7 +226,7 @@ class Manifest:
         return means_B
 
     def class_counts(self) -> NDArray[np.int64]:
-        """Returns how many rows of this window carry each class, int64 [K]."""
+        """Returns the number of rows of this window with each class, int64 [K]."""
         return self._store.count_labels(self._window(), len(self.classes))
 
     def strings(self, name: str) -> pa.ChunkedArray:
@@ -246,7 +251,7 @@ class Manifest:
 def _reopen(
     path: Path, start: int, stop: int, index: NDArray[np.integer] | None, shards: str, source: dict[str, Any]
 ) -> Manifest:
-    """Opens the same window again in another process; refuses a file that has changed in between."""
+    """Opens the same window in another process; refuses a file that has changed since."""
     store = open_store(path)
     if store.source["size"] != source["size"] or store.num_rows < stop:
         raise UserError(f"{path}: the manifest was rewritten while it was in use; start again")

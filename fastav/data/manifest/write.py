@@ -1,4 +1,4 @@
-"""Writing and merging manifests: beside the old files, then renamed over them."""
+"""Writes and merges manifests: to temporary files that then replace the old ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastav.data.manifest.store import PATHS, SCHEMA, ManifestHeader, file_ident
 from fastav.data.manifest.window import Manifest
 
 Extent = tuple[int, int]
-"""Frames and audio samples of a whole media file, 0 where there are none."""
+"""Number of frames and of audio samples of a whole media file, 0 if it has none."""
 
 _SPLIT_ORDER = ("train", "val", "test")
 
@@ -33,30 +33,35 @@ def write_manifest(
 ) -> Manifest:
     """Writes a manifest and its Arrow copy, and opens it.
 
-    Rows are sorted by split (train, val, test, then others by name) and keep their order within it. Media
-    paths are stored relative to the manifest's folder unless the two share no folder at all. Both files are
-    written beside and renamed; what was there stays until then.
+    Rows are sorted by split (train, val, test, then others by name) and keep their order within each. Media paths are
+    stored relative to the manifest's folder, unless the two have no common folder. Both files are written under
+    temporary names and then replace the old ones.
 
     Args:
         path: The `.parquet` file.
         clips: The rows; `row` is ignored.
-        classes: Class names in the order of their numbers; the labels found, sorted, by default.
-        metadata: Notes to keep with it.
-        extents: Frames and samples of whole media files, so that `check` can tell a span outside of its file.
+        classes: Class names in the order of their numbers; by default the sorted labels of the clips.
+        metadata: Notes to store in the manifest.
+        extents: Frames and samples of whole media files, so that `check` can find spans outside their file.
 
     Raises:
-        UserError: No clips, or a label that is not among `classes`.
+        UserError: There are no clips, or a label is not in `classes`.
         FastavError: The files cannot be written.
+
+    Example:
+        >>> clip = Clip("a", audio=Path("a.wav"), duration_s=3.0, num_samples=66_150, labels=("owl",))
+        >>> write_manifest("manifest.parquet", [clip]).classes
+        ('owl',)
     """
     path = Path(path).absolute()
     table = clips_table(clips, path.parent, extents)
     if not table.num_rows:
-        raise UserError(f"{path}: no clips to write a manifest of")
+        raise UserError(f"{path}: the manifest would have no clips; expected at least one")
     return write_table(path, table, classes, metadata)
 
 
 def clips_table(clips: Iterable[Clip], folder: Path, extents: Mapping[Path, Extent] | None = None) -> pa.Table:
-    """Returns rows as the columns of `SCHEMA`, their paths relative to `folder`; see `write_manifest`."""
+    """Returns clips as a table with the columns of `SCHEMA` and paths relative to `folder`; see `write_manifest`."""
     rest = iter(clips)
     stored, known = _Stored(folder), {str(Path(k).absolute()): v for k, v in (extents or {}).items()}
     batches = []
@@ -80,9 +85,9 @@ def write_table(
     classes: Sequence[str] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Writes a table of the columns of `SCHEMA` (absent ones get their defaults); see `write_manifest`.
+    """Writes a table with columns of `SCHEMA` (absent columns get their defaults); see `write_manifest`.
 
-    Media paths are taken as they are: absolute, or relative to the manifest's folder.
+    Media paths are stored unchanged: absolute, or relative to the manifest's folder.
     """
     path = Path(path).absolute()
     if path.suffix != ".parquet":
@@ -101,7 +106,7 @@ def write_table(
         found = {label for part in parts for label in _unique_labels(part)}
         classes = sorted(found)
     if len(set(classes)) < len(classes):
-        raise UserError(f"{path}: a class name is given twice: {sorted(classes)}")
+        raise UserError(f"{path}: a class name is repeated in {sorted(classes)}; expected each once")
     header = ManifestHeader(tuple(classes), ranges, dict(metadata or {}))
     whole = pa.concat_tables(parts).replace_schema_metadata(header.write())
     try:
@@ -120,7 +125,7 @@ def _unique_labels(table: pa.Table) -> list[str]:
 
 
 class _Stored:
-    """Turns a media path into the text to store: relative to `folder` where the two share a folder."""
+    """Converts a media path to the text to store: relative to `folder` if the two have a common folder."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._real = Path(os.path.normpath(folder.absolute())), folder.resolve()
@@ -134,28 +139,28 @@ class _Stored:
         return self._known[path]
 
     def shard(self, name: str) -> str:
-        """Shards may also be at a URL, which is kept as it is."""
+        """Converts the path of a shard; a URL stays unchanged."""
         return name if not name or "://" in name else self(Path(name)) or ""
 
     def _text(self, file: Path) -> str:
         if file.is_relative_to(self._folder):
             return file.relative_to(self._folder).as_posix()
-        # Readers start from the real folder, so ".." must be counted there, not along symbolic links.
+        # Readers start from the real folder, so ".." must count from there, not along symbolic links.
         real = file.parent.resolve() / file.name
         shared = Path(os.path.commonpath([real, self._real]))
         return str(file) if shared == shared.parent else Path(os.path.relpath(real, self._real)).as_posix()
 
 
 def _moved(text: str, root: Path, stored: _Stored) -> str | None:
-    """A path of another manifest, as this one would store it; URLs and no path stay what they are."""
+    """Converts a stored path of another manifest to one of this manifest; URLs and empty paths stay unchanged."""
     return text if not text or "://" in text else stored(Path(os.path.normpath(root / text)))
 
 
 def merge(paths: Sequence[str | Path], out: str | Path) -> Manifest:
-    """Writes one manifest of the rows of several; classes are joined by name.
+    """Writes one manifest with the rows of several; classes of the same name are merged.
 
     Raises:
-        UserError: A clip id occurs twice.
+        UserError: Two clips have the same id.
     """
     out, tables, notes = Path(out).absolute(), [], []
     classes: dict[str, None] = {}
@@ -177,6 +182,6 @@ def merge(paths: Sequence[str | Path], out: str | Path) -> Manifest:
     twice = counts.filter(pc.greater(counts.field("counts"), 1))
     if len(twice):
         name, count = twice[0].as_py().values()
-        raise UserError(f'{out}: the id "{name}" is given to {count} clips of {len(paths)} manifests')
+        raise UserError(f'{out}: {count} clips of the {len(paths)} manifests have the id "{name}"; expected unique ids')
     shared = {k: v for k, v in notes[0].items() if all(n.get(k) == v for n in notes)}
     return write_table(out, whole, list(classes), shared)
