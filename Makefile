@@ -1,4 +1,4 @@
-# Everything runs in a virtual environment of its own, .venv, from plain wheels at the tested versions.
+# Everything runs in its own virtual environment, .venv, with wheels of the tested versions.
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
@@ -7,10 +7,11 @@ QUICKSTART := $(foreach run,video audio score late bottleneck,launch/recipes/qui
 .PHONY: help install quickstart test coverage lint acceptance clean
 
 help:
-	@echo "make quickstart   install, make the data set, train five models, print and write the report"
-	@echo "make test         install, lint, type-check and test (about 25 minutes on 2 cores)"
-	@echo "make coverage     the same tests with a line by line account, 90 % at least (half as long again)"
+	@echo "make quickstart   install, make the synthetic data set, train five models, write and print the report"
+	@echo "make test         install, lint, check types, run the tests (about 25 minutes on 2 cores)"
+	@echo "make coverage     the same tests with line coverage, at least 90 % (takes 1.5 times as long)"
 	@echo "make acceptance   the long checks: kill and resume, three quickstart seeds, real clips (resumable)"
+	@echo "make lint         install, lint and check types"
 
 install: .venv/.installed
 
@@ -38,7 +39,7 @@ lint: .venv/.installed-dev
 test: lint
 	$(TESTS)
 
-# Tracing costs Python-heavy tests more than half again: it is done apart from the proof that all is well.
+# Separate from `test`, because tracing makes Python-heavy tests more than 1.5 times as slow.
 coverage: .venv/.installed-dev
 	$(TESTS) --cov --cov-report=term --cov-fail-under=90
 

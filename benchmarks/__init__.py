@@ -1,1 +1,1 @@
-"""Measurements that are not installed with the package: `python -m benchmarks SUITE`."""
+"""Benchmarks: `python -m benchmarks SUITE`. They are not installed with the package."""

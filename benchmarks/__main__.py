@@ -1,4 +1,4 @@
-"""`python -m benchmarks SUITE [options]`: the suites and where they are; each is imported only when it is called."""
+"""`python -m benchmarks SUITE [options]`: the command line. A suite is imported only when it runs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,24 @@ from collections.abc import Sequence
 from fastav.core.errors import FastavError, did_you_mean
 
 SUITES = {
-    "data": ("benchmarks.data", "decoding and loading: packed and raw, ours and what people would use instead"),
-    "kernels": ("benchmarks.kernels", "bottleneck attention, every implementation (checks only without a GPU)"),
-    "model": ("benchmarks.model", "the model on a resident batch: timm's blocks and ours (checks only without a GPU)"),
-    "train": ("benchmarks.train", "the real loop: data, model, both; what binds, and the knob to turn"),
-    "scale": ("benchmarks.scale", "weak and strong scaling over ranks, held against the model on paper"),
-    "nvdec": ("benchmarks.nvdec", "whole files and splices through a GPU's video decoder (checks only without one)"),
-    "loader_workers": ("benchmarks.loader_workers", "threads or processes for the loader"),
+    "data": ("benchmarks.data", "decoding and loading: packed and raw clips, fastav and other readers"),
+    "kernels": ("benchmarks.kernels", "all implementations of bottleneck attention (without a GPU: checks only)"),
+    "model": (
+        "benchmarks.model",
+        "the model on a resident batch: timm's blocks, ours (without a GPU: checks only)",
+    ),
+    "train": ("benchmarks.train", "the training loop: data, model, both; its bottleneck, and the setting to change"),
+    "scale": ("benchmarks.scale", "weak and strong scaling over ranks, compared with an analytical model"),
+    "nvdec": (
+        "benchmarks.nvdec",
+        "whole files and spliced GOPs through NVDEC (without a GPU: checks only)",
+    ),
+    "loader_workers": ("benchmarks.loader_workers", "threads or processes as workers of the loader"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the suite that the first word names; returns the exit code."""
+    """Runs the suite that the first argument names; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print("python -m benchmarks SUITE ...\n")
@@ -28,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {name:<16} {what}")
         return 0 if words else 2
     if words[0] not in SUITES:
-        print(f'benchmarks: "{words[0]}" is no suite{did_you_mean(words[0], SUITES)}', file=sys.stderr)
+        print(f'benchmarks: unknown suite "{words[0]}"{did_you_mean(words[0], SUITES)}', file=sys.stderr)
         return 2
     try:
         return int(importlib.import_module(SUITES[words[0]][0]).main(words[1:]) or 0)

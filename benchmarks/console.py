@@ -7,10 +7,10 @@ import sys
 
 from rich.console import Console
 
-_WIDTH = 140  # of a file or a pipe, where rich takes 80 columns for granted and cuts tables
+_WIDTH = 140  # for a file or a pipe, where rich assumes 80 columns and truncates tables
 
 
 def open_console(*, quiet: bool = False) -> Console:
-    """Returns a console that is as wide as the terminal, or wide enough for the suites' tables where there is none."""
+    """Returns a console as wide as the terminal, or without a terminal, wide enough for the suites' tables."""
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(quiet=quiet, width=None if known else _WIDTH, log_path=False)

@@ -1,6 +1,6 @@
-"""The model as people write it: timm's blocks as they are, the bottleneck joined and split off by `torch.cat`.
+"""A straightforward version of the model: unchanged timm blocks, with the bottleneck concatenated by `torch.cat`.
 
-It runs on the parameters of ours, so that both give the same logits; the tests hold them against each other.
+It uses the parameters of a fastav model, so both give the same logits; tests compare them.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from fastav.model.transforms import normalise_frames, normalise_mel
 
 
 class Literal(nn.Module):
-    """SSW60's mid-fusion (section 4.1, equations 3 and 4) of a model of kind `bottleneck`, written down.
+    """SSW60's mid-fusion (section 4.1, equations 3 and 4), with the parameters of a model of kind `bottleneck`.
+
+    Clips must have both modalities and one audio window.
 
     Args:
-        model: Ours; its blocks and heads are used. Clips have both modalities and one audio window.
+        model: The model whose blocks and heads are used.
     """
 
     def __init__(self, model: AVModel) -> None:
         super().__init__()
         config = model.config.fusion
-        assert isinstance(config, Bottleneck), "the kind that is written down here"
-        assert config.update == "sequential", "equations 3 and 4"
-        assert config.head == "mean", "as in the recipes"
-        assert config.frames in ("mean", "shared"), "joint is one sequence"
+        assert isinstance(config, Bottleneck), "only fusion kind bottleneck is supported"
+        assert config.update == "sequential", "only update = sequential is supported (equations 3 and 4)"
+        assert config.head == "mean", "only head = mean is supported"
+        assert config.frames in ("mean", "shared"), "frames = joint is not supported"
         self.model, self.config = model, config
         self.mask: Tensor | None = None
 
@@ -54,7 +56,7 @@ class Literal(nn.Module):
         return ((model.video.head(features) + model.audio.head(model.audio.pool(a))) / 2).float()
 
     def _frames(self, block: Any, x: Tensor, z: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-        """A video layer: each frame beside a copy of the bottleneck, or all of them beside it under a mask."""
+        """Runs a video layer: each frame with a copy of the bottleneck, or all frames with one and a mask."""
         tokens = x.shape[1]
         if self.config.frames == "mean":
             joined = _block(block, torch.cat([x, z.repeat_interleave(frames, dim=0)], dim=1))
@@ -67,13 +69,13 @@ class Literal(nn.Module):
 
 
 def _block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A pre-norm block of timm."""
+    """Runs a pre-norm block of timm."""
     x = x + block.ls1(block.attn(block.norm1(x), attn_mask=mask))
     return x + block.ls2(block.mlp(block.norm2(x)))
 
 
 def _mask(frames: int, tokens: int, bottleneck: int, device: torch.device) -> Tensor:
-    """Who sees whom, bool [rows, rows]: a frame itself and the bottleneck, the bottleneck everything."""
+    """Returns the attention mask, bool [rows, rows]: a frame attends to itself and the bottleneck, that to all."""
     shared = torch.full((bottleneck,), -1, device=device)
     frame_of = torch.cat([torch.arange(frames, device=device).repeat_interleave(tokens), shared])
     return (frame_of[:, None] == frame_of) | (frame_of < 0) | (frame_of < 0)[:, None]

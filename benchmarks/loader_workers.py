@@ -1,10 +1,10 @@
-"""Threads or processes for the loader: `python -m benchmarks loader_workers MANIFEST [--make 60]`.
+"""Threads or processes as workers of the loader: `python -m benchmarks loader_workers MANIFEST [--make 60]`.
 
 Both sides decode the same plan with the same decoder, clip by clip, into rows of a batch. `threads` is the loader
-itself. `processes` is a pool at its best: spawned once (fork is not safe beside threads and CUDA), given the plan and
-the decoder at its start, told a clip per task, and writing into batches in shared memory, so that no frame is ever
-pickled or copied. Both are kept ready and take turns (A B B A ...) in short segments, alone and beside training-like
-loads in the main thread, so that what else the machine does falls on both alike; medians and intervals are printed.
+itself. `processes` is a process pool in its best form: spawned once (fork is not safe with threads and CUDA), it gets
+the decoder at its start and one clip per task, and writes into batches in shared memory, so that no frame is pickled or
+copied. Both stay running and alternate (A B B A ...) in short segments, without and with training-like load in the main
+thread, so that other load on the machine affects both equally. Prints medians with intervals.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ import av
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from benchmarks import result as results
 from benchmarks.timing import median, paired_ratio
@@ -43,9 +44,9 @@ from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import Frontend
 
 _PLOTTED = {
-    "first_batch_s": "first batch from a standing start, s",
-    "clips_per_s": "clips per second, alone and beside a load",
-    "step_ms": "the step beside them, ms",
+    "first_batch_s": "time to the first batch, s",
+    "clips_per_s": "clips per second, without and with load",
+    "step_ms": "step of the load, ms",
 }
 PREFETCH = 2
 SETTLE_S = 0.5
@@ -86,7 +87,7 @@ def make_clips(manifest: Path, num: int) -> Manifest:
 
 
 def write_mp4(path: Path, rng: np.random.Generator, seconds: int = 4, rate: int = 25) -> None:
-    """Writes a drifting texture with a chirp."""
+    """Writes a video of a drifting texture with a chirp as audio."""
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=rate, options={"g": "250", "bf": "3", "crf": "23"})
         video.width = video.height = 96
@@ -116,14 +117,14 @@ def make_decoder() -> Any:
 
 
 class Side(ABC):
-    """One of the two: an endless stream of batches."""
+    """One of the two kinds of workers, as an endless stream of batches."""
 
     def __init__(self) -> None:
         self.stream = self.tensors()
 
     @abstractmethod
     def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields frames and spectrograms of batch after batch."""
+        """Yields frames and spectrograms of one batch after another."""
 
     @abstractmethod
     def workers(self) -> list[int]:
@@ -135,7 +136,7 @@ class Side(ABC):
 
 
 class ThreadSide(Side):
-    """The loader as it is."""
+    """The loader with threads."""
 
     def __init__(self, manifest: Manifest, batch: int, workers: int) -> None:
         config = Loading(workers=workers, prefetch=PREFETCH)
@@ -150,19 +151,19 @@ class ThreadSide(Side):
         self._batch = batch
         super().__init__()
 
+    @override
     def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Side`."""
         for made in self._loader.batches(("train", i * self._batch, self._batch) for i in count()):
             assert made.frames_BTCHW is not None
             assert made.mel_BWCML is not None
             yield made.frames_BTCHW, made.mel_BWCML
 
+    @override
     def workers(self) -> list[int]:
-        """See `Side`."""
         return []
 
+    @override
     def close(self) -> None:
-        """See `Side`."""
         self._loader.close()
 
 
@@ -178,30 +179,30 @@ class ProcessSide(Side):
         self._pool = ProcessPoolExecutor(workers, context, _start_process, (self._frames, self._mel))
         super().__init__()
 
+    @override
     def tensors(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `Side`."""
-        asked: deque[list[Future[None]]] = deque()
+        pending: deque[list[Future[None]]] = deque()
         for number in count():
-            while len(asked) < PREFETCH:
-                asked.append(self._ask(number + len(asked)))
-            for future in asked.popleft():
+            while len(pending) < PREFETCH:
+                pending.append(self._submit(number + len(pending)))
+            for future in pending.popleft():
                 future.result()
             slot = number % len(self._frames)
             yield self._frames[slot], self._mel[slot]
 
-    def _ask(self, number: int) -> list[Future[None]]:
+    def _submit(self, number: int) -> list[Future[None]]:
         plan = self._plan.train(number * self._batch, self._batch)
         clips = self._manifest.clips(plan.row_B)
         slot = number % len(self._frames)
         pairs = zip(clips, plan, strict=True)
         return [self._pool.submit(_decode, slot, row, clip, one) for row, (clip, one) in enumerate(pairs)]
 
+    @override
     def workers(self) -> list[int]:
-        """See `Side`."""
         return list(self._pool._processes)
 
+    @override
     def close(self) -> None:
-        """See `Side`."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -233,7 +234,7 @@ def _private_mib(pid: int) -> float:
 
 
 def training_step() -> Callable[[], None]:
-    """A step on the CPU: a small transformer forward, backward and update. Long operations, without Python's lock."""
+    """Returns a training step of a small transformer on the CPU: long operations that release Python's GIL."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(128, 4, 512, batch_first=True, dropout=0.0)
     network = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
@@ -249,7 +250,7 @@ def training_step() -> Callable[[], None]:
 
 
 def launching_step() -> Callable[[], None]:
-    """A step for a GPU as the CPU sees it: thousands of short calls, each of which takes Python's lock back."""
+    """Returns a step like the launches of a GPU model: thousands of short calls, each of which takes Python's GIL."""
     tiny = torch.zeros(8)
 
     def step() -> None:
@@ -260,19 +261,19 @@ def launching_step() -> Callable[[], None]:
 
 
 def first_batch_s(make: Callable[[], Side]) -> float:
-    """Seconds from nothing to the first batch."""
-    begun = time.perf_counter()
+    """Returns the seconds from the start to the first batch."""
+    start_s = time.perf_counter()
     side = make()
     try:
         next(side.stream)
-        return time.perf_counter() - begun
+        return time.perf_counter() - start_s
     finally:
         side.close()
 
 
 def segment(side: Side, batches: int, step: Callable[[], None] | None) -> dict[str, float]:
-    """The rate over some batches of a side that is at work already."""
-    for _ in range(PREFETCH):  # what lay ready
+    """Measures the rate over some batches of a running side."""
+    for _ in range(PREFETCH):  # prefetched batches
         next(side.stream)
     pids = [os.getpid(), *side.workers()]
     begun, burnt, stepped, clips = time.perf_counter(), sum(map(_cpu_s, pids)), 0.0, 0
@@ -282,7 +283,7 @@ def segment(side: Side, batches: int, step: Callable[[], None] | None) -> dict[s
         if step:
             stepped += _timed(step)
     wall, burnt = time.perf_counter() - begun, sum(map(_cpu_s, pids)) - burnt
-    time.sleep(SETTLE_S)  # until it has filled its queue, so as not to disturb the other side
+    time.sleep(SETTLE_S)  # until its queue is full, so that it does not disturb the other side
     return {
         "clips_per_s": clips / wall,
         "cpu_ms_per_clip": 1e3 * burnt / clips,
@@ -295,15 +296,15 @@ def main(words: Sequence[str]) -> int:
     """Runs the suite."""
     parser = Parser(prog="python -m benchmarks loader_workers", description=__doc__.splitlines()[0])
     parser.add_argument("manifest", type=Path, help="a .parquet manifest")
-    parser.add_argument("--make", type=int, default=0, metavar="N", help="make it first, of N clips")
-    parser.add_argument("--workers", type=int, default=Loading().num_workers())
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--batches", type=int, default=8, help="timed batches of a segment")
-    parser.add_argument("--rounds", type=int, default=9, help="segments of each side")
-    parser.add_argument("--starts", type=int, default=3, help="standing starts of each side")
-    parser.add_argument("--step-threads", type=int, default=1, help="torch's threads in the main thread")
-    parser.add_argument("--switch-ms", type=float, default=5.0, help="Python's switch interval")
-    parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
+    parser.add_argument("--make", type=int, default=0, metavar="N", help="first generate the manifest with N clips")
+    parser.add_argument("--workers", type=int, default=Loading().num_workers(), help="threads or processes")
+    parser.add_argument("--batch", type=int, default=16, help="clips per batch (%(default)s)")
+    parser.add_argument("--batches", type=int, default=8, help="timed batches per segment (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=9, help="segments of each side (%(default)s)")
+    parser.add_argument("--starts", type=int, default=3, help="timed starts of each side (%(default)s)")
+    parser.add_argument("--step-threads", type=int, default=1, help="torch threads of the load (%(default)s)")
+    parser.add_argument("--switch-ms", type=float, default=5.0, help="Python's thread switch interval (%(default)s)")
+    parser.add_argument("--out", type=Path, help="JSON file of the result (in benchmarks/results/)")
     args = parser.parse_args(words)
     sys.setswitchinterval(args.switch_ms / 1e3)
     manifest = make_clips(args.manifest, args.make) if args.make else Manifest.open(args.manifest)
@@ -335,7 +336,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def report(made_by: dict[str, list[dict[str, float]]], words: Sequence[str], args: argparse.Namespace) -> None:
-    """Prints medians with their intervals, and writes everything."""
+    """Prints medians with their intervals, and writes the result."""
     found = results.new("loader_workers", list(words), {"workers": [args.workers], "kind": ["threads", "processes"]})
     for name, many in sorted(made_by.items()):
         found["runs"] += [{"variant": name, "repeat": number, **one} for number, one in enumerate(many)]
@@ -353,7 +354,7 @@ def report(made_by: dict[str, list[dict[str, float]]], words: Sequence[str], arg
 
 
 def _turn(names: Iterable[str], number: int) -> list[str]:
-    """A B, then B A: what drifts falls on both alike."""
+    """Returns the names in alternating order (A B, then B A), so that drift affects both equally."""
     return sorted(names, reverse=bool(number % 2))
 
 

@@ -1,9 +1,9 @@
-"""The model on a batch that stays where it is: `python -m benchmarks model [--frames mean|shared] [--batch 64]`.
+"""The model on a batch that stays on the device: `python -m benchmarks model [--frames mean|shared] [--batch 64]`.
 
-Forward, forward and backward, and the full step (loss, AdamW) of: timm's blocks with `torch.cat`
-(`benchmarks.literal`), eager and compiled; and ours, compiled, with each composed attention, with the kernel, and with
-what `auto` picks. Held against each other first; then in turns: clips/s, MFU, peak memory; graph breaks and the time of
-compiling apart. Without a GPU a small model is checked and nothing is timed.
+Measures forward, forward and backward, and the full step (loss, AdamW). Variants are timm's blocks with `torch.cat`
+(`benchmarks.literal`), eager and compiled, and fastav's model, compiled, with each implementation of the attention.
+All variants are first compared with each other, then timed in alternation: clips/s, MFU, peak memory. Graph breaks and
+compile times are reported separately. Without a GPU, a small model is checked and nothing is timed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _PLOTTED = {f"{what}: clips_per_s": f"{what}, clips per second" for what in PASS
 _CLASSES = tuple(f"class {i}" for i in range(60))
 _TINY = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 2}
 _BASELINE = "timm, cat, compiled"
-_APART = {"cpu": 1e-4, "cuda": 5e-2}  # relative: in fp32, and in bfloat16 with kernels of different order
+_TOLERANCE = {"cpu": 1e-4, "cuda": 5e-2}  # relative: in fp32, and in bfloat16 with other orders of summation
 
 
 @dataclass
@@ -48,11 +48,11 @@ class Variant:
     """One way to run the model.
 
     Attributes:
-        name: What it is.
-        model: Its own copy, with the same parameters as all others.
-        run: Called with frames and spectrogram; `model` or what was compiled of it.
-        compile_s: Seconds of the first forward and backward pass less those of the second.
-        graph_breaks: Of the compiled one; None for eager.
+        name: Name of the variant.
+        model: A copy of the model; all copies have the same parameters.
+        run: The model or its compiled version, called with frames and spectrogram.
+        compile_s: Compile time: seconds of the first forward and backward pass minus those of the second.
+        graph_breaks: Number of graph breaks; None for eager.
     """
 
     name: str
@@ -66,20 +66,20 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """Reads the suite's options."""
     parser = Parser(prog="python -m benchmarks model", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--frames", choices=("mean", "shared"), default="mean", help="how frames meet (mean)")
-    parser.add_argument("--batch", type=int, default=64, help="clips (64)")
-    parser.add_argument("--rounds", type=int, default=11, help="that count (11)")
+    parser.add_argument("--frames", choices=("mean", "shared"), default="mean", help="model.fusion.frames (mean)")
+    parser.add_argument("--batch", type=int, default=64, help="clips per batch (64)")
+    parser.add_argument("--rounds", type=int, default=11, help="measured rounds (11)")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help=f"only variants whose name has this text, and {_BASELINE!r}"
+        "--only", default="", metavar="TEXT", help=f"only variants whose name contains this text, and {_BASELINE!r}"
     )
-    parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
+    parser.add_argument("--out", type=Path, help="JSON file of the result (in benchmarks/results/)")
     return parser.parse_args(words)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the suite."""
     args, console = arguments(words), open_console()
-    torch._dynamo.config.recompile_limit = 64  # the variants share their code, not what it is compiled to
+    torch._dynamo.config.recompile_limit = 64  # variants share source code, but each is compiled
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = results.new("model", list(words or []), {"frames": [args.frames], "pass": list(PASSES)})
     inputs = Inputs() if device == "cuda" else Inputs(frames=2, image_size=32, num_mels=16, window=24)
@@ -92,7 +92,7 @@ def main(words: Sequence[str] | None = None) -> int:
     if device == "cuda":
         _time(found, console, variants, batch, args)
     else:
-        found["notes"].append("no GPU: a small model was checked, nothing timed")
+        found["notes"].append("no GPU: a small model was checked, nothing was timed")
         console.print(found["notes"][-1])
     for one in variants:
         row = {"compile_s": round(one.compile_s, 2), "graph_breaks": one.graph_breaks}
@@ -111,7 +111,7 @@ def _batch(inputs: Inputs, clips: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def _variants(frames: Any, tower: TowerConfig, inputs: Inputs, device: str) -> list[Variant]:
-    """All of them, with the same parameters."""
+    """Creates all variants, with the same parameters."""
 
     def make(attention: str) -> AVModel:
         torch.manual_seed(0)
@@ -124,7 +124,7 @@ def _variants(frames: Any, tower: TowerConfig, inputs: Inputs, device: str) -> l
     made = [Variant("timm, cat, eager", literal, literal)]
     backend = "inductor" if device == "cuda" else "aot_eager"
     attentions = ["sdpa", *(["masked"] if frames == "shared" else [])]
-    attentions += ["flex", "triton"] if device == "cuda" else []  # without a GPU the first has no gradient
+    attentions += ["flex", "triton"] if device == "cuda" else []  # without a GPU, flex has no gradient
     models: dict[str, nn.Module] = {_BASELINE: Literal(make("sdpa"))}
     models |= {f"ours, {name}, compiled": make(name) for name in [*attentions, "auto"]}
     made += [Variant(name, model, torch.compile(model, backend=backend)) for name, model in models.items()]
@@ -132,10 +132,10 @@ def _variants(frames: Any, tower: TowerConfig, inputs: Inputs, device: str) -> l
 
 
 def _check(variants: Sequence[Variant], batch: tuple[Tensor, Tensor], device: str, console: Console) -> None:
-    """Holds logits and gradients of all against the eager baseline; notes compile times and graph breaks.
+    """Compares logits and gradients of all variants with eager; records compile times and graph breaks.
 
     Raises:
-        FastavError: One is wrong.
+        FastavError: A variant differs by more than the tolerance.
     """
     expected: tuple[Tensor, Tensor] | None = None
     for one in variants:
@@ -149,17 +149,19 @@ def _check(variants: Sequence[Variant], batch: tuple[Tensor, Tensor], device: st
             one.graph_breaks = sum(counters["graph_break"].values())
         if expected is None:
             expected = found
-        apart = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, expected, strict=True)]
         console.print(
-            f"{one.name}: logits {apart[0]:.1e}, gradient of the bottleneck {apart[1]:.1e} from eager; "
-            f"graph breaks {one.graph_breaks}, compiled in {one.compile_s:.1f} s", highlight=False,
+            f"{one.name}: relative difference from eager: logits {errors[0]:.1e}, gradient of the bottleneck "
+            f"{errors[1]:.1e}; graph breaks {one.graph_breaks}, compiled in {one.compile_s:.1f} s", highlight=False,
         )  # fmt: skip
-        if not max(apart) <= _APART[device]:
-            raise FastavError(f"{one.name}: {max(apart):.1e} from eager, at most {_APART[device]} allowed")
+        if not max(errors) <= _TOLERANCE[device]:
+            raise FastavError(
+                f"{one.name}: differs from eager by {max(errors):.1e}, expected at most {_TOLERANCE[device]}"
+            )
 
 
 def _once(one: Variant, batch: tuple[Tensor, Tensor], device: str) -> tuple[Tensor, Tensor]:
-    """Logits and the gradient of the bottleneck; everything waited for."""
+    """Runs a forward and backward pass and waits for it; returns logits and the gradient of the bottleneck."""
     logits = _forward(one, batch, device)
     _loss(logits).backward()
     grads = dict(one.model.named_parameters())
@@ -183,7 +185,7 @@ def _loss(logits: Tensor) -> Tensor:
 
 
 def _runner(one: Variant, what: str, batch: tuple[Tensor, Tensor]) -> Callable[[], object]:
-    """Returns a function that does one pass of a variant."""
+    """Returns a function that runs one pass of a variant."""
     if what == "forward":
 
         def run() -> None:
@@ -209,20 +211,20 @@ def _time(
     batch: tuple[Tensor, Tensor],
     args: argparse.Namespace,
 ) -> None:
-    """All variants in turns, for each pass."""
+    """Times all variants in alternation, for each pass."""
     clips = len(batch[0])
     model = variants[-1].model
     assert isinstance(model, AVModel)
     peak = peak_flops(torch.cuda.get_device_name())
     for what, times in zip(PASSES, (1, 3, 3), strict=True):
         table = Table(title=f"{what}, {clips} clips")
-        for column in ("", "ms", "clips/s", "MFU %", "peak GiB beyond parameters and optimizer"):
+        for column in ("", "ms", "clips/s", "MFU %", "peak GiB without parameters and optimizer"):
             table.add_column(column, justify="right" if column else "left")
         turns, memory = {}, {}
         for one in variants:
             run = _runner(one, what, batch)
             turns[one.name] = timed(run)
-            before = torch.cuda.memory_allocated()  # all variants', with their optimizers' state
+            before = torch.cuda.memory_allocated()  # of all variants, including optimizer state
             torch.cuda.reset_peak_memory_stats()
             run()
             torch.cuda.synchronize()
@@ -243,4 +245,4 @@ def _time(
                 interval = paired_ratio(rates[a], rates[b])
                 results.judge(found, a, b, f"{what}: clips_per_s", interval)
         console.print(table)
-        results.write(found, args.out)  # its picture comes at the end
+        results.write(found, args.out)  # the plot is written at the end

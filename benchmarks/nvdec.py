@@ -1,8 +1,8 @@
-"""What a GPU's video decoder makes of whole files and of splices: `python -m benchmarks nvdec [--footage FILE]`.
+"""Speed of a GPU's video decoder on whole files and spliced GOPs: `python -m benchmarks nvdec [--footage FILE]`.
 
 For {640x360, 448x256} x {GOP 250, 8, 4, 1} x {whole file, spliced} x decoding threads: clips/s of eight frames each,
-and how busy the engines are; then the loader on a pack with 1, 2 and 3 pipelines, and how idle the GPU is. Pixels
-are held against PyAV first, in the same process. Without a GPU the graph is checked on MJPEG and nothing is timed.
+and use of the decoder. Then the loader on a pack with 1, 2 and 3 pipelines, and use of the GPU. Pixels are first
+compared with PyAV, in the same process. Without a GPU the graph is checked on MJPEG and nothing is timed.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ from fastav.media.spectrogram import Frontend
 
 SIZES, GOPS, FRAMES, BATCH, SIDE = ((640, 360), (448, 256)), (250, 8, 4, 1), 8, 64, 224
 _PLOTTED = {
-    "clips_per_s": "clips per second, eight frames each, no sound",
-    "loader_clips_per_s": "the loader's clips per second, with sound",
+    "clips_per_s": "clips per second, eight frames each, without audio",
+    "loader_clips_per_s": "the loader's clips per second, with audio",
 }
-_ALIKE = 3.0  # levels by which the mean of two decoders may differ
+_TOLERANCE = 3.0  # largest mean difference of two decoders, grey levels
 
 
 class EncodedStream:
-    """One clip's access units."""
+    """The access units of one clip."""
 
     def __init__(self, codec: str, units: list[bytes], gop: int, size: tuple[int, int]) -> None:
         self.codec, self.units, self.gop, self.size = codec, units, gop, size
         kinds = [UnitKind.FRAME if i % gop else UnitKind.KEYFRAME for i in range(len(units))]
         self.kinds: NDArray[np.int64] = np.array(kinds, np.int64)
 
-    def film(self, numbers: NDArray[np.int32], spliced: bool) -> VideoSample:
-        """The planned frames as DALI gets them: of the whole file, or of the groups that are needed."""
+    def sample(self, numbers: NDArray[np.int32], spliced: bool) -> VideoSample:
+        """Returns the input of DALI for the planned frames: the whole file, or only the GOPs that are needed."""
         chosen = needed_units(self.kinds, numbers.tolist()) if spliced else np.arange(len(self.units))
         units = [self.units[i] for i in chosen.tolist()]
         keys = [int(self.kinds[i]) == UnitKind.KEYFRAME for i in chosen.tolist()]
@@ -66,7 +66,7 @@ class EncodedStream:
         return VideoSample(data, shown, places, ((0, 0, width, height),), (False,), 3 * width * height)
 
     def truth(self, numbers: NDArray[np.int32]) -> NDArray[np.float64]:
-        """The same frames by PyAV, resized, [T, 3, SIDE, SIDE]."""
+        """Returns the same frames decoded by PyAV and resized, [T, 3, SIDE, SIDE]."""
         context: Any = av.CodecContext.create(self.codec, "r")
         frames = []
         for unit in (*self.units, None):
@@ -76,7 +76,7 @@ class EncodedStream:
 
 
 def encode(pictures: Sequence[NDArray[np.uint8]], size: tuple[int, int], gop: int, codec: str) -> EncodedStream:
-    """Codes planar 4:2:0 pictures as packs are coded, in groups of any length."""
+    """Encodes planar 4:2:0 frames as packs are encoded, with any GOP length."""
     context: Any = av.CodecContext.create("libx264" if codec == "h264" else codec, "w")
     context.width, context.height = size
     context.pix_fmt = "yuv420p" if codec == "h264" else "yuvj420p"
@@ -97,19 +97,19 @@ def encode(pictures: Sequence[NDArray[np.uint8]], size: tuple[int, int], gop: in
 def main(words: Sequence[str]) -> int:
     """Runs the suite."""
     parser = Parser(prog="benchmarks nvdec", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--footage", type=Path, metavar="FILE", help="a real video of 10 s; default: a drawn scene")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 7, 14, 28])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/")
+    parser.add_argument("--footage", type=Path, metavar="FILE", help="real video of 10 s (default: a generated scene)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 7, 14, 28], help="numbers of decoding threads")
+    parser.add_argument("--seconds", type=float, default=2.0, help="duration of each measurement, s (%(default)s)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file of the result (in benchmarks/results/)")
     args = parser.parse_args(words)
     console = open_console()
-    lack = missing_requirement("gpu")
-    if lack:
+    missing = missing_requirement("gpu")
+    if missing:
         _check_on_cpu(console)
-        console.print(f"checked on the CPU with MJPEG; nothing is timed: {lack}", highlight=False, soft_wrap=True)
+        console.print(f"checked on the CPU with MJPEG; nothing is timed: {missing}", highlight=False, soft_wrap=True)
         return 0
     found = results.new("nvdec", list(words), {"size": list(SIZES), "gop": list(GOPS), "threads": args.threads})
-    table = Table(title=f"{FRAMES} frames a clip, batches of {BATCH}")
+    table = Table(title=f"{FRAMES} frames per clip, batches of {BATCH}")
     for column in ("size", "GOP", "read", "threads", "clips/s", "frames/s decoded", "NVDEC %"):
         table.add_column(column, justify="right")
     for size in SIZES:
@@ -141,27 +141,27 @@ def _plans(stream: EncodedStream, count: int, seed: int = 0) -> list[NDArray[np.
 
 
 def _check(stream: EncodedStream, spliced: bool, place: PipelinePlace) -> None:
-    """Holds a few clips against PyAV.
+    """Compares a few clips with PyAV.
 
     Raises:
-        FastavError: DALI shows something else, or nothing.
+        FastavError: DALI's frames differ, or DALI cannot decode them.
     """
     engine: Engine[VideoSample] = Engine(VideoGraph(place, SIDE))
     plans = _plans(stream, 3)
-    engine.start([stream.film(numbers, spliced) for numbers in plans])
+    engine.start([stream.sample(numbers, spliced) for numbers in plans])
     outcome = engine.finish()
     if outcome.failed:
-        raise FastavError(f"DALI does not decode it: {next(iter(outcome.failed.values()))}")
+        raise FastavError(f"DALI cannot decode the stream: {next(iter(outcome.failed.values()))}")
     for numbers_of_part, outputs in outcome.parts:
         for place_in_part, number in enumerate(numbers_of_part):
-            seen = outputs[0][place_in_part].cpu().double().numpy().reshape(FRAMES, -1)
+            decoded = outputs[0][place_in_part].cpu().double().numpy().reshape(FRAMES, -1)
             truth = stream.truth(plans[number])
-            if seen.size == truth.size and seen.shape != truth.reshape(FRAMES, -1).shape:
-                raise FastavError("DALI gave frames of another shape")
+            if decoded.size == truth.size and decoded.shape != truth.reshape(FRAMES, -1).shape:
+                raise FastavError("DALI returned frames of another shape")
             flat = truth if outputs[0].shape[-1] != 3 else truth.transpose(0, 2, 3, 1)
-            off = np.abs(seen - flat.reshape(FRAMES, -1)).mean()
-            if off > _ALIKE:
-                raise FastavError(f"DALI's frames differ by {off:.1f} levels in the mean from PyAV's")
+            difference = np.abs(decoded - flat.reshape(FRAMES, -1)).mean()
+            if difference > _TOLERANCE:
+                raise FastavError(f"DALI's frames differ from PyAV's by {difference:.1f} grey levels on average")
 
 
 def _check_on_cpu(console: Console) -> None:
@@ -169,18 +169,18 @@ def _check_on_cpu(console: Console) -> None:
     stream = encode(pictures, (448, 256), 1, "mjpeg")
     for spliced in (False, True):
         _check(stream, spliced, PipelinePlace(None, 2))
-    console.print("MJPEG, whole and spliced: the graph shows what PyAV shows", highlight=False)
+    console.print("MJPEG, whole and spliced: DALI's frames equal PyAV's", highlight=False)
 
 
 def _time(stream: EncodedStream, spliced: bool, threads: int, seconds: float) -> dict[str, Any]:
-    """Clips/s of one setting, after a warm-up of two batches."""
+    """Measures clips/s of one setting, after a warm-up of two batches."""
     engine: Engine[VideoSample] = Engine(VideoGraph(PipelinePlace(torch.cuda.current_device(), threads), SIDE))
-    films = [stream.film(numbers, spliced) for numbers in _plans(stream, 4 * BATCH, seed=1)]
-    decoded = sum(int(film.frames_U[-1]) + 1 for film in films) / len(films)
+    samples = [stream.sample(numbers, spliced) for numbers in _plans(stream, 4 * BATCH, seed=1)]
+    decoded = sum(int(sample.frames_U[-1]) + 1 for sample in samples) / len(samples)
 
     def run(number: int) -> None:
         begin = number % 4 * BATCH
-        engine.start(films[begin : begin + BATCH])
+        engine.start(samples[begin : begin + BATCH])
         engine.finish()
         torch.cuda.synchronize()
 
@@ -201,7 +201,7 @@ def _time(stream: EncodedStream, spliced: bool, threads: int, seconds: float) ->
 
 
 def _loaders(found: dict[str, Any], console: Console, footage: Path | None, seconds: float) -> None:
-    """The loader on a pack, by pipelines."""
+    """Measures the loader on packs with different numbers of pipelines."""
     frontend, sampling = Frontend(), Sampling()
     with tempfile.TemporaryDirectory() as scratch:
         media = make(Path(scratch), footage)

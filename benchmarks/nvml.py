@@ -1,4 +1,4 @@
-"""What NVML says of this process's GPU: energy, clocks, throttling, how busy its parts are. Read, never changed."""
+"""Reads energy, clocks, throttling and utilisation of this process's GPU from NVML; changes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 _EVERY_S = 0.05
-# Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h) that mean less than full speed.
+# Bits of nvmlDeviceGetCurrentClocksEventReasons (nvml.h) that mean that the GPU is throttled.
 _THROTTLED = {
     0x4: "power cap", 0x8: "hardware slowdown", 0x20: "thermal, software", 0x40: "thermal, hardware",
     0x80: "power brake",
@@ -21,15 +21,15 @@ _THROTTLED = {
 
 @dataclass(slots=True)
 class Watched:
-    """What was seen of a GPU during some seconds.
+    """Measurements of a GPU over a period of time; None where the GPU does not report a value.
 
     Attributes:
-        joules: Energy; by the GPU's own counter, or the power of each moment integrated where it has none.
-        sm_mhz: Lowest and highest clock of the multiprocessors.
-        memory_mhz: Lowest and highest clock of the memory.
-        throttled: Why it ran at less than full speed, if it did; None where that is not known.
-        sm_pct: Mean share of the time in which a kernel ran.
-        nvdec_pct: Mean use of the video decoder.
+        joules: Energy, from the GPU's counter or else integrated from samples of the power.
+        sm_mhz: Lowest and highest clock of the multiprocessors, MHz.
+        memory_mhz: Lowest and highest clock of the memory, MHz.
+        throttled: Reasons for which the GPU was throttled; empty if it was not.
+        sm_pct: Mean percentage of the time in which a kernel ran.
+        nvdec_pct: Mean utilisation of the video decoder, percent.
     """
 
     joules: float | None = None
@@ -41,11 +41,11 @@ class Watched:
 
 
 class Gpu:
-    """A GPU as NVML sees it.
+    """A GPU in NVML.
 
     Args:
-        nvml: The module `pynvml`, initialised.
-        handle: NVML's handle.
+        nvml: The initialised module `pynvml`.
+        handle: NVML's handle of the GPU.
     """
 
     def __init__(self, nvml: Any, handle: Any) -> None:
@@ -53,7 +53,7 @@ class Gpu:
 
     @classmethod
     def of(cls, device: torch.device) -> Gpu | None:
-        """The GPU that torch calls `device`, whatever its number is elsewhere; None where NVML cannot be asked."""
+        """Returns the GPU that torch calls `device` (NVML may number it differently); None without NVML."""
         if device.type != "cuda":
             return None
         try:
@@ -63,18 +63,18 @@ class Gpu:
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             name = uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
             return cls(pynvml, pynvml.nvmlDeviceGetHandleByUUID(name))
-        except Exception:  # no driver that can be asked: a container without `utility`
+        except Exception:  # no driver, or a container without the capability `utility`
             return None
 
     def ask(self, name: str, *words: Any) -> Any:
-        """What an NVML function says of this GPU; None where it cannot say."""
+        """Returns the result of an NVML function for this GPU; None if the function fails."""
         try:
             return getattr(self._nvml, name)(self._handle, *words)
-        except Exception:  # not supported by this GPU, or not allowed in this container
+        except Exception:  # not supported by this GPU, or not permitted in this container
             return None
 
     def facts(self) -> dict[str, Any]:
-        """What may explain a figure: error correction, persistence, power limit, who else computes here."""
+        """Returns settings that affect speed: ECC, persistence, power limit, other processes, temperature."""
         ecc, others = self.ask("nvmlDeviceGetEccMode"), self.ask("nvmlDeviceGetComputeRunningProcesses")
         limit = self.ask("nvmlDeviceGetPowerManagementLimit")
         return {
@@ -86,22 +86,22 @@ class Gpu:
         }
 
     def energy_j(self) -> float | None:
-        """The counter of energy since the driver was loaded, joules; GPUs before Volta have none."""
+        """Returns the energy since the driver was loaded, joules; None for GPUs before Volta."""
         counted = self.ask("nvmlDeviceGetTotalEnergyConsumption")
         return None if counted is None else counted / 1e3
 
     def power_w(self) -> float | None:
-        """The power of this moment, watts."""
+        """Returns the current power, watts."""
         found = self.ask("nvmlDeviceGetPowerUsage")
         return None if found is None else found / 1e3
 
 
 class Watch:
-    """While entered, watches a GPU from a thread; `found` then says what was seen.
+    """Context manager that samples a GPU from a thread; afterwards `found` holds the measurements.
 
     Args:
-        gpu: None for nothing to watch.
-        every_s: Seconds between looks.
+        gpu: The GPU; None: nothing is measured.
+        every_s: Seconds between samples.
     """
 
     def __init__(self, gpu: Gpu | None, every_s: float = _EVERY_S) -> None:
@@ -117,7 +117,7 @@ class Watch:
     def __enter__(self) -> Watch:
         if self._gpu is not None:
             self._before = self._gpu.energy_j()
-            self._thread = threading.Thread(target=self._look_on, name="nvml", daemon=True)
+            self._thread = threading.Thread(target=self._sample_until_end, name="nvml", daemon=True)
             self._thread.start()
         return self
 
@@ -141,13 +141,13 @@ class Watch:
             nvdec_pct=_mean(self._nvdec),
         )
 
-    def _look_on(self) -> None:
+    def _sample_until_end(self) -> None:
         while True:
-            self._look()
+            self._sample()
             if self._end.wait(self._every_s):
-                return self._look()
+                return self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         assert self._gpu is not None
         power, busy = self._gpu.power_w(), self._gpu.ask("nvmlDeviceGetUtilizationRates")
         decoder = self._gpu.ask("nvmlDeviceGetDecoderUtilization")
@@ -159,14 +159,14 @@ class Watch:
         self._busy += [] if busy is None else [busy.gpu]
         self._nvdec += [] if decoder is None else [decoder[0]]
         reasons = self._gpu.ask("nvmlDeviceGetCurrentClocksEventReasons")
-        if reasons is None:  # as drivers before 535 call it
+        if reasons is None:  # its name in drivers before 535
             reasons = self._gpu.ask("nvmlDeviceGetCurrentClocksThrottleReasons")
         if reasons is not None:
             self._reasons = (self._reasons or 0) | reasons
 
 
 def integral(powers: list[tuple[float, float]]) -> float | None:
-    """Energy in joules of (seconds, watts) by the trapezoid rule; None of fewer than two."""
+    """Integrates samples of (seconds, watts) to joules by the trapezoid rule; None for fewer than two samples."""
     if len(powers) < 2:
         return None
     pairs = itertools.pairwise(powers)

@@ -1,4 +1,4 @@
-"""The picture of a result: a panel for each metric, a bar for each variant, with its interval."""
+"""Plots of a result: one panel per metric, one bar per variant, with its interval; and lines over ranks."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _OURS, _OTHER = "#d1495b", "#9aa5b1"
 def bars(
     found: Mapping[str, Any], metrics: Mapping[str, str], path: Path, colours: Mapping[str, str] | None = None
 ) -> Path:
-    """Draws the summary of a result.
+    """Draws the summary of a result as bars.
 
     Args:
-        found: The result; where its summary lacks a metric, what its runs say of it is drawn, without intervals.
-        metrics: Name -> what is written below the panel, with the unit.
-        path: The PNG.
-        colours: By the part of a variant's name after ` through `; others are grey, ours red.
+        found: The result. A metric that its summary does not have is drawn from its runs, without intervals.
+        metrics: Name of the metric -> label below its panel, with the unit.
+        path: The PNG file.
+        colours: Colours by the part of a variant's name after ` through `; others are grey, fastav's red.
 
     Returns:
         The path.
@@ -58,14 +58,14 @@ def lines(
     found: Mapping[str, Any], series: Mapping[str, Sequence[tuple[float, float, float, float]]], path: Path,
     labels: tuple[str, str], dashed: Mapping[str, Sequence[tuple[float, float]]],
 ) -> Path:  # fmt: skip
-    """Draws figures over a number of ranks.
+    """Draws measured and predicted values over the number of ranks.
 
     Args:
         found: The result, for the title.
-        series: Name -> (x, median, low, high) points.
-        path: The PNG.
-        labels: Of the two axes.
-        dashed: Name -> (x, y) points that were computed, not measured.
+        series: Name -> (x, median, low, high) of each measured point.
+        path: The PNG file.
+        labels: Labels of the two axes.
+        dashed: Name -> (x, y) of each predicted point.
 
     Returns:
         The path.
@@ -80,7 +80,7 @@ def lines(
         above = [max(b - m, 0) for m, b in zip(middle, high, strict=True)]
         axes.errorbar(x, middle, [below, above], marker="o", capsize=3, color=colour, label=name)
         if name in dashed:
-            axes.plot(*zip(*dashed[name], strict=True), "--", color=colour, label=f"{name}, on paper")
+            axes.plot(*zip(*dashed[name], strict=True), "--", color=colour, label=f"{name}, predicted")
     ticks = sorted({point[0] for points in [*series.values(), *dashed.values()] for point in points})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -103,7 +103,7 @@ def _title(found: Mapping[str, Any]) -> str:
 
 
 def _rows(found: Mapping[str, Any], metric: str) -> list[tuple[str, float, float, float]]:
-    """Variant, median, low and high of a metric."""
+    """Returns variant, median, low and high of a metric."""
     rows = [(row["variant"], row["median"], *row["ci95"]) for row in found["summary"] if row["metric"] == metric]
     plain = [(run["variant"], run[metric], run[metric], run[metric]) for run in found["runs"] if metric in run]
     return rows or [row for row in plain if row[1] is not None]

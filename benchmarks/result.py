@@ -1,4 +1,4 @@
-"""The result of a suite as one JSON file: what was measured, on what, with which versions; one schema for all."""
+"""The result of a suite as a JSON file: measurements, machine and versions, in one schema for all suites."""
 
 from __future__ import annotations
 
@@ -39,12 +39,18 @@ _KEYS = {
 
 
 def new(suite: str, command: list[str], varied: dict[str, list[Any]]) -> dict[str, Any]:
-    """Returns a result without figures; `varied` names the keys that a suite sweeps and their values."""
+    """Returns an empty result.
+
+    Args:
+        suite: Name of the suite.
+        command: Its command-line arguments.
+        varied: Parameters that the suite sweeps, with their values.
+    """
     return {
         "schema": SCHEMA,
         "suite": suite,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        # Where files lie on a machine is its owner's business, and no use to others.
+        # File names without folders: paths on one machine are private, and of no use to others.
         "command": " ".join(["python -m benchmarks", suite, *(Path(w).name if "/" in w else w for w in command)]),
         "git": _git(),
         "machine": machine(),
@@ -58,7 +64,7 @@ def new(suite: str, command: list[str], varied: dict[str, list[Any]]) -> dict[st
 
 
 def machine() -> dict[str, Any]:
-    """Returns what the machine is: processor, cores, memory, GPU and driver (None without one)."""
+    """Returns a description of the machine: processor, cores, memory, GPU and driver (None without one)."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -78,19 +84,19 @@ def write(
     plotted: Mapping[str, str] | None = None,
     colours: Mapping[str, str] | None = None,
 ) -> Path:
-    """Checks a result and writes it, with its picture beside it.
+    """Checks a result and writes it as JSON, with a plot next to it.
 
     Args:
-        result: Of a suite.
-        path: The JSON; None for one in `benchmarks/results/` under the hardware's name and the date.
-        plotted: Metrics that the picture shows and what is written below each; None for no picture.
+        result: Result of a suite.
+        path: The JSON file; None: a file in `benchmarks/results/` named by suite, hardware and date.
+        plotted: Metrics to plot, with the label of each; None for no plot.
         colours: See `plot.bars`.
 
     Returns:
-        The path of the JSON.
+        The path of the JSON file.
 
     Raises:
-        UserError: It does not follow the schema.
+        UserError: The result does not follow the schema.
     """
     check(result)
     hardware = str(result["machine"]["gpu"] or f"{result['machine']['cores']}-cores").lower().replace(" ", "-")
@@ -102,13 +108,13 @@ def write(
 
 
 def summarise(result: dict[str, Any], variant: str, metric: str, found: MedianInterval) -> None:
-    """Adds a median and its interval."""
+    """Adds a median with its interval to a result."""
     middle, low, high = found.rounded()
     result["summary"].append({"variant": variant, "metric": metric, "median": middle, "ci95": [low, high]})
 
 
 def judge(result: dict[str, Any], a: str, b: str, metric: str, found: MedianInterval) -> str:
-    """Adds the ratio of two variants, `a` over `b`, with its verdict, and returns that."""
+    """Adds the ratio of two variants, `a` over `b`, with its verdict to a result; returns the verdict."""
     (middle, low, high), word = found.rounded(), verdict(found)
     row = {"a": a, "b": b, "metric": metric, "ratio": middle, "ci95": [low, high], "verdict": word}
     result["verdicts"].append(row)
@@ -116,24 +122,24 @@ def judge(result: dict[str, Any], a: str, b: str, metric: str, found: MedianInte
 
 
 def check(result: dict[str, Any]) -> None:
-    """Holds a result against the schema.
+    """Checks a result against the schema.
 
     Raises:
-        UserError: naming the first key that is missing or of another type.
+        UserError: A key is missing or has another type; the message names the first one.
     """
     for key, kind in _REQUIRED.items():
         if not isinstance(result.get(key), kind):
-            raise UserError(f'result: "{key}" is {result.get(key)!r}, expected a {getattr(kind, "__name__", kind)}')
+            raise UserError(f'result: "{key}" is {result.get(key)!r}, expected type {getattr(kind, "__name__", kind)}')
     if result["schema"] > SCHEMA:
-        raise UserError(f"result: schema {result['schema']}, this version reads up to {SCHEMA}")
-    for key, wanted in _KEYS.items():
+        raise UserError(f"result: its schema is {result['schema']}, this version reads up to {SCHEMA}")
+    for key, required in _KEYS.items():
         for entry in result[key]:
-            if missing := wanted - set(entry):
-                raise UserError(f'result: an entry of "{key}" lacks {", ".join(sorted(missing))}')
+            if missing := required - set(entry):
+                raise UserError(f'result: an entry of "{key}" has no {", ".join(sorted(missing))}')
 
 
 def versions() -> dict[str, str | None]:
-    """Returns the versions of Python and of the packages that may matter; None for one that is not there."""
+    """Returns the versions of Python and of relevant packages; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -144,13 +150,13 @@ def versions() -> dict[str, str | None]:
 
 
 def _git() -> dict[str, Any]:
-    def ask(*words: str) -> str | None:
+    def git(*words: str) -> str | None:
         try:
             return subprocess.run(["git", *words], capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    return {"commit": ask("rev-parse", "HEAD"), "dirty": bool(ask("status", "--porcelain"))}
+    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
 def _driver() -> str | None:
@@ -159,5 +165,5 @@ def _driver() -> str | None:
 
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # no driver, or one that cannot be asked
+    except Exception:  # no driver, or it does not answer
         return None

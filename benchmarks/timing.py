@@ -1,7 +1,7 @@
-"""Interleaved measurement: medians over rounds, with bootstrap intervals.
+"""Interleaved timing: medians over rounds, with bootstrap intervals.
 
-All variants take turns in one process, so that whatever else the machine does falls on all alike. Intervals are
-percentiles of the bootstrap (Efron and Tibshirani 1993, section 13.3).
+All variants run in alternation in one process, so that other load on the machine affects all of them equally. Intervals
+are percentile bootstrap intervals (Efron and Tibshirani 1993, section 13.3).
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from numpy.typing import NDArray
 
 RESAMPLES = 4000
 ENOUGH = 7
-"""Turns, at least, for a verdict."""
+"""Smallest number of turns for a verdict."""
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One turn of a variant.
+    """One timed turn of a variant.
 
     Attributes:
-        clips: Clips it made.
+        clips: Number of clips processed.
         cpu_s: CPU seconds of this process, all threads.
-        wall_s: Seconds.
-        facts: What else was measured of it, by names with their units.
+        wall_s: Wall-clock seconds.
+        facts: Further measurements; names end in their units.
     """
 
     clips: int
@@ -38,13 +38,13 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class MedianInterval:
-    """A median and where it lies with 95 %.
+    """A median with its 95 % interval.
 
     Attributes:
-        median: Of the turns.
-        low: Lower end.
-        high: Upper end.
-        turns: How many there were; 0 where that is not known.
+        median: Median over the turns.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        turns: Number of turns; 0 if unknown.
     """
 
     median: float
@@ -62,7 +62,7 @@ class MedianInterval:
 
 
 def short(value: float) -> str:
-    """A figure with about three digits."""
+    """Formats a number with about three digits."""
     return f"{value:.{_digits(value)}f}"
 
 
@@ -74,17 +74,17 @@ def interleave(
     variants: Mapping[str, Callable[[], int | Turn]],
     rounds: int,
     *,
-    told: Callable[[str], None] = lambda text: None,
+    log: Callable[[str], None] = lambda text: None,
     warm: bool = True,
 ) -> dict[str, list[Turn]]:
-    """Lets every variant make its clips once a round, in turning order, after one round that is thrown away.
+    """Runs every variant once per round, in alternating order (A B, B A, ...), after a warm-up round.
 
     Args:
-        variants: Name -> a function that makes some clips and returns how many; or one that times itself, without what
-            comes before and after, and returns the turn.
-        rounds: How many count.
-        told: Is told of each round.
-        warm: Whether there is that round before; without it all is made cold, and only whether it runs is seen.
+        variants: Name -> a function that processes some clips and returns their number; or one that measures itself
+            and returns a `Turn`.
+        rounds: Number of measured rounds.
+        log: Called with a line of text after each round.
+        warm: Whether to run the warm-up round. Without it the times are those of a cold start.
     """
     turns: dict[str, list[Turn]] = {name: [] for name in variants}
     names = list(variants)
@@ -96,7 +96,7 @@ def interleave(
             turn = made if isinstance(made, Turn) else Turn(made, *spent)
             if number >= 0:
                 turns[name].append(turn)
-        told(f"round {number + 1} of {rounds}")
+        log(f"round {number + 1} of {rounds}")
     return turns
 
 
@@ -111,7 +111,7 @@ def per_second(turns: Sequence[Turn]) -> NDArray[np.float64]:
 
 
 def median(values: NDArray[np.float64]) -> MedianInterval:
-    """Returns the median of some turns and its interval."""
+    """Returns the median of turns with its interval."""
     drawn = _resampled(len(values))
     medians = np.median(values[drawn], axis=1)
     low, high = np.percentile(medians, [2.5, 97.5])
@@ -119,7 +119,7 @@ def median(values: NDArray[np.float64]) -> MedianInterval:
 
 
 def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> MedianInterval:
-    """Returns the ratio of two medians and its interval; round n of one is paired with round n of the other."""
+    """Returns the ratio of two medians with its interval; round n of one is paired with round n of the other."""
     drawn = _resampled(min(len(one), len(other)))
     ratios = np.median(one[drawn], axis=1) / np.median(other[drawn], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5])
@@ -127,18 +127,18 @@ def ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> MedianInterva
 
 
 def paired_ratio(one: NDArray[np.float64], other: NDArray[np.float64]) -> MedianInterval:
-    """Returns the median of the ratios of pairs and its interval: turn n of one was beside turn n of the other."""
+    """Returns the median of the ratios of pairs with its interval; turn n of one ran next to turn n of the other."""
     return median(one / other)
 
 
 def grouped_ratio(one: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np.float64]]) -> MedianInterval:
-    """Returns the ratio of two medians and its interval, where turns come in groups that differ among themselves.
+    """Returns the ratio of two medians with its interval, for turns in groups that differ from each other.
 
-    Groups are drawn first and turns within them (Davison and Hinkley 1997, section 3.8).
+    The bootstrap draws groups first, then turns within them (Davison and Hinkley 1997, section 3.8).
 
     Args:
         one: Turns of each start of a program.
-        other: Likewise, of another.
+        other: Turns of each start of another program.
     """
     rng = np.random.default_rng(0)
     ratios = _drawn_medians(one, rng) / _drawn_medians(other, rng)
@@ -148,7 +148,7 @@ def grouped_ratio(one: Sequence[NDArray[np.float64]], other: Sequence[NDArray[np
 
 
 def _drawn_medians(groups: Sequence[NDArray[np.float64]], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Medians of resamples: as many groups as there are, drawn again, and of each as many turns as it has."""
+    """Returns the medians of resamples, each with the same number of groups, and of turns per group."""
     sizes = np.array([len(group) for group in groups])
     padded_GT = np.full((len(groups), sizes.max()), np.nan)
     for place, group in enumerate(groups):
@@ -161,9 +161,9 @@ def _drawn_medians(groups: Sequence[NDArray[np.float64]], rng: np.random.Generat
 
 
 def verdict(found: MedianInterval) -> str:
-    """Returns `faster`, `slower` or `no difference`, from the interval of a ratio alone.
+    """Returns `faster`, `slower` or `no difference` from the interval of a ratio.
 
-    Of fewer than seven turns the interval of a median is too narrow to go by: then it is `too few turns`.
+    With fewer than seven turns the interval of a median is too narrow; the verdict is `too few turns`.
     """
     if 0 < found.turns < ENOUGH:
         return "too few turns"

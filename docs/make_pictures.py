@@ -1,6 +1,6 @@
-"""Makes the README's pictures: `python docs/make_pictures.py data/synth/manifest.parquet runs/quickstart`.
+"""Draws the pictures of the README: `python docs/make_pictures.py data/synth/manifest.parquet runs/quickstart`.
 
-The report's picture needs Chromium; without it only the data set's is made.
+The picture of the report needs Chromium; without it only the picture of the classes is drawn.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 
 
 def draw_classes(manifest: Manifest, out: Path) -> None:
-    """One clip of each class: two frames above its spectrogram."""
+    """Draws one clip per class: a frame above its spectrogram."""
     decoder = PyAV().build(DecodeSpec(image_size=96, frontend=Frontend(), window=400))
     clips = {clip.labels[0]: clip for clip in reversed(manifest.clips(range(len(manifest)))) if clip.has_audio}
     names = sorted(clips)
@@ -50,23 +50,23 @@ def draw_classes(manifest: Manifest, out: Path) -> None:
     plt.close(figure)
 
 
-def photograph(page: Path, out: Path, size: tuple[int, int]) -> None:
-    """A screenshot of the top of a page."""
+def save_screenshot(page: Path, out: Path, size: tuple[int, int]) -> None:
+    """Saves a screenshot of the top of an HTML page."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
-        print("no Chromium here: the picture of the report is left as it is", file=sys.stderr)
+        print("Chromium not found: the picture of the report was not changed", file=sys.stderr)
         return
     with tempfile.TemporaryDirectory() as profile:
-        words = [
+        command = [
             browser,
             *QUIET,
             f"--user-data-dir={profile}",
             f"--screenshot={out}",
             "--window-size={},{}".format(*size),
         ]
-        subprocess.run([*words, page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
+        subprocess.run([*command, page.resolve().as_uri()], check=True, capture_output=True, timeout=120)
 
 
 if __name__ == "__main__":
     draw_classes(Manifest.open(sys.argv[1], split="train"), DOCS / "classes.png")
-    photograph(Path(sys.argv[2]) / "report.html", DOCS / "report.png", (1000, 1150))
+    save_screenshot(Path(sys.argv[2]) / "report.html", DOCS / "report.png", (1000, 1150))

@@ -1,6 +1,11 @@
-"""fastav trains audiovisual classifiers on video clips. This file is the index of what is public.
+"""fastav trains audiovisual classifiers on video clips. This module lists the public names.
 
-Each name is imported when it is first used, so that `fastav --help` need not wait for torch.
+A name is imported when it is first used, so `fastav --help` does not load torch.
+
+Example:
+    >>> from fastav import AVModel, Manifest
+    >>> manifest = Manifest.open("my/manifest.parquet")
+    >>> model = AVModel.from_pretrained("runs/mine/model").eval()
 """
 
 from __future__ import annotations
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
     from fastav.model.av_model import AVModel as AVModel
     from fastav.recipe.schema import Recipe as Recipe
 
-_WHERE = {
+_MODULES = {
     "Batch": "loader.batch",
     "Clip": "data.clip",
     "ClipPlan": "data.clip",
@@ -39,10 +44,10 @@ _WHERE = {
     "Recipe": "recipe.schema",
 }
 
-__all__ = sorted(_WHERE)
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'fastav' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fastav.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f"fastav.{_MODULES[name]}"), name)

@@ -1,4 +1,4 @@
-"""`fastav VERB`: the verbs and where they are; each is imported only when it is called."""
+"""`fastav VERB`: the list of verbs and their modules. A module is imported only when its verb is called."""
 
 from __future__ import annotations
 
@@ -10,40 +10,47 @@ from fastav.core.cli import run
 from fastav.core.errors import did_you_mean
 
 VERBS = {
-    "synth": ("fastav.commands.synth", "make a small data set of real mp4 files on which only fusion can win"),
+    "synth": ("fastav.commands.synth", "make a small synthetic data set that only fusion can classify"),
     "index": (
         "fastav.commands.index",
-        "turn a folder of media into a manifest, and name what is wrong with which file",
+        "probe every file of a data set and write a manifest; list the files with problems",
     ),
-    "pack": ("fastav.commands.pack", "transcode a manifest's clips once into shards that decode many times faster"),
-    "train": ("fastav.train", "train the model of one or more recipes; goes on where it was stopped"),
-    "evaluate": ("fastav.commands.evaluate", "evaluate a run on its test split, or on another manifest"),
-    "report": ("fastav.commands.report", "write report.html for a run or a folder of runs"),
-    "export": ("fastav.commands.export", "write the model of any checkpoint of a run as safetensors"),
-    "convert": ("fastav.commands.convert", "turn a checkpoint of MBT's authors into a model"),
-    "doctor": ("fastav.commands.doctor", "look over this machine, and measure which stage will hold a run up"),
+    "pack": ("fastav.commands.pack", "transcode a manifest's clips into shards that decode many times faster"),
+    "train": ("fastav.train", "train the model of one or more recipes; resumes from the newest checkpoint"),
+    "evaluate": ("fastav.commands.evaluate", "evaluate a trained run on its test split or on another manifest"),
+    "report": ("fastav.commands.report", "write report.html for a run, and a comparison for several runs"),
+    "export": ("fastav.commands.export", "export the model from any checkpoint of a run as safetensors"),
+    "convert": ("fastav.commands.convert", "convert an MBT checkpoint of its authors (scenic, flax) to a fastav model"),
+    "doctor": ("fastav.commands.doctor", "check this machine; with a manifest, find the bottleneck stage of a run"),
     "preflight": (
         "fastav.commands.preflight",
-        "measure every rank's device and network, and name what is slow or broken",
+        "measure the device and network of every rank; name slow and broken ones",
     ),
-    "recipe": ("fastav.commands.recipe", "recipe show FILE: the resolved recipe; recipe explain KEY: what a key means"),
+    "recipe": ("fastav.commands.recipe", "show FILE: print the resolved recipe; explain KEY: describe a key"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the verb that the words name; returns the exit code."""
+    """Runs the verb named by the first argument.
+
+    Args:
+        argv: Command line without the program name; `sys.argv[1:]` by default.
+
+    Returns:
+        The exit code (see `fastav.core.cli.run`).
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
-        print("fastav VERB ...\n")
-        for verb, (_, what) in VERBS.items():
-            print(f"  {verb:<10} {what}")
-        print("\n`fastav VERB --help` shows a verb's options; --debug shows tracebacks.")
+        print("usage: fastav VERB [options]\n")
+        for verb, (_, summary) in VERBS.items():
+            print(f"  {verb:<10} {summary}")
+        print("\n`fastav VERB --help` lists the options of a verb; add --debug to any command for tracebacks.")
         return 0 if words else 2
     if words[0] == "--version":
         print(f"fastav {version('fastav')}")
         return 0
     if words[0] not in VERBS:
-        print(f'fastav: "{words[0]}" is no verb{did_you_mean(words[0], VERBS)}', file=sys.stderr)
+        print(f'fastav: "{words[0]}" is not a verb{did_you_mean(words[0], VERBS)}', file=sys.stderr)
         return 2
     return run(words[0], VERBS[words[0]][0], words[1:])
 

@@ -221,7 +221,7 @@ def test_a_sigterm_saves_exits_75_and_the_same_command_resumes(whole, tmp_path):
     told = [*_as_recipe(words, tmp_path), "--out", str(stopped)]
     # It sends itself the signal, between the checkpoints of steps 3 and 6.
     env = os.environ | {"FASTAV_RECORD": str(tmp_path / "taken"), "FASTAV_STOP_AT": "5"}
-    command = [sys.executable, "-m", "tests.recorded", *told]
+    command = [sys.executable, "-m", "tests.ranks.recorded", *told]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == Stopped.exit_code == 75, done.stderr
     assert "stopped by SIGTERM after step 5/12" in done.stderr.splitlines()[-1]

@@ -1,10 +1,10 @@
 """Decoding and loading: `python -m benchmarks data [--footage FILE]`.
 
-Measures, interleaved in one process: the raw web clip through torchcodec; the same clip packed, through ours and
-through what people would use on the same access units; ten JPEGs a clip, as people dump them today; then ours against
-the fastest of these, two at a time, by CPU time and, with a thread a core, by the clock; then the loader on raw and
-packed clips with both modalities, `repeat`, and (with --sweep) workers and resolutions. Prints medians with
-95 % intervals, writes JSON and a plot.
+Measures in alternation, in one process: a raw web clip through torchcodec; the same clip packed, through fastav and
+through other readers of the same access units; ten JPEGs per clip, extracted beforehand. Then compares fastav with the
+fastest of these in pairs, by CPU time, and with one thread per core by wall time. Then measures the loader on raw and
+packed clips with both modalities, `repeat`, and (with --sweep) workers and resolutions. Prints medians with 95 %
+intervals; writes JSON and a plot.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fastav.data.plan import random_crops, segment_frames
 
 FRAMES = 8
 _LONGER = 4
-_PLANS = 97  # another number than any of clips a turn, so that turns differ
+_PLANS = 97  # prime, so that turns start at different plans
 _PLOTTED = {"clips_per_cpu_s": "clips per CPU-second (8 frames, cropped and resized to 224 x 224)"}
 _COLOURS = {"ours": "#d1495b", "torchcodec exact": "#30638e", "torchcodec approximate": "#6a9bc3", "SPDL": "#edae49"}
 _RAW = "raw through torchcodec exact"
@@ -59,7 +59,7 @@ def main(words: Sequence[str]) -> int:
         found = results.new("data", list(words), {"decoder": [], "pack": list(PACKS), "workers": [1, args.workers]})
         _describe(found, media)
         turns = interleave(
-            _decoding(media, args.clips), args.rounds, told=lambda text: console.log(text), warm=not args.quick
+            _decoding(media, args.clips), args.rounds, log=lambda text: console.log(text), warm=not args.quick
         )
         _report(found, console, "one thread, video only", turns, per_cpu_second, "clips_per_cpu_s")
         _verdicts(found, console, turns, per_cpu_second, "clips_per_cpu_s")
@@ -75,21 +75,21 @@ def main(words: Sequence[str]) -> int:
             sweep_turns(found, console, media, folder, args.rounds)
         if args.out or not args.quick:
             path = results.write(found, args.out, _PLOTTED, _COLOURS)
-            console.print(f"{path}, with a picture beside it", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}, and a plot next to it", highlight=False, soft_wrap=True)
     return 0
 
 
 def _arguments(words: Sequence[str]) -> argparse.Namespace:
     parser = Parser(prog="benchmarks data", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--footage", type=Path, metavar="FILE", help="a real video of 10 s; default: a drawn scene")
+    parser.add_argument("--footage", type=Path, metavar="FILE", help="real video of 10 s (default: a generated scene)")
     parser.add_argument("--folder", type=Path, help="keep the media here and use them again")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--clips", type=int, default=6, help="clips a turn")
+    parser.add_argument("--rounds", type=int, default=15, help="measured rounds (%(default)s)")
+    parser.add_argument("--clips", type=int, default=6, help="clips per turn (%(default)s)")
     parser.add_argument("--workers", type=int, default=num_cores(), help="threads of the parallel comparison")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/")
-    parser.add_argument("--sweep", action="store_true", help="workers and resolutions, too")
-    parser.add_argument("--profile", action="store_true", help="show where ours spends its time, and nothing else")
-    parser.add_argument("--quick", action="store_true", help="small clips, two rounds: whether it runs, not how fast")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON file of the result (in benchmarks/results/)")
+    parser.add_argument("--sweep", action="store_true", help="also vary workers and resolutions of the loader")
+    parser.add_argument("--profile", action="store_true", help="only profile fastav's decoder")
+    parser.add_argument("--quick", action="store_true", help="small clips, two rounds: a functional test, no timing")
     args = parser.parse_args(words)
     args.frames, args.size = 250, (640, 360)
     if args.quick:
@@ -98,7 +98,7 @@ def _arguments(words: Sequence[str]) -> argparse.Namespace:
 
 
 def planner(clip: Clip, seed: int = 0) -> Callable[[], ClipPlan]:
-    """Returns a function that draws training plans of a clip: one frame a segment, torchvision's random crop."""
+    """Returns a function that draws training plans of a clip: one frame per segment, torchvision's random crop."""
     rng = np.random.default_rng(seed)
     lock = threading.Lock()
 
@@ -114,15 +114,15 @@ def planner(clip: Clip, seed: int = 0) -> Callable[[], ClipPlan]:
 
 
 def _plans(clip: Clip) -> Iterator[ClipPlan]:
-    """Plans that are drawn beforehand, the same for every reader of a clip: drawing them is not decoding."""
+    """Draws plans in advance, the same for every reader of a clip, so that drawing is not measured."""
     draw = planner(clip)
     return cycle([draw() for _ in range(_PLANS)])
 
 
 def _readers(media: TestFiles) -> dict[str, tuple[Clip, Peer]]:
-    """Every reader on everything it is compared on."""
+    """Returns all readers with their clips."""
     readers: dict[str, tuple[Clip, Peer]] = {}
-    assert media.raw.video is not None, "it is raw"
+    assert media.raw.video is not None, "a raw clip has a video file"
     for name, build in peers_of(media.raw.video, media.raw).items():
         if name != "PyAV by hand":  # one keyframe: seeking to each frame would decode the file eight times
             readers[f"raw through {name}"] = (media.raw, build())
@@ -151,7 +151,7 @@ def _decoding(media: TestFiles, clips: int) -> dict[str, Callable[[], int]]:
 
 
 def _parallel(media: TestFiles, clips: int, workers: int, pool: ThreadPoolExecutor) -> dict[str, Callable[[], int]]:
-    """The packed files again, by as many threads as there are workers; and by a DataLoader's processes."""
+    """Returns turns on the packed files with `workers` threads, and with the processes of a DataLoader."""
 
     def turn(clip: Clip, peer: Peer) -> Callable[[], int]:
         plans = _plans(clip)
@@ -173,7 +173,7 @@ def _parallel(media: TestFiles, clips: int, workers: int, pool: ThreadPoolExecut
 
 
 def _taking(feed: Iterator[Tensor], clips: int) -> Callable[[], int]:
-    """A turn of worker processes: longer than others, as they go on working between turns, a few clips ahead."""
+    """Returns a turn of worker processes; it is longer than others because they prefetch a few clips between turns."""
 
     def run() -> int:
         for _ in range(clips):
@@ -184,10 +184,10 @@ def _taking(feed: Iterator[Tensor], clips: int) -> Callable[[], int]:
 
 
 def _describe(found: dict[str, Any], media: TestFiles) -> None:
-    """Notes sizes, quality, and how much of a packed clip is read and decoded."""
-    assert media.raw.video is not None, "it is raw"
+    """Records file sizes, quality, and how much of a packed clip is read and decoded."""
+    assert media.raw.video is not None, "a raw clip has a video file"
     raw_kb = media.raw.video.stat().st_size / 1e3
-    found["notes"].append(f"pictures: {media.footage}; raw {media.raw.width}x{media.raw.height} {raw_kb:.0f} kB")
+    found["notes"].append(f"video: {media.footage}; raw {media.raw.width}x{media.raw.height}, {raw_kb:.0f} kB")
     for pack, clip in media.packed.items():
         draw, ours = planner(clip), Ours(clip)
         fetched = [ours.shards.fetch(clip, sorted(set(draw().frames_T.tolist())), None) for _ in range(50)]
@@ -203,7 +203,7 @@ def _describe(found: dict[str, Any], media: TestFiles) -> None:
         )  # fmt: skip
     dump_kb = sum(p.stat().st_size for p in media.dump.glob("*.jpg")) / 1e3
     found["notes"].append(
-        f"ten JPEGs: {dump_kb:.0f} kB a clip; the same ten frames in every epoch, no other frame count or rate later"
+        f"ten JPEGs: {dump_kb:.0f} kB per clip; the same ten frames in every epoch, frame count and rate are fixed"
     )
 
 
@@ -212,7 +212,7 @@ def _report(
     measure: Callable[[Sequence[Turn]], Any], metric: str,
 ) -> None:  # fmt: skip
     table = Table(title=title)
-    for column in ("", metric.replace("_", " "), "ms a clip", "against raw"):
+    for column in ("", metric.replace("_", " "), "ms/clip", "relative to raw"):
         table.add_column(column, justify="left" if not column else "right")
     for name, rounds in turns.items():
         interval = median(measure(rounds))
@@ -231,7 +231,7 @@ def _verdicts(
     found: dict[str, Any], console: Console, turns: dict[str, list[Turn]],
     measure: Callable[[Sequence[Turn]], Any], metric: str,
 ) -> None:  # fmt: skip
-    """Ours against the raw clip and the dump."""
+    """Compares fastav on packed clips with the raw clip and with the extracted JPEGs."""
     for pack in PACKS:
         ours = f"{pack} through ours"
         if ours not in turns:
@@ -248,7 +248,7 @@ def _verdict(
 
 
 def _profile(media: TestFiles) -> int:
-    """Where the time of one clip goes."""
+    """Profiles fastav's decoder on packed clips."""
     for pack in ("balanced", "fast"):
         draw, ours = planner(media.packed[pack]), Ours(media.packed[pack])
         for _ in range(20):

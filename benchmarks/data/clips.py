@@ -1,4 +1,4 @@
-"""The media of the benchmark: a raw clip as the web delivers it, the same clip packed, and what peers read of it."""
+"""Media of the benchmark: a raw clip as the web delivers it, the same clip packed, and files for other readers."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ PACKS = {
 
 @dataclass(frozen=True)
 class TestFiles:
-    """One clip in every form.
+    """One clip in all forms.
 
     Attributes:
-        raw: Row of the raw clip.
-        packed: Name of the pack -> row of the packed clip.
-        remuxed: Name of the pack -> an mp4 of the very same access units, for readers of files.
-        quality: Name of the pack -> PSNR of the luma against the raw clip, scaled, dB.
-        dump: Folder of ten JPEGs and a WAV.
-        footage: What the pictures are.
+        raw: Manifest row of the raw clip.
+        packed: Name of the pack -> manifest row of the packed clip.
+        remuxed: Name of the pack -> mp4 file with the same access units, for readers of files.
+        quality: Name of the pack -> luma PSNR relative to the scaled raw clip, dB.
+        dump: Folder with ten JPEGs and a WAV.
+        footage: Description of the source video.
     """
 
     raw: Clip
@@ -60,7 +60,13 @@ class TestFiles:
 def make(
     folder: Path, footage: Path | None, *, frames: int = 250, size: tuple[int, int] = (WIDTH, HEIGHT)
 ) -> TestFiles:
-    """Writes all of it, or finds it there.
+    """Writes all files; files that already exist in the folder are used again.
+
+    Args:
+        folder: Folder to write to.
+        footage: Real video as the source; None: a generated scene.
+        frames: Number of frames.
+        size: Width and height, pixels.
 
     Raises:
         UserError: The footage is too short.
@@ -91,7 +97,7 @@ def make(
 
 
 def scene(footage: Path | None, frames: int, size: tuple[int, int]) -> list[NDArray[np.uint8]]:
-    """Planar 4:2:0 frames of real footage, or of moving textures."""
+    """Returns planar 4:2:0 frames with added grain, of real footage or of generated moving textures."""
     width, height = size
     rng = np.random.default_rng(0)
     if footage is None:
@@ -104,19 +110,19 @@ def scene(footage: Path | None, frames: int, size: tuple[int, int]) -> list[NDAr
                     break
                 pictures.append(frame.reformat(width, height, "yuv420p", interpolation="LANCZOS").to_ndarray())
         if len(pictures) < frames:
-            raise UserError(f"{footage}: has {len(pictures)} frames, {frames} expected")
-    made = []
+            raise UserError(f"{footage}: has {len(pictures)} frames, expected at least {frames}")
+    grainy_frames = []
     for picture in pictures:
         luma = picture[:height].astype(np.float32)
         luma += _SHARPEN * (luma - gaussian_filter(luma, 1.2)) + rng.normal(0, _GRAIN, luma.shape)
         grainy = picture.copy()
         grainy[:height] = np.clip(luma, 16, 235).astype(np.uint8)
-        made.append(grainy)
-    return made
+        grainy_frames.append(grainy)
+    return grainy_frames
 
 
 def _drawn(number: int, width: int, height: int) -> NDArray[np.uint8]:
-    """A panning texture with two things that move across it."""
+    """Draws a panning texture with two discs that move across it."""
     y, x = np.mgrid[:height, :width].astype(np.float32)
     shift = number * 1.3
     luma = 110 + 35 * np.sin((x + shift) / 23) * np.cos(y / 31) + 25 * np.sin((x * 0.6 + y + shift) / 9)
@@ -130,10 +136,10 @@ def _drawn(number: int, width: int, height: int) -> NDArray[np.uint8]:
 
 
 def _write_raw(path: Path, pictures: list[NDArray[np.uint8]], size: tuple[int, int]) -> None:
-    """H.264 medium, one keyframe, three B-frames, crf 23, and 44.1 kHz stereo AAC."""
-    beside = path.with_suffix(".part.mp4")
+    """Encodes H.264 (medium, one keyframe, three B-frames, crf 23) and 44.1 kHz stereo AAC."""
+    partial = path.with_suffix(".part.mp4")
     seconds = len(pictures) / FPS
-    with av.open(str(beside), "w") as container:
+    with av.open(str(partial), "w") as container:
         options = {"preset": "medium", "crf": "23", "g": "250", "bf": "3", "keyint_min": "250", "sc_threshold": "0"}
         video: Any = container.add_stream("libx264", rate=FPS, options=options)
         video.width, video.height, video.pix_fmt = *size, "yuv420p"
@@ -154,11 +160,11 @@ def _write_raw(path: Path, pictures: list[NDArray[np.uint8]], size: tuple[int, i
             samples.sample_rate, samples.pts, samples.time_base = 44_100, begin, Fraction(1, 44_100)
             container.mux(sound.encode(samples))
         container.mux(sound.encode(None))
-    beside.replace(path)
+    partial.replace(path)
 
 
 def _remux(clip: Clip, path: Path) -> None:
-    """Puts a packed clip's access units into an mp4 as they are."""
+    """Writes a packed clip's access units to an mp4 file, unchanged."""
     frames = ShardReader(ShardReading()).fetch(clip, list(range(clip.num_frames)), None).frames
     assert frames is not None, "the clip has video"
     with av.open(io.BytesIO(frames.stream), format=frames.codec) as source, av.open(str(path), "w") as out:
@@ -172,7 +178,7 @@ def _remux(clip: Clip, path: Path) -> None:
 
 
 def _dump(clip: Clip, folder: Path) -> None:
-    """What people make today: ten evenly spaced pictures and the sound, once and for all."""
+    """Extracts ten evenly spaced frames as JPEGs and the audio as WAV, as is common practice."""
     folder.mkdir(exist_ok=True)
     wanted = {(2 * i + 1) * clip.num_frames // (2 * _DUMPED): i for i in range(_DUMPED)}
     sound = []
@@ -196,5 +202,5 @@ def _psnr(pack: Path) -> float:
 
 
 def repeated(clip: Clip, count: int, path: Path) -> Any:
-    """A manifest of one clip, many times."""
+    """Writes a manifest that contains one clip `count` times."""
     return write_manifest(path, [replace(clip, id=f"{clip.id}-{i:05d}") for i in range(count)])

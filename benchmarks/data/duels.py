@@ -1,7 +1,7 @@
-"""Ours against the fastest peers on the same packed files, two at a time.
+"""Compares fastav with the fastest other readers of the same packed files, in pairs.
 
-In the long rounds of the tables a variant's turns are half a minute apart, and a shared machine changes in between; the
-two of a duel take turns of a fraction of a second, and each pair gives a ratio of its own.
+In the long rounds of the tables, the turns of one variant are half a minute apart, and the load of a shared machine
+changes in between. Here two readers alternate in turns of a fraction of a second, and each pair of turns gives a ratio.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PAIRS_A_ROUND = 3
 
 
 def fastest(pack: str, turns: dict[str, list[Turn]]) -> list[str]:
-    """Returns the peers that gave most clips per CPU-second on a pack."""
+    """Returns the other readers with the most clips per CPU-second on a pack."""
     others = [name for name in turns if name.startswith(f"{pack} through ") and not name.endswith("ours")]
     return sorted(others, key=lambda name: -float(np.median(per_cpu_second(turns[name]))))[:PEERS]
 
@@ -35,16 +35,16 @@ def duels(
     rounds: int,
     clips: int,
 ) -> Iterator[tuple[tuple[str, str], MedianInterval, str]]:
-    """Yields the names, the ratio and its metric of each duel: by CPU in one thread, and by the clock in `workers`.
+    """Yields the names, the ratio and the metric of each pair: CPU time in one thread, wall time in `workers` threads.
 
     Args:
         readers: Name -> clip and reader.
-        plans_of: Draws a clip's plans.
-        turns: Of the tables: who is fastest.
-        packs: Which packs.
-        workers: Threads.
-        rounds: Of the tables; there are three pairs for each.
-        clips: In a turn.
+        plans_of: Returns the plans of a clip.
+        turns: Turns of the tables, from which the fastest readers are chosen.
+        packs: Names of the packs.
+        workers: Number of threads.
+        rounds: Rounds of the tables; each stands for three pairs.
+        clips: Clips per turn.
     """
     with ThreadPoolExecutor(workers) as pool:
         for pack in packs:

@@ -1,4 +1,4 @@
-"""The loader itself: raw against packed with both modalities, `repeat`, sweeps; busy time and waits of each stage."""
+"""Measures the loader: raw and packed clips with both modalities, `repeat`, sweeps; busy and waiting time per stage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COPIES = 64
 
 
 class Feed:
-    """A loader that is kept open, and hands out batches when it is its turn."""
+    """A loader that stays open between turns."""
 
     def __init__(
         self,
@@ -51,11 +51,11 @@ class Feed:
 
     @property
     def mb_read(self) -> float:
-        """MB of shards that were read so far, here and not in other processes."""
+        """MB of shards read so far by this process."""
         return self._decoder.read_stats.num_bytes / 1e6 if isinstance(self._decoder, PyAVDecoder) else 0.0
 
     def turn(self, batches: int) -> Callable[[], int]:
-        """Returns a function that makes so many batches, from request to batch, and returns the clips."""
+        """Returns a function that loads a number of batches and returns the number of clips."""
 
         def run() -> int:
             requests = [("train", self._at + i * BATCH, BATCH) for i in range(batches)]
@@ -66,7 +66,7 @@ class Feed:
 
 
 def _batches(name: str, raw: int) -> int:
-    """Batches of a turn: a loader starts its threads in each, which must not count; packs decode many times faster."""
+    """Returns the batches per turn: more for packs, which decode faster, so that starting threads does not matter."""
     return raw if name.startswith("raw") else 8 * raw
 
 
@@ -96,7 +96,7 @@ def loading_turns(
         total = max(decode.busy_s + decode.put_wait_s + decode.get_wait_s, 1e-9)
         speed, cpu = median(per_second(made)), median(per_cpu_second(made))
         busy, waits = 100 * decode.busy_s / total, 100 * decode.get_wait_s / total
-        # One round of `interleave` is not among the turns.
+        # The statistics include the warm-up round of `interleave`; the turns do not.
         seconds = sum(turn.wall_s for turn in made) * (rounds + 1) / rounds
         mb = (feeds[name].mb_read - before[name]) / seconds
         table.add_row(name, str(speed), str(cpu), f"{mb:.1f}" if mb else "", f"{busy:.0f}", f"{waits:.0f}")
@@ -114,7 +114,7 @@ def loading_turns(
         )
     console.print(table)
     for one, other in (("balanced", "raw"), ("balanced, repeat 2", "balanced"), ("raw, repeat 2", "raw")):
-        # Two at a time, as in `duels`: turns of all of them are too far apart on a shared machine.
+        # In pairs, as in `duels`: with all variants, turns are too far apart on a shared machine.
         both = interleave({name: feeds[name].turn(_batches(name, max(2, batches))) for name in (one, other)}, rounds)
         interval = paired_ratio(per_second(both[one]), per_second(both[other]))
         word = results.judge(found, one, other, "loader_clips_per_s", interval)
@@ -139,7 +139,7 @@ def sweep_turns(found: dict[str, Any], console: Console, media: TestFiles, folde
     still = repeated(media.packed["mjpeg"], _COPIES, folder / "mjpegs.parquet")
     feeds["mjpeg, 2 workers, 224 px"] = Feed(still, 2)
     if reason := missing_requirement("cpu"):
-        found["notes"].append(f"DALI is not measured: {reason}")
+        found["notes"].append(f"DALI was not measured: {reason}")
     else:
         feeds["mjpeg by DALI on the CPU, 2 workers, 224 px"] = Feed(still, 2, kind=Dali(device="cpu"))
     found["varied"] |= {"loader_workers": [1, 2, 4], "image_size": [112, 224, 336], "decoder": ["pyav", "dali"]}
@@ -149,7 +149,7 @@ def sweep_turns(found: dict[str, Any], console: Console, media: TestFiles, folde
         table.add_column(column, justify="right" if column else "left")
     for name, made in turns.items():
         measured = {"loader_clips_per_s": median(per_second(made))}
-        if "processes" not in name:  # whose CPU time is not this one's
+        if "processes" not in name:  # the CPU time of worker processes is not measured
             measured["loader_clips_per_cpu_s"] = median(per_cpu_second(made))
         table.add_row(name, *map(str, measured.values()))
         for metric, interval in measured.items():

@@ -1,8 +1,8 @@
-"""What people would use instead, each in its best honest form: one decoding thread, the frames that the plan names.
+"""Other video readers, each in its best form: one decoding thread, only the frames that the plan names.
 
-Every reader takes the same plan and returns uint8 [T, 3, size, size]. torchcodec, decord and PyAV hand over RGB frames,
-which are cropped and resized by the function that ours uses; SPDL crops and scales in FFmpeg's filter graph, as its
-users do, and so does `PyAVScaled`.
+Every reader takes the same plan and returns uint8 [T, 3, size, size]. torchcodec, decord and PyAV return RGB frames,
+which are cropped and resized by the function that fastav uses. SPDL crops and scales in FFmpeg's filter graph, as its
+users do.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Ours:
         self.shards = ShardReader(ShardReading())
 
     def frames(self, plan: ClipPlan) -> Tensor:
-        """See `Peer`."""
+        """Returns uint8 [T, 3, SIZE, SIZE]."""
         made = self._decoder.decode(self._clip, [plan])[0].frames_TCHW
         assert made is not None, "the clip has video"
         return made
@@ -59,7 +59,7 @@ class TorchCodec:
         self._path, self._mode = str(path), mode
 
     def frames(self, plan: ClipPlan) -> Tensor:
-        """See `Peer`."""
+        """Returns uint8 [T, 3, SIZE, SIZE]."""
         from torchcodec.decoders import VideoDecoder
 
         decoder = VideoDecoder(self._path, seek_mode=self._mode, dimension_order="NHWC", num_ffmpeg_threads=1)
@@ -68,13 +68,13 @@ class TorchCodec:
 
 
 class PyAVSeek:
-    """PyAV by hand: seeks to each keyframe that is needed, decodes to the wanted frames."""
+    """PyAV: seeks to each keyframe that is needed and decodes up to the planned frames."""
 
     def __init__(self, path: Path, fps: float) -> None:
         self._path, self._fps = str(path), fps
 
     def frames(self, plan: ClipPlan) -> Tensor:
-        """See `Peer`."""
+        """Returns uint8 [T, 3, SIZE, SIZE]."""
         found: dict[int, Any] = {}
         wanted = sorted(set(plan.frames_T.tolist()))
         with av.open(self._path) as container:
@@ -96,13 +96,13 @@ class PyAVSeek:
 
 
 class PyAVLinear:
-    """PyAV from the start of the file to the last wanted frame."""
+    """PyAV: decodes from the start of the file to the last planned frame."""
 
     def __init__(self, path: Path) -> None:
         self._path = str(path)
 
     def frames(self, plan: ClipPlan) -> Tensor:
-        """See `Peer`."""
+        """Returns uint8 [T, 3, SIZE, SIZE]."""
         found: dict[int, Any] = {}
         wanted = set(plan.frames_T.tolist())
         with av.open(self._path) as container:
@@ -123,7 +123,7 @@ class Decord:
         self._path = str(path)
 
     def frames(self, plan: ClipPlan) -> Tensor:
-        """See `Peer`."""
+        """Returns uint8 [T, 3, SIZE, SIZE]."""
         import decord
 
         reader = decord.VideoReader(self._path, ctx=decord.cpu(0), num_threads=1)
@@ -131,13 +131,13 @@ class Decord:
 
 
 class Spdl:
-    """SPDL: demux, decode the wanted frames, crop and scale in a filter graph."""
+    """SPDL: demuxes, decodes the planned frames, crops and scales in a filter graph."""
 
     def __init__(self, path: Path, width: int, height: int) -> None:
         self._path, self._width, self._height = str(path), width, height
 
     def frames(self, plan: ClipPlan) -> Tensor:
-        """See `Peer`."""
+        """Returns uint8 [T, 3, SIZE, SIZE]."""
         import spdl.io
 
         left, top, right, bottom = crop_box(plan.crop, self._height, self._width)
@@ -154,13 +154,13 @@ class Spdl:
 
 
 class Dump:
-    """Ten JPEGs that were cut out once: the nearest of them stands for each planned frame."""
+    """Ten JPEGs that were extracted beforehand; the nearest one is used for each planned frame."""
 
     def __init__(self, folder: Path, num_frames: int) -> None:
         self._files, self._num_frames = sorted(folder.glob("*.jpg"), key=lambda p: int(p.stem)), num_frames
 
     def frames(self, plan: ClipPlan) -> Tensor:
-        """See `Peer`."""
+        """Returns uint8 [T, 3, SIZE, SIZE]."""
         count = len(self._files)
         places = (plan.frames_T * count // self._num_frames).clip(0, count - 1).tolist()
         pictures = [decode_jpeg(read_file(str(self._files[p])), ImageReadMode.RGB) for p in places]
@@ -168,21 +168,21 @@ class Dump:
 
 
 class _Planned(IterableDataset[Tensor]):
-    """Endless clips of a reader, in each worker process from another plan on."""
+    """Endless clips of a reader; each worker process starts at another plan."""
 
     def __init__(self, peer: Peer, plans: Sequence[ClipPlan]) -> None:
         self._peer, self._plans = peer, plans
 
     def __iter__(self) -> Iterator[Tensor]:
         torch.set_num_threads(1)
-        told = get_worker_info()
-        start = told.id if told is not None else 0
+        worker = get_worker_info()
+        start = worker.id if worker is not None else 0
         for i in count(start):
             yield self._peer.frames(self._plans[i % len(self._plans)])
 
 
 def processes(peer: Peer, plans: Sequence[ClipPlan], workers: int) -> Iterator[Tensor]:
-    """A reader in the worker processes of torch's DataLoader, as most people use one."""
+    """Runs a reader in the worker processes of torch's DataLoader."""
     loader = DataLoader(
         _Planned(peer, plans), batch_size=None, num_workers=workers, prefetch_factor=2,
         multiprocessing_context="forkserver",
@@ -191,7 +191,7 @@ def processes(peer: Peer, plans: Sequence[ClipPlan], workers: int) -> Iterator[T
 
 
 def peers_of(path: Path, clip: Clip) -> dict[str, Callable[[], Peer]]:
-    """The readers of a file, by name; those that cannot be loaded here are left out."""
+    """Returns the readers of a file by name, without those that cannot be loaded on this machine."""
     readers: dict[str, tuple[str, Callable[[], Peer]]] = {
         "torchcodec exact": ("torchcodec.decoders", lambda: TorchCodec(path, "exact")),
         "torchcodec approximate": ("torchcodec.decoders", lambda: TorchCodec(path, "approximate")),
@@ -205,11 +205,11 @@ def peers_of(path: Path, clip: Clip) -> dict[str, Callable[[], Peer]]:
 
 @functools.cache
 def loads(module: str) -> bool:
-    """Whether a module works here: torchcodec and SPDL need FFmpeg's libraries installed on the system."""
+    """Returns whether a module can be used; torchcodec and SPDL need FFmpeg's libraries on the system."""
     try:
         loaded = importlib.import_module(module)
         if module == "spdl.io":
-            loaded.decode_config()  # it looks for them at the first call
+            loaded.decode_config()  # loads FFmpeg's libraries
     except (ImportError, OSError, RuntimeError):
         return False
     return True

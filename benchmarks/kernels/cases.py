@@ -1,4 +1,4 @@
-"""The shapes that are measured, and how each implementation is held against the float64 reference."""
+"""The measured shapes, and the comparison of each implementation with the float64 reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastav_kernels.bottleneck_attention import IMPLEMENTATIONS, Segments
 from fastav_kernels.bottleneck_attention.reference import reference
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 1.2e-2}
-"""Largest relative error against float64 where SDPA's own is not the measure."""
+"""Largest relative error against float64, where it is not derived from SDPA's own error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,11 @@ class Case:
     """One shape of attention in a model.
 
     Attributes:
-        name: What it is.
+        name: Name of the case.
         segments: Sizes.
-        heads: H.
-        dim: d.
-        against: Other implementations that can be expected to be of use: not the dense mask where it takes too long.
+        heads: Number of heads H.
+        dim: Head width d.
+        against: Other implementations to compare with; the dense mask is left out where it would take too long.
     """
 
     name: str
@@ -35,23 +35,23 @@ class Case:
     against: tuple[str, ...] = ("sdpa", "masked", "flex")
 
     def small(self) -> Case:
-        """The same in small: one or two clips, two heads, for checking on any machine."""
+        """Returns a small version with one or two clips and two heads, for checks on any machine."""
         clips = 1 if self.segments.num_frames * self.segments.num_tokens > 1000 else 2
         return replace(self, segments=replace(self.segments, clips=clips), heads=2)
 
     def inputs(self, dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
-        """Random queries, keys and values that want a gradient."""
+        """Returns random queries, keys and values that require a gradient."""
         generator = torch.Generator(device).manual_seed(seed)
         shape = (self.segments.in_rows, 3, self.heads, self.dim)
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32).to(dtype).requires_grad_()
 
     @property
     def flops(self) -> float:
-        """Of the forward pass, pairs that meet alone; the backward pass has 2.5 times as many."""
+        """Useful operations of the forward pass; the backward pass has 2.5 times as many."""
         return 4.0 * self.dim * self.heads * self.segments.pairs
 
     def bytes(self, itemsize: int) -> tuple[float, float]:
-        """Least bytes of the forward and of the backward pass: each input read once, each output written once."""
+        """Returns the least traffic of forward and backward pass, bytes: inputs read once, outputs written once."""
         row = self.heads * self.dim * itemsize
         qkv, out = 3 * self.segments.in_rows * row, self.segments.out_rows * row
         return qkv + out, 2 * qkv + 2 * out
@@ -71,7 +71,7 @@ CASES = (
 
 
 def implementations(case: Case, device: str) -> list[str]:
-    """Which implementations are measured on a case; the kernel needs a GPU, and so does FlexAttention's gradient."""
+    """Returns the implementations to measure; the kernel and FlexAttention's gradient need a GPU."""
     if not device.startswith("cuda"):
         return [name for name in case.against if name != "flex"]
     return ["triton", *case.against, *(BACKENDS if case.segments.alone or not case.segments.num_bottleneck else ())]
@@ -82,11 +82,11 @@ BACKENDS = {
     "sdpa by FlashAttention": SDPBackend.FLASH_ATTENTION,
     "sdpa by CUTLASS": SDPBackend.EFFICIENT_ATTENTION,
 }
-"""What SDPA may choose from, where it is a single call; measured one by one, to tell which one it chose."""
+"""Backends of SDPA, measured one by one where SDPA is a single call, to find out which one it selects."""
 
 
 def implementation(name: str) -> Callable[[Tensor, Segments], Tensor]:
-    """Returns an implementation by its name; one of `BACKENDS` refuses what it cannot do."""
+    """Returns an implementation by its name; those of `BACKENDS` raise an error for an unsupported shape."""
     if name not in BACKENDS:
         return IMPLEMENTATIONS[name]
 
@@ -99,15 +99,15 @@ def implementation(name: str) -> Callable[[Tensor, Segments], Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """How far an implementation is from float64, relative to the norm.
+    """Errors of an implementation against float64, relative to the norm.
 
     Attributes:
-        case: Its name.
-        impl: Which.
-        dtype: Such as `bfloat16`.
-        forward: Of the output.
-        backward: Of the gradient.
-        allowed: Most of either.
+        case: Name of the case.
+        impl: Name of the implementation.
+        dtype: Type, such as `bfloat16`.
+        forward: Error of the output.
+        backward: Error of the gradient.
+        allowed: Largest error allowed for either.
         repeats: Whether two runs gave the same bits.
     """
 
@@ -121,7 +121,7 @@ class CaseResult:
 
     @property
     def good(self) -> bool:
-        """Whether both are allowed, and the kernel, which promises it, repeats."""
+        """Whether both errors are allowed, and the kernel is deterministic (others need not be)."""
         return max(self.forward, self.backward) <= self.allowed and (self.repeats or self.impl != "triton")
 
 
@@ -146,7 +146,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> Iterator[CaseResult]:
                 runs.append((made.detach(), torch.autograd.grad(made, qkv, dout)[0]))
             repeats = all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
             errors[impl] = (_apart(runs[0][0], out.detach()), _apart(runs[0][1], grad), repeats)
-        except Exception:  # whatever a compiler or a backend raises on a shape: it is wrong here, the others go on
+        except Exception:  # compilers and backends raise many types; this one counts as wrong, the others continue
             errors[impl] = (float("inf"), float("inf"), False)
         allowed = TOLERANCE[dtype]
         if device.startswith("cuda") and dtype != torch.float32:
@@ -157,7 +157,7 @@ def check(case: Case, dtype: torch.dtype, device: str) -> Iterator[CaseResult]:
 
 
 def _apart(found: Tensor, expected: Tensor) -> float:
-    """Relative distance; infinite where something was not written."""
+    """Returns the relative error; infinite if a value is not finite (outputs are poisoned with NaN)."""
     if not found.isfinite().all():
         return float("inf")
     return float((found.double() - expected).norm() / expected.norm())

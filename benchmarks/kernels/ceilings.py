@@ -1,4 +1,4 @@
-"""What a GPU can do at most, measured in the same run: copies, a large matrix product, and those of a ViT's layers."""
+"""Measured ceilings of a GPU: copies, a large matrix product, and the products of a ViT's layers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Ceiling:
     """A measured rate.
 
     Attributes:
-        name: Of what.
+        name: Name of the operation.
         unit: `GB/s` or `TFLOP/s`.
-        rate: Median and interval.
+        rate: Median rate with its interval.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Ceiling:
 
 
 def timed(run: Callable[[], object]) -> Callable[[], int]:
-    """Returns a function that runs something for a twentieth of a second on the GPU, and returns how often."""
+    """Returns a function that repeats `run` for about 0.05 s on the GPU and returns the number of repetitions."""
     torch.cuda.synchronize()
     once = _elapsed(run)
     count = max(3, min(200, round(_TURN_S / max(once, 1e-6))))
@@ -43,7 +43,7 @@ def timed(run: Callable[[], object]) -> Callable[[], int]:
 
 
 def _elapsed(run: Callable[[], object]) -> float:
-    """Seconds of the second of two runs: the first may compile."""
+    """Returns the seconds of the second of two runs; the first may compile."""
     run()
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
@@ -54,12 +54,12 @@ def _elapsed(run: Callable[[], object]) -> float:
 
 
 def ceilings(rows: int, width: int, rounds: int) -> list[Ceiling]:
-    """Measures copies of 2 GiB, bf16 products of 8192 cubed, and a layer's four products with their gradients.
+    """Measures copies of 2 GiB, bf16 products of 8192 cubed, and the matrix products of a ViT layer.
 
     Args:
-        rows: Of the layer's input.
-        width: Of the model; the MLP is four times as wide.
-        rounds: That count.
+        rows: Number of rows of the layer's input.
+        width: Width of the model; the MLP is four times as wide.
+        rounds: Number of measured rounds.
     """
     source = torch.empty(1 << 30, dtype=torch.bfloat16, device="cuda").normal_()
     target = torch.empty_like(source)

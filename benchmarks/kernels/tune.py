@@ -1,7 +1,6 @@
-"""`--tune`: times the candidates of every tile plan on this GPU, and where the kernels beat PyTorch's attention.
+"""`--tune`: times candidates of every tile plan on this GPU, and finds where the kernels beat PyTorch's attention.
 
-What it writes, `plans/sm_XX.json` of the kernels' package, is what every later run goes by; nothing is tuned at run
-time.
+It writes `plans/sm_XX.json` in the kernels' package, which all later runs use; nothing is tuned at run time.
 """
 
 from __future__ import annotations
@@ -36,30 +35,30 @@ _WIN_CLIPS, _WIN_FRAMES, _WIN_BOTTLENECK, _FINALISTS = 64, 8, 4, 6
 
 
 def tune(console: Console, rounds: int, only: str = "", folder: Path | None = None) -> list[str]:
-    """Tunes the plans for 16-bit numbers, then looks for wins; writes the file, and returns what it did in lines.
+    """Tunes the plans for 16-bit types, then measures wins; writes the file and returns a summary as lines of text.
 
     Args:
-        console: Is told of each plan that is found.
-        rounds: Of every measurement.
-        only: Only plans and wins whose name has this text, such as `forward, heads of 64`.
-        folder: Where the file goes; None for the kernels' package.
+        console: Console to which each new plan is printed.
+        rounds: Rounds of every measurement.
+        only: Only plans and wins whose name contains this text, such as `forward, heads of 64`.
+        folder: Folder of the file; None for the kernels' package.
     """
     architecture = architecture_of(torch.cuda.get_device_capability())
     chip, known = chip_of(torch.device("cuda")), read_plans(architecture)
     inside = Path(str(resources.files("fastav_kernels.bottleneck_attention").joinpath("plans")))
     file = (folder or inside) / f"{architecture}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    told, plans = [], list(known.plans)
+    lines, plans = [], list(known.plans)
     for plan in known.plans:
         if plan.num_bytes != 2 or only not in (name := _name(plan)):
             continue
         best, gain = _fastest(plan, stage_of(plan), chip, rounds)
         if best != plan:
-            plans.insert(plans.index(plan), best)  # before the other, which chips with less memory may need
+            plans.insert(plans.index(plan), best)  # before the old one, which chips with less memory may need
             plans = reachable(plans)
-            told.append(f"{name}: {_tiles(plan)} -> {_tiles(best)}, {gain:.2f} times as fast")
-            console.print(told[-1], highlight=False)
-        write_plans(file, _measured(), plans, known.wins)  # what is found is kept, whatever comes
+            lines.append(f"{name}: {_tiles(plan)} -> {_tiles(best)}, {gain:.2f} times as fast")
+            console.print(lines[-1], highlight=False)
+        write_plans(file, _measured(), plans, known.wins)  # after each plan, so that an abort loses nothing
     wins = [win for win in known.wins if only not in _win_name(win.frames, win.head_dim)]
     with patch.object(launch, "plan_for", functools.partial(plan_among, tuple(plans))):
         for found in _wins(console, rounds, only):
@@ -67,11 +66,11 @@ def tune(console: Console, rounds: int, only: str = "", folder: Path | None = No
             write_plans(file, _measured(), plans, wins)
     read_plans.cache_clear()
     names = ", ".join(f"{w.frames} {w.min_tokens}-{w.max_tokens} x{w.ratio}" for w in wins)
-    return [*told, f"wins: {names or 'none'}", f"plans: {file}"]
+    return [*lines, f"wins: {names or 'none'}", f"plans: {file}"]
 
 
 def reachable(plans: Sequence[LaunchPlan]) -> list[LaunchPlan]:
-    """Drops plans that are never chosen, as one before takes sequences as long with as little memory."""
+    """Drops plans that are never chosen: an earlier one covers the same lengths with no more shared memory."""
     kept: list[LaunchPlan] = []
     for plan in plans:
         hidden = any(
@@ -88,7 +87,7 @@ def reachable(plans: Sequence[LaunchPlan]) -> list[LaunchPlan]:
 def plan_among(
     plans: Sequence[LaunchPlan], kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int
 ) -> LaunchPlan | None:
-    """As `plan_for`, of plans that are not in a file yet."""
+    """Selects a plan as `plan_for` does, from plans that are not in a file yet."""
     fitting = (p for p in plans if (p.kernel, p.head_dim, p.num_bytes) == (kernel, head_dim, num_bytes))
     return next((p for p in fitting if keys <= p.max_keys and p.shared_bytes <= chip.shared_bytes), None)
 
@@ -102,14 +101,14 @@ def _win_name(frames: str, dim: int) -> str:
 
 
 def stage_of(plan: LaunchPlan) -> Case:
-    """Returns the case on which a plan is timed: sequences as long as it is made for, 197 tokens at most or 577."""
+    """Returns the case on which a plan is timed: sequences of the length that the plan is for, at most 577 tokens."""
     tokens = {64: 60, 128: 124, 256: 197}.get(plan.max_keys, 197 if plan.kernel == "forward" else 577)
     segments = Segments(_WIN_CLIPS if tokens < 577 else 16, 8, tokens, 4, "shared")
     return Case(f"{tokens} tokens", segments, heads=768 // plan.head_dim, dim=plan.head_dim)
 
 
 def candidates(plan: LaunchPlan) -> Iterator[LaunchPlan]:
-    """Yields other ways to cut the same work."""
+    """Yields plans with other tile sizes, warps and stages."""
     columns = (plan.block_n,) if plan.kernel == "backward_whole" else (32, 64, 128)
     for m, n, warps, stages in itertools.product((16, 32, 64, 128), columns, (4, 8), (1, 2, 3)):
         if m * n <= 128 * 256:
@@ -117,13 +116,13 @@ def candidates(plan: LaunchPlan) -> Iterator[LaunchPlan]:
 
 
 def _fastest(plan: LaunchPlan, case: Case, chip: Chip, rounds: int) -> tuple[LaunchPlan, float]:
-    """Returns the plan that is proven faster than the given one, or that one, and how many times faster."""
+    """Returns a plan that is significantly faster than `plan`, or else `plan`, and the speed relative to `plan`."""
     fitting = [plan, *(one for one in _compiled(list(candidates(plan)), case, chip) if _tiles(one) != _tiles(plan))]
     turns: dict[str, Callable[[], int]] = {}
     for one in fitting:
         try:
             turns[_tiles(one)] = timed(_runner(one, case))
-        except Exception:  # launches that the device refuses; whatever Triton raises
+        except Exception:  # the launch fails on this device; Triton raises many types
             if one is plan:
                 raise
     rough = interleave(turns, 3)
@@ -140,26 +139,26 @@ def _fastest(plan: LaunchPlan, case: Case, chip: Chip, rounds: int) -> tuple[Lau
 
 
 def _most_shared(plan: LaunchPlan, case: Case, chip: Chip) -> int:
-    """Shared memory of a program, for the kind of frames that takes most of it."""
+    """Returns the largest shared memory of a program over all kinds of frames."""
     kinds: tuple[Frames, ...] = ("shared", "mean", "joint")
     cases = [replace(case.segments, frames=kind, num_frames=1 if kind == "joint" else 8) for kind in kinds]
     return max(usage_of(plan, chip.architecture, one, torch.bfloat16, case.heads).shared for one in cases)
 
 
 def _compiled(wanted: Sequence[LaunchPlan], case: Case, chip: Chip) -> list[LaunchPlan]:
-    """Returns the plans that compile without spilling and fit into shared memory, with what they take of it."""
+    """Returns the plans that compile without spilling and fit into shared memory, with `shared_bytes` set."""
     jobs = [(plan, chip.architecture, case.segments, case.heads) for plan in wanted]
-    # A compiler that crashes, or hangs, takes its process along and no other candidate.
+    # In processes: a compiler that crashes or hangs does not affect other candidates.
     found = [done.result for done in run_jobs(jobs, tried, num_cores(), patience_s=60.0)]
     return [plan for plan in found if plan is not None and plan.shared_bytes <= chip.shared_bytes]
 
 
 def tried(job: tuple[LaunchPlan, str, Segments, int]) -> LaunchPlan | None:
-    """Compiles a plan; returns it with the shared memory that it takes, None where it is of no use."""
+    """Compiles a plan; returns it with its shared memory, or None if it cannot be used."""
     plan, architecture, segments, heads = job
     try:
         usage = usage_of(plan, architecture, segments, torch.bfloat16, heads)
-    except Exception:  # whatever the compiler raises: then it is no candidate
+    except Exception:  # the compiler raises many types; the plan is not a candidate
         return None
     if faults(plan, architecture, usage, torch.bfloat16):
         return None
@@ -167,7 +166,7 @@ def tried(job: tuple[LaunchPlan, str, Segments, int]) -> LaunchPlan | None:
 
 
 def _runner(plan: LaunchPlan, case: Case) -> Callable[[], object]:
-    """Returns a function that runs the passes that have the plan's kernel, with this plan."""
+    """Returns a function that runs the pass of the plan's kernel with this plan."""
 
     def chosen(kernel: str, chip: Chip, head_dim: int, num_bytes: int, keys: int) -> LaunchPlan | None:
         if kernel == plan.kernel:
@@ -190,7 +189,7 @@ def _runner(plan: LaunchPlan, case: Case) -> Callable[[], object]:
 
 
 def _wins(console: Console, rounds: int, only: str) -> Iterator[Win]:
-    """Yields the ranges of tokens, at the ends measured, for which both passes together beat SDPA."""
+    """Yields the measured ranges of tokens for which forward plus backward pass beat SDPA."""
     kinds: tuple[Frames, ...] = ("shared", "mean")
     for frames, dim, need_bottleneck in itertools.product(kinds, (64, 32, 128), (True, False)):
         if only not in _win_name(frames, dim):
@@ -210,7 +209,7 @@ def _wins(console: Console, rounds: int, only: str) -> Iterator[Win]:
 def winning_ranges(
     frames: str, dim: int, need_bottleneck: bool, ratios: Sequence[tuple[int, float, float]]
 ) -> Iterator[Win]:
-    """Neighbouring measured shapes that all win are one range."""
+    """Merges neighbouring measured shapes that win into ranges."""
     for wins, group in itertools.groupby(ratios, key=lambda one: one[1] > 1):
         if wins:
             shapes = list(group)
@@ -226,7 +225,7 @@ def _step(case: Case, impl: str) -> Callable[[], object]:
 
 
 def write_plans(file: Path, measured: str, plans: Sequence[LaunchPlan], wins: Sequence[Win]) -> None:
-    """Writes a file of plans, one plan a line."""
+    """Writes a file of plans, one plan per line."""
 
     def listed(rows: Sequence[Any]) -> str:
         return ",\n".join(f"  {json.dumps(asdict(row))}" for row in rows)

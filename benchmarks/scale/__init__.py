@@ -1,13 +1,13 @@
 """Weak and strong scaling: `python -m benchmarks scale [RECIPE] [--ranks 1,2,4] [--section.key value ...]`.
 
-Each number of ranks is started in turn (1 2 4, 4 2 1, ...), and measures, interleaved: steps with as many clips for
-each rank as one has, steps whose clips all share, both with and without sending gradients, the real loop, and
-all-reduces. Efficiency is against one rank; the share of the all-reduce is what a step takes longer with it than
-without. The model on paper (`benchmarks/scaling.md`) gets what one rank and the links of the smallest group show,
-and is held against the rest.
+Starts each number of ranks in turn (1 2 4, 4 2 1, ...). Each start measures in alternation: steps with the same clips
+per rank (weak), steps with the same clips in total (strong), both with and without the all-reduce of gradients, the
+training loop, and all-reduces alone. Efficiency is relative to one rank. The share of the all-reduce is the additional
+time of a step with it. The analytical model (`benchmarks/scaling.md`) is fitted to one rank and to the links of the
+smallest group, and compared with the other measurements.
 
 Several nodes: run `python -m benchmarks.scale.rank` under torchrun or srun for each number of nodes, then
-`python -m benchmarks scale --files FILE ...`. `--paper` measures nothing: it prints what the model makes of given
+`python -m benchmarks scale --files FILE ...`. `--paper` measures nothing; it prints the model's prediction for given
 numbers, up to 1,024 ranks.
 """
 
@@ -39,7 +39,7 @@ from fastav.core.errors import FastavError, UserError
 from fastav.recipe.parse import load_recipe
 
 KINDS = ("weak", "strong")
-_PATIENCE_S = 3600  # of one start
+_PATIENCE_S = 3600  # timeout of one start
 _ALIKE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "batch": lambda one: one["batch"], "recipe": lambda one: one["recipe"], "GPU": lambda one: one["machine"]["gpu"],
     "torch": lambda one: one["versions"]["torch"], "threads": lambda one: one["threads"],
@@ -50,14 +50,14 @@ _SHARDED = ("fsdp", "zero3")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options that the suite and its ranks share."""
-    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="what to train")
-    parser.add_argument("--steps", type=int, default=8, help="optimizer steps of a turn (8)")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each mode in one start of the ranks (5)")
-    parser.add_argument("--quick", action="store_true", help="one short start of 1 and 2 ranks: whether it runs")
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="recipe to train")
+    parser.add_argument("--steps", type=int, default=8, help="optimizer steps per turn (8)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each mode per start of the ranks (5)")
+    parser.add_argument("--quick", action="store_true", help="one short start of 1 and 2 ranks: a functional test")
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Reads the suite's options; what is left are keys of the recipe, in `overrides`."""
+    """Parses the suite's options; overrides of recipe keys are in `overrides`."""
     parser = Parser(prog="python -m benchmarks scale", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_arguments(parser)
@@ -66,24 +66,24 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--ranks", default=counts, metavar="N,M", help=f"numbers of ranks ({counts})")
     parser.add_argument("--rounds", type=int, default=5, help="starts of each number of ranks (5)")
     parser.add_argument(
-        "--config", metavar="FILE", help="an accelerate config: the strategy of more than one rank (DDP)"
+        "--config", metavar="FILE", help="accelerate config with the strategy for more than one rank (default: DDP)"
     )
-    parser.add_argument("--footage", type=Path, metavar="FILE", help="a real video of 10 s for the clips that are made")
-    parser.add_argument("--folder", type=Path, help="keep clips and files of the ranks here; default: a temporary one")
-    parser.add_argument("--files", nargs="+", type=Path, metavar="FILE", help="take what ranks have measured already")
-    parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
-    paper = parser.add_argument_group("on paper alone")
-    paper.add_argument("--paper", action="store_true", help="measure nothing, compute")
-    paper.add_argument("--step-ms", type=float, help="of one rank without others")
-    paper.add_argument("--clips", type=int, default=64, help="of that step, which ranks may share (64)")
-    paper.add_argument("--gradient-mb", type=float, help="what is reduced in a step")
-    paper.add_argument("--bucket-mb", type=float, default=25.0, help="in pieces of (25)")
-    paper.add_argument("--inside", default="0,0", metavar="GB/S,US", help="link inside a node: bandwidth and latency")
+    parser.add_argument("--footage", type=Path, metavar="FILE", help="real video of 10 s for the generated clips")
+    parser.add_argument("--folder", type=Path, help="keep clips and rank files here (default: a temporary folder)")
+    parser.add_argument("--files", nargs="+", type=Path, metavar="FILE", help="evaluate files of earlier measurements")
+    parser.add_argument("--out", type=Path, help="JSON file of the result (in benchmarks/results/)")
+    paper = parser.add_argument_group("prediction without measurement")
+    paper.add_argument("--paper", action="store_true", help="predict from the options below, measure nothing")
+    paper.add_argument("--step-ms", type=float, help="duration of a step on a single rank, ms")
+    paper.add_argument("--clips", type=int, default=64, help="clips of that step; divided in strong scaling (64)")
+    paper.add_argument("--gradient-mb", type=float, help="size of the gradients that are reduced in a step, MB")
+    paper.add_argument("--bucket-mb", type=float, default=25.0, help="size of a bucket of gradients, MB (25)")
+    paper.add_argument("--inside", default="0,0", metavar="GB/S,US", help="link within a node: bandwidth and latency")
     paper.add_argument("--between", default="0,0", metavar="GB/S,US", help="link of one rank to other nodes")
-    paper.add_argument("--per-node", type=int, default=8, help="ranks of a node (8)")
-    paper.add_argument("--jitter-ms", type=float, default=0.0, help="standard deviation of a rank's step (0)")
-    paper.add_argument("--fixed-ms", type=float, default=0.0, help="of the step, what does not shrink with it (0)")
-    paper.add_argument("--sharded", action="store_true", help="FSDP or ZeRO-3: half as much traffic again")
+    paper.add_argument("--per-node", type=int, default=8, help="ranks per node (8)")
+    paper.add_argument("--jitter-ms", type=float, default=0.0, help="standard deviation of a rank's step, ms (0)")
+    paper.add_argument("--fixed-ms", type=float, default=0.0, help="part of a step independent of its clips, ms (0)")
+    paper.add_argument("--sharded", action="store_true", help="FSDP or ZeRO-3: 1.5 times the traffic")
     own, overrides = split_keys(words)
     args = parser.parse_args(own)
     args.overrides = overrides
@@ -107,29 +107,29 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     series, dashed = report(found, console, measured, args.between)
     path = results.write(found, args.out)
-    labels = ("ranks", "efficiency against one rank")
-    picture = lines(found, series, path.with_suffix(".png"), labels, dashed)
-    console.print(f"{path} and {picture}", highlight=False, soft_wrap=True)
+    labels = ("ranks", "efficiency relative to one rank")
+    plot = lines(found, series, path.with_suffix(".png"), labels, dashed)
+    console.print(f"wrote {path} and {plot}", highlight=False, soft_wrap=True)
     return 0
 
 
 def launch(args: argparse.Namespace, folder: Path, console: Console) -> list[Path]:
-    """Starts each number of ranks in turning order; returns the files that they wrote.
+    """Starts each number of ranks in alternating order; returns the files that they wrote.
 
     Raises:
         FastavError: A start failed.
-        UserError: The numbers of ranks are none.
+        UserError: `--ranks` is wrong, or the batch cannot be divided by one of its numbers.
     """
     try:
         counts = [int(count) for count in args.ranks.split(",")]
     except ValueError:
         raise UserError(f"--ranks {args.ranks}: expected numbers, such as 1,2,4") from None
     if 1 not in counts:
-        raise UserError(f"--ranks {args.ranks}: expected 1 among them, which efficiency is against")
+        raise UserError(f"--ranks {args.ranks}: expected 1 among them, because efficiency is relative to one rank")
     path, words = prepared(args.recipe, args.overrides, args.footage, folder)
     batch = load_recipe(path, words).train.batch
     if any(batch % count for count in (*counts, 2)):
-        raise UserError(f"train.batch = {batch}: --ranks {args.ranks} cannot all share it, or it cannot be halved")
+        raise UserError(f"train.batch = {batch}: expected an even multiple of all --ranks {args.ranks}")
     files = []
     for number in range(args.rounds):
         for count in counts if number % 2 == 0 else counts[::-1]:
@@ -144,14 +144,14 @@ def launch(args: argparse.Namespace, folder: Path, console: Console) -> list[Pat
 
 
 def _start(count: int, rank: Sequence[str], config: str | None, log: Path) -> None:
-    """Starts so many ranks and waits for them.
+    """Starts `count` ranks and waits for them.
 
     Raises:
-        UserError: They say that something was asked for wrongly.
-        FastavError: They failed, or took too long.
+        UserError: The ranks report a wrong option, key or file.
+        FastavError: The ranks failed or timed out.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    # A rank computes with one thread on a CPU, so that more ranks are more cores until there are no more.
+    # On a CPU a rank computes with one thread, so that more ranks use more cores, up to the number of cores.
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     if config:
         environment["FASTAV_ACCELERATE_CONFIG"] = config
@@ -161,11 +161,11 @@ def _start(count: int, rank: Sequence[str], config: str | None, log: Path) -> No
                 [*launcher, *rank], env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=_PATIENCE_S
             )
     except subprocess.TimeoutExpired:
-        raise FastavError(f"{count} ranks did not end within {_PATIENCE_S} s; see {log}") from None
+        raise FastavError(f"{count} ranks timed out after {_PATIENCE_S} s; see {log}") from None
     if done.returncode:
-        told = [line for line in log.read_text().splitlines() if line.startswith("benchmarks: ")]
-        if told:
-            raise UserError(f"{count} ranks: {told[0].removeprefix('benchmarks: ')}")
+        errors = [line for line in log.read_text().splitlines() if line.startswith("benchmarks: ")]
+        if errors:
+            raise UserError(f"{count} ranks: {errors[0].removeprefix('benchmarks: ')}")
         raise FastavError(f"{count} ranks ended with {done.returncode}; see {log}:\n{log.read_text()[-2000:]}")
 
 
@@ -174,15 +174,15 @@ def _read(file: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(file.read_text())
         found["world"], found["step_s"], found["machine"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not what benchmarks.scale.rank writes: {error!r}") from None
+        raise UserError(f"{file}: not a file written by benchmarks.scale.rank: {error!r}") from None
     return found
 
 
 def check_alike(measured: Sequence[dict[str, Any]]) -> None:
-    """Refuses files that cannot be compared.
+    """Checks that the files can be compared.
 
     Raises:
-        UserError: Naming what differs.
+        UserError: They differ in batch, recipe, GPU, torch version or threads; the message names it.
     """
     first = measured[0]
     for other in measured[1:]:
@@ -197,10 +197,10 @@ def check_alike(measured: Sequence[dict[str, Any]]) -> None:
 def report(
     found: dict[str, Any], console: Console, measured: Sequence[dict[str, Any]], between: str
 ) -> tuple[Any, Any]:
-    """Adds and prints all figures; returns the lines of the picture, and those that were computed."""
+    """Adds and prints all results; returns the measured and the predicted lines of the plot."""
     counts = sorted({one["world"] for one in measured})
     if counts[0] != 1:
-        raise UserError("no file of one rank, which efficiency is against")
+        raise UserError("no file of a single rank, to which efficiency is relative; measure with --ranks 1,...")
     check_alike(measured)
     first = next(one for one in measured if one["world"] == 1)
     found |= {key: first[key] for key in ("machine", "versions", "recipe")}
@@ -208,38 +208,42 @@ def report(
     found["work"] = {key: many[key] for key in ("strategy", "batch", "gradient_mb", "bucket_mb", "threads", "device")}
     paper = _on_paper(measured, between)
     table = Table(title=f"{many['strategy']}, {first['batch']} clips, {first['gradient_mb']:.1f} MB of gradients")
-    for column in ("", "ms a step", "efficiency", "on paper", "send %", "loop"):
+    for column in ("", "ms/step", "efficiency", "predicted", "all-reduce %", "loop"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     series: dict[str, list[Any]] = {kind: [] for kind in KINDS}
     for kind in KINDS:
         for count in counts:
             row = _row(found, measured, kind, count)
             series[kind].append((count, row["efficiency"].median, row["efficiency"].low, row["efficiency"].high))
-            told = paper[kind].get(count)
-            off = "" if told is None else f"{told:.2f} ({100 * (told / row['efficiency'].median - 1):+.0f}%)"
+            predicted = paper[kind].get(count)
+            off = ""
+            if predicted is not None:
+                off = f"{predicted:.2f} ({100 * (predicted / row['efficiency'].median - 1):+.0f}%)"
             ms, share, loop = (short(row[key].median) if key in row else "" for key in ("ms", "share", "loop"))
             table.add_row(f"{kind}, {count}", ms, str(row["efficiency"]), off, share, loop)
-            found["runs"].append({"variant": f"{kind}, {count} ranks", "repeat": 0, "paper_efficiency": told})
+            found["runs"].append({"variant": f"{kind}, {count} ranks", "repeat": 0, "paper_efficiency": predicted})
     console.print(table)
     found["paper"] = paper["inputs"]
-    console.print(f"on paper from {paper['inputs']}", highlight=False, soft_wrap=True)
+    console.print(f"predicted from {paper['inputs']}", highlight=False, soft_wrap=True)
     for count, one in paper.get("all_reduce", {}).items():
         found["runs"].append({"variant": f"all-reduce, {count} ranks", "repeat": 0, **one})
-        told = f"{one['mb']:.3g} MB over {count} ranks: {one['measured_ms']:.3g} ms, on paper {one['paper_ms']:.3g}"
-        console.print(told, highlight=False)
+        took = f"{one['measured_ms']:.3g} ms, predicted {one['paper_ms']:.3g} ms"
+        console.print(f"all-reduce of {one['mb']:.3g} MB over {count} ranks: {took}", highlight=False)
     if between == "0,0" and counts[1:] and counts[1] > max(one["per_node"] for one in measured) > 1:
-        found["notes"].append("no run on a whole node: on paper, links between nodes are those inside; give --between")
+        found["notes"].append(
+            "no run within one node: the prediction uses the same link within and between nodes; give --between"
+        )
     if first["device"] == "cpu" and counts[-1] * first["threads"] > first["cores"]:
-        found["notes"].append(f"more ranks than the {first['cores']} cores: they share them")
+        found["notes"].append(f"the ranks have more threads than the machine has cores ({first['cores']})")
     for note in found["notes"]:
         console.print(note, highlight=False)
     return series, {kind: sorted(paper[kind].items()) for kind in KINDS if paper[kind]}
 
 
 def _row(found: dict[str, Any], measured: Sequence[dict[str, Any]], kind: str, count: int) -> dict[str, MedianInterval]:
-    """What was measured of one number of ranks."""
+    """Returns and adds the measurements of one number of ranks."""
     named = kind if count > 1 else "weak"
-    share = 1 if kind == "weak" else count  # what perfect ranks would take of the step of one
+    share = 1 if kind == "weak" else count  # ideal ratio of the step time of one rank to that of `count` ranks
     alone, groups = _starts(measured, 1, "weak: model"), _starts(measured, count, f"{named}: model")
     many, apart = np.concatenate(groups), np.concatenate(_starts(measured, count, f"{named}: apart") or [np.empty(0)])
     clips = measured[0]["batch"] * (count if kind == "weak" else 1)
@@ -261,12 +265,12 @@ def _row(found: dict[str, Any], measured: Sequence[dict[str, Any]], kind: str, c
 
 
 def _starts(measured: Sequence[dict[str, Any]], count: int, mode: str) -> list[Any]:
-    """Seconds of a step, of the turns of each start."""
+    """Returns for each start the seconds per step of its turns."""
     return [np.array(one["step_s"][mode]) for one in measured if one["world"] == count and mode in one["step_s"]]
 
 
 def _all_reduces(measured: Sequence[dict[str, Any]], count: int) -> list[tuple[float, float]]:
-    """(MB, median seconds) of all-reduces over so many ranks."""
+    """Returns (MB, median seconds) of all-reduces over `count` ranks."""
     files = [one for one in measured if one["world"] == count and one["all_reduce_s"]]
     return [
         (mb, float(np.median([s for one in files for s in one["all_reduce_s"][place][1]])))
@@ -275,7 +279,7 @@ def _all_reduces(measured: Sequence[dict[str, Any]], count: int) -> list[tuple[f
 
 
 def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any]:
-    """Efficiencies that the model predicts, from one rank's steps and the links of the smallest group."""
+    """Returns the efficiencies that the model predicts from one rank and the links of the smallest group."""
     first = next(one for one in measured if one["world"] == 1)
     counts = sorted({one["world"] for one in measured})
     if len(counts) < 2:
@@ -312,31 +316,31 @@ def _on_paper(measured: Sequence[dict[str, Any]], between: str) -> dict[str, Any
 
 
 def links(measured: Sequence[dict[str, Any]], counts: Sequence[int], per_node: int, between: str) -> tuple[Link, Link]:
-    """The link inside a node and the one between nodes: given, or what the smallest groups show.
+    """Returns the links within a node and between nodes, from `--between` or fitted to the smallest groups.
 
     Args:
-        measured: What the files of ranks hold.
+        measured: Content of the ranks' files.
         counts: Their numbers of ranks, ascending.
-        per_node: Ranks of a node.
-        between: The link between nodes as `GB/S,US`; `0,0` where it is to be found.
+        per_node: Ranks per node.
+        between: Link between nodes as `GB/S,US`; `0,0`: fit it.
     """
     inside = fitted(_all_reduces(measured, counts[1]), counts[1])
     if between != "0,0":
         return inside, _link("--between", between)
     far = next((count for count in counts if count > per_node), None)
-    if far is None or far == counts[1]:  # no other nodes, or none that was measured alone
+    if far is None or far == counts[1]:  # a single node, or no measurement within one
         return inside, inside
     return inside, fitted_between(_all_reduces(measured, far), -(-far // per_node), per_node, inside)
 
 
 def show_paper(args: argparse.Namespace, console: Console) -> None:
-    """Prints what the model makes of given numbers.
+    """Prints the prediction for given numbers.
 
     Raises:
-        UserError: One is missing.
+        UserError: A required option is missing.
     """
     if not args.step_ms or not args.gradient_mb:
-        raise UserError("--paper: expected --step-ms and --gradient-mb, and --inside and --between as GB/S,US")
+        raise UserError("--paper needs --step-ms and --gradient-mb, and --inside and --between as GB/S,US")
     cluster = Cluster(_link("--inside", args.inside), _link("--between", args.between), args.per_node)
     work = Work(
         args.step_ms / 1e3, args.gradient_mb, args.fixed_ms / 1e3, args.bucket_mb, jitter_s=args.jitter_ms / 1e3,
@@ -347,15 +351,15 @@ def show_paper(args: argparse.Namespace, console: Console) -> None:
 
 
 def paper_table(work: Work, cluster: Cluster, clips: int) -> list[str]:
-    """The prediction as lines of Markdown; strong scaling ends with a clip for each rank."""
+    """Returns the prediction as a Markdown table; strong scaling ends at one clip per rank."""
     found = [
-        "| ranks | ms a step | transfers, ms | waited for, ms | slowest rank, ms | weak | strong |",
+        "| ranks | ms/step | transfers, ms | exposed transfers, ms | slowest rank, ms | weak | strong |",
         "|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for (one, efficiency), (_, shared) in zip(weak(work, _FAR, cluster), strong(work, _FAR, cluster), strict=True):
         times = (one.seconds, one.communication_s, one.exposed_s, one.straggling_s)
-        told = " | ".join(f"{1e3 * seconds:.1f}" for seconds in times)
-        found.append(f"| {one.ranks} | {told} | {efficiency:.3f} | {f'{shared:.3f}' if one.ranks <= clips else ''} |")
+        cells = " | ".join(f"{1e3 * seconds:.1f}" for seconds in times)
+        found.append(f"| {one.ranks} | {cells} | {efficiency:.3f} | {f'{shared:.3f}' if one.ranks <= clips else ''} |")
     return found
 
 
@@ -365,5 +369,5 @@ def _link(option: str, words: str) -> Link:
     except ValueError:
         raise UserError(f"{option} {words}: expected GB/S,US, such as 450,3") from None
     if bandwidth <= 0:
-        raise UserError(f"{option} {words}: expected a bandwidth above 0, as GB/S,US, such as 450,3")
+        raise UserError(f"{option} {words}: expected a bandwidth above 0 in GB/S,US, such as 450,3")
     return Link(bandwidth, latency)

@@ -1,8 +1,9 @@
-"""One rank of a measurement of scaling; all of a job run it: `torchrun ... -m benchmarks.scale.rank RECIPE --out FILE`.
+"""Measures scaling on all ranks of a job: `torchrun ... -m benchmarks.scale.rank RECIPE --out FILE`.
 
-In turns: weak scaling (`train.batch` clips for each rank) and strong (`train.batch` for all), each as steps on a batch
-that stays on the device, the same without sending gradients (DDP), and the real loop; and all-reduces of several sizes
-by themselves. Rank 0 writes what was measured; `python -m benchmarks scale --files FILE ...` makes figures of it.
+In alternation: weak scaling (`train.batch` clips per rank) and strong scaling (`train.batch` clips in total), each with
+steps on a batch that stays on the device, the same without the all-reduce of gradients (DDP), and the training loop;
+then all-reduces of several sizes. Rank 0 writes the measurements; `python -m benchmarks scale --files FILE ...`
+evaluates them.
 """
 
 from __future__ import annotations
@@ -34,16 +35,16 @@ from fastav.recipe.schema import Recipe
 from fastav.training.ranks import shutdown
 
 SIZES_MB = (0.004, 0.25, 1.0, 4.0)
-"""Of the all-reduces that tell bandwidth from latency, beside one of the whole gradient."""
+"""Sizes of the all-reduces that separate bandwidth from latency, in addition to one of all gradients."""
 _REPEATS = 7
 
 
 def main(words: Sequence[str]) -> int:
-    """Measures; on all ranks of the job."""
+    """Measures and writes the file; all ranks of the job must call it."""
     parser = Parser(prog="benchmarks.scale.rank", description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--folder", type=Path, help="for run folders, shared by all nodes")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON")
+    parser.add_argument("--folder", type=Path, help="folder for run folders, shared by all nodes")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     own, overrides = split_keys(words)
     args = parser.parse_args(own)
     recipe = load_recipe(args.recipe, [*overrides, "--data.test", "", "--train.eval_every", "0"])
@@ -56,21 +57,21 @@ def main(words: Sequence[str]) -> int:
 
 
 def measure(recipe: Recipe, folder: Path, steps: int, turns: int, *, warm: bool = True) -> dict[str, Any]:
-    """Runs all turns; returns what a file of one world size holds.
+    """Runs all turns and returns the content of the file.
 
     Raises:
-        UserError: The ranks do not know of each other, or cannot share the batch.
+        UserError: The ranks were started without WORLD_SIZE, or cannot share the batch.
     """
     world, tasks = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("SLURM_NTASKS", "1"))
     if tasks > 1 and "WORLD_SIZE" not in os.environ and "SLURM_PROCID" in os.environ:
         raise UserError(
             f"srun started {tasks} tasks, but WORLD_SIZE is not set: each would measure alone; "
-            "FASTAV_VERB=scale sbatch launch/slurm/train.sbatch sets it, or start them by torchrun"
+            "FASTAV_VERB=scale sbatch launch/slurm/train.sbatch sets it, or start them with torchrun"
         )
     batch = recipe.train.batch
     if batch % world or batch % 2:
-        raise UserError(f"train.batch = {batch}: {world} ranks cannot share it, or it cannot be halved")
-    # On one rank both kinds are the same, and half of the batch tells what of a step does not shrink with it.
+        raise UserError(f"train.batch = {batch}: expected a multiple of {world} ranks, and an even number")
+    # On one rank both kinds are the same; half of the batch shows the part of a step that does not shrink with it.
     batches = {"weak": batch * world, "strong": batch} if world > 1 else {"weak": batch, "half": batch // 2}
     benches = {}
     for kind, clips in batches.items():
@@ -103,14 +104,14 @@ def measure(recipe: Recipe, folder: Path, steps: int, turns: int, *, warm: bool 
 
 
 def _gradient_mb(bench: Bench, recipe: Recipe) -> float:
-    """What is reduced in a step."""
+    """Returns the size of the gradients that are reduced in a step, MB."""
     trained = [p for p in bench.state.model.parameters() if p.requires_grad]
-    count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)  # ZeRO-3 leaves nothing of them in place
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in trained)  # under ZeRO-3 a parameter's own size is 0
     return count * (2 if recipe.train.reduce_dtype == "bf16" else 4) / 1e6
 
 
 def _all_reduces(device: torch.device, gradient_mb: float) -> list[tuple[float, list[float]]]:
-    """(MB, seconds of each repeat)."""
+    """Times all-reduces of several sizes; returns (MB, seconds of each repeat)."""
     found = []
     for mb in sorted({*SIZES_MB, round(gradient_mb, 3)}):
         tensor = torch.ones(max(1, int(mb * 1e6 / 4)), device=device)

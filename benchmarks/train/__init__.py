@@ -1,15 +1,15 @@
-"""The real loop, and what holds it up: `python -m benchmarks train [RECIPE] [--section.key value ...]`.
+"""The training loop and its bottleneck: `python -m benchmarks train [RECIPE] [--section.key value ...]`.
 
-In turns, in one process, with the trainer's own step and loader: batches alone; the model alone, on a batch that stays
-on the device; both, as a run does; and the model while batches are made and thrown away (under DDP also the model
-without sending gradients). From these follow overlap efficiency (the slower side alone over both together),
-interference, the wait of the host beside the idle time of the device, joules a clip, and the name of what binds with
-the knob to turn. `--vary optim.ema=0,0.999` (any key) measures variants beside each other, A B B A, with a verdict from
-the interval of the pairs.
+Measures in alternation, in one process, with the trainer's own step and loader: loading batches alone; the model alone,
+on a batch that stays on the device; both, as in a run; and the model while batches are loaded and discarded (under DDP
+also the model without the all-reduce of gradients). From these follow overlap efficiency (the slower of loading and
+model over both together), interference, waiting time of the host, idle time of the device, joules per clip, and the
+bottleneck with the setting to change. `--vary optim.ema=0,0.999` (any key) compares variants in alternation (A B B A),
+with a verdict from the interval of the paired ratios.
 
-Without a recipe: two ViT-B/16 towers in bf16 on a GPU, `launch/recipes/small.toml` without one. Without a manifest:
-clips that are made and packed for it (`--footage FILE` takes a real video). Under torchrun or accelerate the step is
-that of all ranks; RECIPE must then name data and `--folder` a place that they share.
+Default recipe: two ViT-B/16 towers in bf16 on a GPU, `launch/recipes/small.toml` without one. Without a manifest, clips
+are generated and packed (`--footage FILE` uses a real video). Under torchrun or accelerate, a step is that of all
+ranks; RECIPE must then name data, and `--folder` a folder that all ranks share.
 """
 
 from __future__ import annotations
@@ -45,30 +45,31 @@ _ROOT = Path(__file__).parents[2]
 _ONE_FOR_ALL = ("train.threads", "train.deterministic")
 _COPIES = 512  # rows of the manifest of made clips
 _PLOTTED = {
-    "clips_per_s": "clips per second", "overlap_efficiency": "overlap efficiency: the slower side alone over both",
-    "interference": "interference: the model beside the loader over the model alone",
-    "host_wait_pct": "host waits for batches, % of the real loop", "joules_per_clip": "joules a clip, real loop",
+    "clips_per_s": "clips per second", "overlap_efficiency": "overlap efficiency: the slower of both alone over both",
+    "interference": "interference: step time while loading over step time alone",
+    "host_wait_pct": "host waits for batches, % of the training loop",
+    "joules_per_clip": "joules per clip, training loop",
 }  # fmt: skip
 _OF_THE_LOOP = ("host_wait_pct", "device_idle_pct", "mfu_pct", "joules_per_clip", "peak_mem_gib", "sm_pct", "nvdec_pct")
 
 
 def split_keys(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Parts a suite's own words from the recipe's: options with a dot, `--optim.lr 1e-4`, and their values."""
+    """Splits arguments into the suite's own and recipe overrides (options with a dot, `--optim.lr 1e-4`)."""
     return split_overrides(words, lambda word: "." in word.partition("=")[0])
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
-    """Reads the suite's options; keys of the recipe are in `overrides`."""
+    """Parses the suite's options; overrides of recipe keys are in `overrides`."""
     parser = Parser(prog="python -m benchmarks train", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="what to train")
-    parser.add_argument("--vary", metavar="KEY=A,B", help="variants: this key of the recipe with each of the values")
-    parser.add_argument("--rounds", type=int, default=10, help="turns of each that count (10)")
-    parser.add_argument("--steps", type=int, default=10, help="optimizer steps of a turn (10)")
-    parser.add_argument("--footage", type=Path, metavar="FILE", help="a real video of 10 s for the clips that are made")
-    parser.add_argument("--folder", type=Path, help="keep clips and run folders here; default: a temporary one")
-    parser.add_argument("--out", type=Path, help="the JSON (benchmarks/results/)")
-    parser.add_argument("--quick", action="store_true", help="two rounds of two steps: whether it runs, not how fast")
+    parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="recipe to train")
+    parser.add_argument("--vary", metavar="KEY=A,B", help="compare variants: this recipe key with each of the values")
+    parser.add_argument("--rounds", type=int, default=10, help="measured turns of each mode (10)")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps per turn (10)")
+    parser.add_argument("--footage", type=Path, metavar="FILE", help="real video of 10 s for the generated clips")
+    parser.add_argument("--folder", type=Path, help="keep clips and run folders here (default: a temporary folder)")
+    parser.add_argument("--out", type=Path, help="JSON file of the result (in benchmarks/results/)")
+    parser.add_argument("--quick", action="store_true", help="two rounds of two steps: a functional test, no timing")
     own, overrides = split_keys(words)
     args = parser.parse_args(own)
     args.overrides = overrides
@@ -77,7 +78,7 @@ def arguments(words: Sequence[str]) -> argparse.Namespace:
     if args.rounds < 1 or args.steps < 1:
         raise UserError(f"--rounds {args.rounds}, --steps {args.steps}: expected 1 or more")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and args.folder is None:
-        raise UserError("several ranks need --folder, a place that all of them share, for the run folder")
+        raise UserError("several ranks need --folder, a folder that all of them share, for the run folder")
     return args
 
 
@@ -95,12 +96,12 @@ def main(words: Sequence[str] | None = None) -> int:
             first = next(iter(benches.values()))
             found["gpu"] = first.gpu.facts() if first.gpu else None
             if Path(next(iter(chosen.values())).data.manifest).parent == folder:
-                found["notes"].append(f"{_COPIES} rows of one packed clip: read from memory, not from a disk")
+                found["notes"].append(f"the data is {_COPIES} rows of one packed clip, so it is read from memory")
             found["ranks"], found["device"] = first.state.ranks.world, first.state.ranks.describe()
-            # Variants of a mode are neighbours, as they are compared in pairs.
+            # The variants of a mode are neighbours, because they are compared in pairs.
             turns = {_label(name, mode): run for mode in (*MODES, APART) for name, one in benches.items()
                      if (run := one.modes().get(mode))}  # fmt: skip
-            made = interleave(turns, args.rounds, told=lambda text: console.log(text), warm=not args.quick)
+            made = interleave(turns, args.rounds, log=lambda text: console.log(text), warm=not args.quick)
             for name, one in benches.items():
                 _report(found, console, name, one, {mode: made[_label(name, mode)] for mode in one.modes()})
             _verdicts(found, console, list(benches), made)
@@ -110,12 +111,12 @@ def main(words: Sequence[str] | None = None) -> int:
             shutdown()
         if not console.quiet:
             path = results.write(found, args.out, _PLOTTED, {"end to end": "#d1495b"})
-            console.print(f"{path}, with a picture beside it", highlight=False, soft_wrap=True)
+            console.print(f"wrote {path}, and a plot next to it", highlight=False, soft_wrap=True)
     return 0
 
 
 def without_places(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe without where its files lie on this machine."""
+    """Returns the resolved recipe as a table, without paths of this machine."""
     data = msgspec.structs.replace(recipe.data, manifest=Path(recipe.data.manifest).name, shards="", aliases="")
     return to_table(msgspec.structs.replace(recipe, data=data, out=""))
 
@@ -123,16 +124,16 @@ def without_places(recipe: Recipe) -> dict[str, Any]:
 def prepared(
     recipe: Path | None, overrides: Sequence[str], footage: Path | None, folder: Path
 ) -> tuple[Path, list[str]]:
-    """The recipe's file and the keys to add to it; makes and packs clips where it names no manifest.
+    """Returns the recipe file and the overrides to use; generates and packs clips if the recipe names no manifest.
 
     Raises:
-        UserError: A key, value or file that is wrong.
+        UserError: A key, value or file is wrong.
     """
     default = _ROOT / ("benchmarks/recipe_vit_b.toml" if torch.cuda.is_available() else "launch/recipes/small.toml")
     path, words = recipe or default, [*overrides, "--data.test", "", "--train.eval_every", "0"]
     if not load_recipe(path, words).data.manifest:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError(f"{path}: data.manifest is not set; several ranks cannot all make clips")
+            raise UserError(f"{path}: data.manifest is not set; several ranks need one (they cannot generate clips)")
         media = make(folder / "media", footage)
         manifest = repeated(media.packed["balanced"], _COPIES, folder / "clips.parquet")
         words += ["--data.manifest", str(manifest.path)]
@@ -140,10 +141,10 @@ def prepared(
 
 
 def variants(args: argparse.Namespace, folder: Path) -> dict[str, Recipe]:
-    """The recipes that are compared, by name; an empty name for a single one.
+    """Returns the recipes to compare by name; a single one has an empty name.
 
     Raises:
-        UserError: A key, value or file that is wrong.
+        UserError: A key, value or file is wrong.
     """
     path, words = prepared(args.recipe, args.overrides, args.footage, folder)
     alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -156,18 +157,18 @@ def variants(args: argparse.Namespace, folder: Path) -> dict[str, Recipe]:
 
 
 def choices(vary: str | None) -> list[tuple[str, list[str]]]:
-    """The variants that `--vary` asks for: (name, keys of the recipe); one without a name where it is not given.
+    """Returns the variants of `--vary` as (name, recipe overrides); without it, a single one with an empty name.
 
     Raises:
-        UserError: The words are not KEY=A,B, or the key cannot differ within a process.
+        UserError: The value is not KEY=A,B, or the key cannot differ within a process.
     """
     if vary is None:
         return [("", [])]
     key, equals, values = vary.partition("=")
     if not equals or len(values.split(",")) < 2:
-        raise UserError(f"--vary {vary}: expected KEY=A,B with two values or more")
+        raise UserError(f"--vary {vary}: expected KEY=A,B with at least two values")
     if key in _ONE_FOR_ALL:
-        raise UserError(f"--vary {vary}: {key} holds for the whole process; measure the values one after the other")
+        raise UserError(f"--vary {vary}: {key} holds for the whole process; measure each value in its own run")
     listed = values.split(",")
     twice = [
         f" ({listed[:place].count(value) + 1})" if value in listed[:place] else "" for place, value in enumerate(listed)
@@ -185,14 +186,14 @@ def _label(variant: str, mode: str) -> str:
 
 
 def step_s(turns: Sequence[Turn]) -> NDArray[np.float64]:
-    """Returns seconds of a step, for each turn."""
+    """Returns the seconds per step of each turn."""
     return np.array([turn.facts["step_ms"] / 1e3 for turn in turns])
 
 
 def _report(found: dict[str, Any], console: Console, variant: str, bench: Bench, turns: dict[str, list[Turn]]) -> None:
-    """Adds and prints what was measured of a variant, what follows from it, and what binds."""
+    """Adds and prints the measurements of a variant, the derived values, and the bottleneck."""
     table = Table(title=variant or None)
-    for column in ("", "ms a step", "clips/s", "CPU %", "GPU %", "NVDEC %", "J/clip"):
+    for column in ("", "ms/step", "clips/s", "CPU %", "GPU %", "NVDEC %", "J/clip"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for mode, made in turns.items():
         label, seconds = _label(variant, mode), step_s(made)
@@ -211,25 +212,25 @@ def _report(found: dict[str, Any], console: Console, variant: str, bench: Bench,
     for key, interval in derived.items():
         results.summarise(found, _label(variant, "end to end"), key, interval)
         console.print(f"{key.replace('_', ' ')}: {interval}", highlight=False)
-    binds = bound(parts(bench, turns))
-    found.setdefault("bound", []).append({"variant": variant, **asdict(binds)})
+    bottleneck = bound(parts(bench, turns))
+    found.setdefault("bound", []).append({"variant": variant, **asdict(bottleneck)})
     found["runs"].append({"variant": variant or "start", "repeat": 0, "start_s": round(bench.start_s, 2)})
     throttled = sorted({reason for made in turns.values() for turn in made
                         for reason in turn.facts["throttled"] or ()})  # fmt: skip
     if throttled:
         found["notes"].append(f"{_label(variant, 'the GPU')} was throttled: {', '.join(throttled)}")
         console.print(found["notes"][-1], style="yellow", highlight=False)
-    console.print(f"{binds}", highlight=False, soft_wrap=True, style="bold")
+    console.print(f"{bottleneck}", highlight=False, soft_wrap=True, style="bold")
 
 
 def parts(bench: Bench, turns: dict[str, list[Turn]]) -> Parts:
-    """What tells which side binds: medians of the turns."""
+    """Returns the medians from which the bottleneck is found."""
     data, model, beside = turns["data"], turns["model"], turns["model beside data"]
     stages = {name: float(np.median([turn.facts["stages"][name] for turn in data])) for name in data[0].facts["stages"]}
     d, m, e, b = (float(np.median(step_s(turns[mode]))) for mode in MODES)
     sent = 1 - float(np.median(step_s(turns[APART]))) / m if APART in turns else 0.0
     data_beside_ms = median_of(beside, "data_step_ms")
-    whole = "prepare" in stages  # decoders of whole batches have clips prepared for them
+    whole = "prepare" in stages  # only decoders of whole batches have this stage
     worker = bench.state.recipe.loading.worker
     return Parts(
         d, m, e, b, cpu_pct=median_of(data, "cpu_pct"), nvdec_pct=median_of(data, "nvdec_pct"),
@@ -241,19 +242,19 @@ def parts(bench: Bench, turns: dict[str, list[Turn]]) -> Parts:
 
 
 def median_of(turns: Sequence[Turn], key: str) -> float | None:
-    """The median of a fact of some turns; None where one lacks it."""
+    """Returns the median of a fact over turns; None if a turn does not have it."""
     values = known(turns, key)
     return None if values is None else float(np.median(values))
 
 
 def known(turns: Sequence[Turn], key: str) -> NDArray[np.float64] | None:
-    """A fact of each turn; None where one lacks it."""
+    """Returns a fact of each turn; None if a turn does not have it."""
     values = [turn.facts.get(key) for turn in turns]
     return None if any(value is None for value in values) else np.array(values, np.float64)
 
 
 def _verdicts(found: dict[str, Any], console: Console, names: Sequence[str], made: dict[str, list[Turn]]) -> None:
-    """Every variant against the first, in each mode, by the pairs of turns."""
+    """Compares every variant with the first one, in each mode, by paired turns."""
     for name in names[1:]:
         for mode in MODES:
             a, b = _label(name, mode), _label(names[0], mode)

@@ -1,4 +1,4 @@
-"""One recipe under the clock: the trainer's own step and loader, together, apart, and side by side."""
+"""Times one recipe with the trainer's own step and loader: each alone, both together, and both side by side."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ from fastav.training.throughput import peak_memory_gib
 
 MODES = ("data", "model", "end to end", "model beside data")
 APART = "model, not sending"
-_FOREVER = 1_000_000  # steps: nobody waits for the end of such a run
+_FOREVER = 1_000_000  # steps: more than any benchmark runs
 
 
 def event(device: torch.device) -> Any:
-    """A moment of the device's own time, when it has come to here; None on a CPU, which does one thing at a time."""
+    """Records a CUDA event on the current stream; None on a CPU, whose operations are synchronous."""
     if device.type != "cuda":
         return None
-    made = torch.cuda.Event(enable_timing=True)
-    made.record()
-    return made
+    recorded = torch.cuda.Event(enable_timing=True)
+    recorded.record()
+    return recorded
 
 
 class Waits:
-    """How long host and device wait for batches.
+    """Measures how long host and device wait for batches.
 
     Args:
-        device: Where the model is.
+        device: Device of the model.
 
     Attributes:
-        host_s: Seconds that the host has waited for the loader.
+        host_s: Seconds for which the host has waited for the loader.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -54,11 +54,11 @@ class Waits:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was counted."""
+        """Resets all times to zero."""
         self.host_s, self._pairs = 0.0, list[tuple[Any, Any]]()
 
     def watched(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches; the device's wait begins when it has done what it was given before."""
+        """Yields the same batches; the device's wait starts when it has finished its previous work."""
         while True:
             self._before, begun = event(self._device), time.perf_counter()
             try:
@@ -69,13 +69,13 @@ class Waits:
             yield batch
 
     def forward(self) -> None:
-        """Ends the device's wait: the batch is on the device, and the forward pass begins."""
+        """Ends the device's wait: the batch is on the device and the forward pass starts."""
         if self._before is not None:
             self._pairs.append((self._before, event(self._device)))
             self._before = None
 
     def device_s(self) -> float | None:
-        """Seconds that the device has been without work, copying the batch included; None on a CPU."""
+        """Returns the seconds for which the device was idle or copied the batch; None on a CPU."""
         if self._device.type != "cuda":
             return None
         torch.cuda.synchronize(self._device)
@@ -83,15 +83,15 @@ class Waits:
 
 
 class Bench:
-    """A trainer that is driven by turns of some steps each, and never saves.
+    """A trainer that runs in timed turns of a few steps each and never saves.
 
     Args:
-        recipe: Of the run; its length is made endless.
-        steps: Optimizer steps that a turn times, after those in which the loader gets into its stride.
+        recipe: Recipe of the run; its length is ignored.
+        steps: Timed optimizer steps per turn, after those in which the loader reaches its steady state.
 
     Attributes:
-        lead: Batches before a turn is timed: those that lie ready, and one to settle.
-        start_s: Seconds from nothing to the end of the first step.
+        lead: Batches before a turn is timed: the prefetched ones, and one more.
+        start_s: Seconds from the start to the end of the first step.
     """
 
     def __init__(self, recipe: Recipe, steps: int) -> None:
@@ -116,7 +116,7 @@ class Bench:
         self.start_s = time.perf_counter() - begun
 
     def modes(self) -> dict[str, Callable[[], Turn]]:
-        """The turns of `MODES`, and of `APART` where ranks send gradients."""
+        """Returns the turns of `MODES`, and of `APART` if ranks send gradients."""
         turns = dict(zip(MODES, (self.data, self.model, self.end_to_end, self.beside), strict=True))
         return turns | ({APART: self.apart} if self.sends else {})
 
@@ -126,13 +126,13 @@ class Bench:
         self.state.ranks.end()
 
     def wait(self) -> None:
-        """Waits for the device, and for the other ranks, so that all begin a turn together."""
+        """Waits for the device and for all ranks, so that they start a turn together."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.state.ranks.accelerator.wait_for_everyone()
 
     def data(self) -> Turn:
-        """Batches from the files to the device, and no model."""
+        """Times batches from the files to the device, without the model."""
         copies: list[tuple[Any, Any]] = []
         stages: dict[str, float] = {}
         with self.batches() as batches:
@@ -155,12 +155,12 @@ class Bench:
         return turn
 
     def model(self) -> Turn:
-        """Optimizer steps on a batch that stays on the device."""
+        """Times optimizer steps on a batch that stays on the device."""
         resident = itertools.repeat(self._resident)
         return self._timed(lambda: self._train(resident))
 
     def apart(self) -> Turn:
-        """Like `model`, but no gradient is sent (DDP); the ranks still agree on each step's loss."""
+        """Times steps as `model`, but without the gradient all-reduce (DDP); losses are still reduced."""
         with self._parted(lambda joined, last: joined(last=False)):
             return self.model()
 
@@ -170,7 +170,7 @@ class Bench:
         return self.state.strategy.name == "ddp"
 
     def end_to_end(self) -> Turn:
-        """Optimizer steps on the loader's batches: what a run does."""
+        """Times optimizer steps on the loader's batches, as in a run."""
         waits = self._waits
 
         def noted(joined: Any, last: bool) -> Any:
@@ -196,7 +196,7 @@ class Bench:
         return turn
 
     def beside(self) -> Turn:
-        """Optimizer steps on the resident batch, while a thread takes batches to the device and throws them away."""
+        """Times optimizer steps on the resident batch, while a thread loads batches and discards them."""
         resident, end, failed, thrown = itertools.repeat(self._resident), threading.Event(), list[BaseException](), [0]
         with self.batches() as batches:
             for _ in range(self.lead):
@@ -207,7 +207,7 @@ class Bench:
                     while not end.is_set():
                         next(batches).to(self.device)
                         thrown[0] += 1
-                except BaseException as error:  # told by the turn: a loader that is dead disturbs nobody
+                except BaseException as error:  # raised below: without its load the measurement is wrong
                     failed.append(error)
 
             thread = threading.Thread(target=throw_away, name="thrown away", daemon=True)
@@ -228,18 +228,18 @@ class Bench:
 
     @contextlib.contextmanager
     def _parted(self, around: Callable[[Any, bool], Any]) -> Iterator[None]:
-        """Puts something around each micro-batch's forward and backward pass."""
+        """Replaces the context of each micro-batch's forward and backward pass by `around(original, last)`."""
         strategy: Any = self.state.strategy
-        joined = strategy.part
-        strategy.part = lambda *, last: around(joined, last)
+        joined = strategy.micro_batch
+        strategy.micro_batch = lambda *, last: around(joined, last)
         try:
             yield
         finally:
-            strategy.part = joined
+            strategy.micro_batch = joined
 
     @contextlib.contextmanager
     def batches(self) -> Iterator[Iterator[Batch]]:
-        """This rank's micro-batches of the plan, others in each turn, without end: at its own it would be idle."""
+        """Yields an endless iterator over this rank's micro-batches of the plan; every turn gets other ones."""
         first, self._at = self._at, self._at + self.lead + self.steps
         requests = self.state.batch_split.requests(first, first + _FOREVER)
         with contextlib.closing(self.loader.batches(requests)) as batches:
@@ -249,11 +249,11 @@ class Bench:
         self._steps_s = []
         for _ in range(self.steps):
             begun = time.perf_counter()
-            self.trainer.step(batches)  # it ends by reading the loss back: the device has done it
+            self.trainer.step(batches)  # it ends with reading the loss, so the device has finished
             self._steps_s.append(time.perf_counter() - begun)
 
     def _timed(self, work: Callable[[], None]) -> Turn:
-        """Does it under the clock, the GPU's meter and the count of CPU time; the slowest rank's time is the turn's."""
+        """Measures wall time, CPU time and the GPU while `work` runs; the turn's time is that of the slowest rank."""
         self.wait()
         self._steps_s = []
         with Watch(self.gpu) as watch:
@@ -262,30 +262,30 @@ class Bench:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             spent, took = time.process_time() - cpu, time.perf_counter() - wall
-        seen = watch.found
-        every = self.state.ranks.gather((took, seen.joules, seen.throttled))
+        gpu = watch.found
+        every = self.state.ranks.gather((took, gpu.joules, gpu.throttled))
         slowest = max(range(len(every)), key=lambda rank: every[rank][0])
         joules = [math.nan if spent_j is None else spent_j for _, spent_j, _ in every]
         reasons = [why for _, _, why in every]
         took, clips = every[slowest][0], self.steps * self.state.recipe.train.batch
-        inside = self.state.recipe.loading.worker == "thread"  # CPU time of other processes is not known here
+        inside = self.state.recipe.loading.worker == "thread"  # CPU time of worker processes is unknown here
         return Turn(clips, spent, took, {
             "step_ms": 1e3 * took / self.steps, "steps_ms": [round(1e3 * one, 3) for one in self._steps_s],
             "clips_per_s": clips / took, "slowest_rank": slowest,
             "cpu_pct": 100 * spent / took / cores_each() if inside else None,
             "joules_per_clip": None if math.isnan(sum(joules)) else sum(joules) / clips,
-            "sm_pct": seen.sm_pct, "nvdec_pct": seen.nvdec_pct,
+            "sm_pct": gpu.sm_pct, "nvdec_pct": gpu.nvdec_pct,
             "throttled": None if None in reasons else sorted({one for why in reasons for one in why or ()}),
-            "clocks_mhz": {"sm": seen.sm_mhz, "memory": seen.memory_mhz},
+            "clocks_mhz": {"sm": gpu.sm_mhz, "memory": gpu.memory_mhz},
         })  # fmt: skip
 
 
 def busy_pct(before: dict[str, StageStats], after: dict[str, StageStats]) -> dict[str, float]:
-    """Share of the time of a stage's threads in which they worked, percent; without the consumer's own.
+    """Returns for each stage of the loader the percentage of the time in which its threads were busy.
 
     Args:
-        before: The loader's counts.
-        after: Later.
+        before: Statistics of the loader at the start.
+        after: Statistics of the loader at the end.
     """
     found = {}
     for name in after.keys() - {"wait"}:

@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each: options in, exit code out; the work is done in the other rooms."""
+"""The verbs of the command line, one module each: parse the options, call the other packages, return the exit code."""

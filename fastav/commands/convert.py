@@ -1,7 +1,9 @@
-"""`fastav convert scenic CHECKPOINT OUT`: a checkpoint of MBT's authors becomes a model of this program.
+"""Converts an MBT checkpoint of its authors (scenic, flax) to a fastav model.
 
-The checkpoint itself says much of it: the head, the number of layers and bottleneck tokens, patches and
-tubelets. Options supply the rest: the layer where fusion starts, the sides of its pictures, its classes.
+Example: `fastav convert scenic checkpoint_12345 models/mbt --classes classes.txt`
+
+The head, the number of layers and bottleneck tokens, and the sizes of patches and tubelets are read from the
+checkpoint. Options give the rest: the first layer with fusion, the sizes of frames and spectrogram, and the classes.
 """
 
 from __future__ import annotations
@@ -26,28 +28,38 @@ _UNKNOWN_STATISTICS = (0.0, 1.0)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
-    parser.add_argument("kind", choices=["scenic"], help="scenic: a flax checkpoint (msgpack) of MBT's authors")
-    parser.add_argument("checkpoint", type=Path, help="such as checkpoint_12345")
-    parser.add_argument("out", type=Path, help="folder of the model to write")
-    parser.add_argument("--start", type=int, default=8, help="first layer with fusion (8, as in their configuration)")
-    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="side of a frame (224)")
-    parser.add_argument("--num-mels", type=int, default=128, metavar="M", help="bands of a spectrogram (128)")
+    """Adds the options of `fastav convert`."""
+    parser.add_argument(
+        "kind", choices=["scenic"], help="scenic: a flax checkpoint (msgpack) written by the authors' code"
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="checkpoint file, such as checkpoint_12345")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the model; must be new or empty")
+    parser.add_argument(
+        "--start", type=int, default=8, metavar="LAYER",
+        help="first layer with fusion, counted from 0; default 8, as in the authors' configuration",
+    )  # fmt: skip
+    parser.add_argument("--image-size", type=int, default=224, metavar="PX", help="side of a frame; default 224")
+    parser.add_argument("--num-mels", type=int, default=128, metavar="M", help="mel bands; default 128")
     parser.add_argument(
         "--order", choices=("audio_video", "video_audio"), default="audio_video",
-        help="which modality's tokens come first (audio_video)",
+        help="order of the modalities in the token sequence; default audio_video",
     )  # fmt: skip
-    parser.add_argument("--classes", type=Path, metavar="FILE", help="names of the classes, one a line; else numbers")
-    parser.add_argument("--mean", type=float, metavar="DB", help="of your spectrograms; see below")
-    parser.add_argument("--std", type=float, metavar="DB", help="standard deviation of the spectrogram in training, dB")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="text file, one class name per line")
+    parser.add_argument("--mean", type=float, metavar="DB", help="mean of the training spectrograms in dB; see below")
+    parser.add_argument("--std", type=float, metavar="DB", help="their standard deviation in dB; see below")
     parser.epilog = (
-        "The authors' spectrograms came precomputed, and how is not known, so that neither are mean and std on this\n"
-        "program's scale. Fine-tuning (model.init_from = OUT) measures its own; for predictions give both here."
+        "Without --classes, the classes are numbered. --mean and --std: the authors precomputed their spectrograms in\n"
+        "an unknown way, so mean and standard deviation on the scale of fastav are unknown. Fine-tuning\n"
+        "(model.init_from = OUT) measures them on the new data. To predict without fine-tuning, give both."
     )
 
 
 def main(args: argparse.Namespace) -> int:
-    """Converts, and says what was found."""
+    """Converts the checkpoint and prints the model that it found.
+
+    Raises:
+        UserError: The checkpoint is not an MBT, the options contradict it, or the output folder is not empty.
+    """
     if args.out.exists() and any(args.out.iterdir() if args.out.is_dir() else [args.out]):
         raise UserError(f"{args.out}: already exists and is not empty; choose another folder")
     if (args.mean is None) != (args.std is None):
@@ -59,26 +71,36 @@ def main(args: argparse.Namespace) -> int:
         )
         state = mbt_state(tree)
     except KeyError as error:
-        raise UserError(f"{args.checkpoint}: has no {error}, which every MBT has") from None
+        raise UserError(f"{args.checkpoint}: has no {error}; every MBT has it") from None
     classes = _classes(args.classes, num_classes)
     mean, std = _UNKNOWN_STATISTICS if args.mean is None else (args.mean, args.std)
     frontend: Frontend = msgspec.structs.replace(PRESETS["ast"], num_mels=args.num_mels, mean=mean, std=std)
     model = AVModel(config, classes, inputs, frontend)
     if "fusion.bottleneck" not in model.state_dict():
-        state.pop("fusion.bottleneck", None)  # late fusion has no use for it
+        state.pop("fusion.bottleneck", None)  # late fusion does not use it
     load_strictly(model, {name: value.float() for name, value in state.items()}, str(args.checkpoint))
     model.save(args.out)
-    _tell(args.out, config, inputs, num_classes, args.mean is not None)
+    _print_summary(args.out, config, inputs, num_classes, args.mean is not None)
     return 0
 
 
 def describe(
     tree: Tree, *, start: int, image_size: int, num_mels: int, order: str = "audio_video"
 ) -> tuple[Model, Inputs, int]:
-    """Returns what a parameter tree is: towers and fusion, the sizes it takes, and its number of classes.
+    """Derives the model from a parameter tree.
+
+    Args:
+        tree: Parameters of the checkpoint: path -> array.
+        start: First layer with fusion, from 0.
+        image_size: Side of a frame in pixels.
+        num_mels: Mel bands of the spectrogram.
+        order: Order of the modalities in the token sequence: `audio_video` or `video_audio`.
+
+    Returns:
+        The config of towers and fusion, the input sizes, and the number of classes.
 
     Raises:
-        UserError: It is no MBT of both modalities, or the given sizes contradict its position embeddings.
+        UserError: The tree is not an MBT of both modalities, or the sizes contradict its position embeddings.
     """
     missing = [name for name in ("embedding/kernel", "embedding_spectrogram/kernel") if name not in tree]
     if missing:
@@ -115,32 +137,32 @@ def describe(
 
 
 def _frames(tree: Tree, prefix: int, image_size: int, patch: int) -> int:
-    """How many frames, or tubelets, the position embedding is for."""
+    """Returns the number of frames (or tubelets) of the video position embedding."""
     length = tree["Transformer/posembed_input/pos_embedding"].shape[1] - prefix
-    frames, left = divmod(length, max(1, (image_size // patch) ** 2))
-    if left or not frames or image_size % patch:
+    frames, remainder = divmod(length, max(1, (image_size // patch) ** 2))
+    if remainder or not frames or image_size % patch:
         side = math.isqrt(length) * patch
         raise UserError(
-            f"--image-size {image_size}: its patches of {patch} do not divide the {length} positions of the "
-            f"checkpoint's frames (at most {side} fits)"
+            f"--image-size {image_size}: patches of {patch} px do not divide the {length} positions of the "
+            f"checkpoint's video embedding; expected {side} or less"
         )
     return frames
 
 
 def _window(tree: Tree, prefix: int, num_mels: int, patch: int) -> int:
-    """How many mel frames the position embedding is for."""
+    """Returns the number of mel frames of the audio position embedding."""
     length = tree["Transformer/posembed_input_spectrogram/pos_embedding"].shape[1] - prefix
-    windows, left = divmod(length, max(1, num_mels // patch))
-    if left or num_mels % patch:
+    columns, remainder = divmod(length, max(1, num_mels // patch))
+    if remainder or num_mels % patch:
         raise UserError(
-            f"--num-mels {num_mels}: its patches of {patch} do not divide the {length} positions of the checkpoint's "
-            "spectrogram"
+            f"--num-mels {num_mels}: patches of {patch} do not divide the {length} positions of the checkpoint's "
+            "audio embedding"
         )
-    return windows * patch
+    return columns * patch
 
 
 def _classes(file: Path | None, count: int) -> Sequence[str]:
-    """Names of the classes."""
+    """Reads the class names; without a file, the classes are numbered."""
     if file is None:
         return [str(number) for number in range(count)]
     try:
@@ -152,22 +174,24 @@ def _classes(file: Path | None, count: int) -> Sequence[str]:
     return names
 
 
-def _tell(out: Path, config: Model, inputs: Inputs, num_classes: int, measured: bool) -> None:
+def _print_summary(out: Path, config: Model, inputs: Inputs, num_classes: int, measured: bool) -> None:
     fusion: Any = config.fusion
     video = config.video.args
     console = Console()
-    what = f"tubelets of {fusion.tubelet} frames" if not fusion.sampled else "single frames"
+    tokens_of = f"tubelets of {fusion.tubelet} frames" if not fusion.sampled else "single frames"
     console.print(
         f"MBT of {video['depth']} layers, width {video['embed_dim']}, {'shared' if fusion.shared else 'separate'} "
         f"encoders; {fusion.mixing} from layer {fusion.start} on"
         + (f" with {fusion.tokens} tokens" if fusion.mixing == "bottleneck" else "")
-        + f"; head {fusion.head}, {num_classes} classes; {what}, {inputs.frames} frames of {inputs.image_size} px, "
-        f"spectrogram {inputs.num_mels} x {inputs.window}",
+        + f"; head {fusion.head}, {num_classes} classes; {tokens_of}, {inputs.frames} frames of {inputs.image_size} px"
+        f", spectrogram {inputs.num_mels} x {inputs.window}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     if not measured:
         console.print(
-            "the spectrogram's mean and std are unknown and stand at 0 and 1: give --mean and --std before you predict "
-            "with it (fine-tuning measures its own)", highlight=False, soft_wrap=True,
+            "mean and std are unknown and set to 0 and 1: give --mean and --std to predict with this model "
+            "(fine-tuning measures them)", highlight=False, soft_wrap=True,
         )  # fmt: skip
-    console.print(f'wrote {out}: fine-tune with --model.init_from "{out}" and the same model table', highlight=False)
+    console.print(
+        f'wrote {out}; fine-tune it with --model.init_from "{out}" and the same [model] table', highlight=False
+    )

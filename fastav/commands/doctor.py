@@ -1,8 +1,8 @@
-"""Looks over this machine and, given a manifest, measures which stage will hold a run up, and says what to change.
+"""Checks this machine; with a manifest, measures every stage of the input on its clips and finds the bottleneck.
 
-fastav doctor                      packages, GPU, video decoder, container, cores
-fastav doctor MANIFEST             also disk, codecs, and clips/s of every stage and decoder on your own clips
-fastav doctor MANIFEST --recipe F  also the recipe's model on this device, and which of the two binds
+fastav doctor                         packages, GPU, video decoder, container, cores
+fastav doctor MANIFEST                also disk, codecs, and clips/s of every stage and decoder on your own clips
+fastav doctor MANIFEST --recipe FILE  also the model of the recipe on this device: is the loader or the model slower?
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from fastav.recipe.parse import load_recipe
 from fastav.recipe.schema import Recipe
 from fastav.training.inputs import SplitSource, cpu_only, decode_spec, make_plan, modalities
 
-_PLANNED = 64  # clips that a single stage is measured on
-_SECONDS = 4.0  # of each measurement
-_COMFORT = 1.3  # a loader this much faster than its model never holds it up for long
+_NUM_CLIPS = 64  # clips on which a single stage is measured
+_SECONDS = 4.0  # duration of each measurement
+_MARGIN = 1.3  # a loader this many times as fast as the model delays it only briefly
 
 
 @dataclass(frozen=True)
 class Speed:
-    """A stage by itself on the user's clips.
+    """Measured speed of one stage on the user's clips.
 
     Attributes:
-        stage: What was done.
-        clips_per_s: How fast.
-        clips_per_cpu_s: For one core; None for what a GPU or other processes do.
+        stage: Name of the stage.
+        clips_per_s: Clips per second of wall time.
+        clips_per_cpu_s: Clips per second of CPU time; None if other processes do the work.
     """
 
     stage: str
@@ -57,18 +57,19 @@ class Speed:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
-    parser.add_argument("manifest", nargs="?", type=Path, help="measure on its clips")
+    """Adds the options of `fastav doctor`."""
+    parser.add_argument("manifest", nargs="?", type=Path, metavar="MANIFEST", help="manifest whose clips are measured")
     parser.add_argument(
-        "--recipe", type=Path, metavar="FILE", help="whose sampling and model to measure; default: default"
-    )
-    parser.add_argument("--no-gpu", action="store_true", help="do not look for a GPU (while an image is built)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found, too")
+        "--recipe", type=Path, metavar="FILE",
+        help="recipe whose sampling and model are measured; without it, the default sampling and no model",
+    )  # fmt: skip
+    parser.add_argument("--no-gpu", action="store_true", help="do not check the GPU (such as during an image build)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to this file")
     parser.add_argument("--seconds", type=float, default=_SECONDS, metavar="S", help="of each measurement; default 4")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `fastav doctor`; returns 1 where something is wrong for any run.
+    """Runs `fastav doctor`; returns 1 if a check failed that affects every run.
 
     Raises:
         UserError: A wrong manifest or recipe.
@@ -81,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
     _show_facts(console, facts)
     found: dict[str, object] = {"facts": [asdict(fact) for fact in facts]}
     if manifest is not None:
-        found |= _examine(console, manifest, load_recipe(args.recipe, []), args.recipe is not None, args.seconds)
+        found |= _measure(console, manifest, load_recipe(args.recipe, []), args.recipe is not None, args.seconds)
     if args.json is not None:
         write_text(args.json, json.dumps(found, indent=1) + "\n")
     bad = [fact for fact in facts if fact.verdict == "bad"]
@@ -98,10 +99,10 @@ def _show_facts(console: Console, facts: Sequence[Fact]) -> None:
     console.print(table)
 
 
-def _examine(
+def _measure(
     console: Console, manifest: Manifest, recipe: Recipe, with_model: bool, seconds: float
 ) -> dict[str, object]:
-    """Measures on the user's clips and gives advice."""
+    """Measures disk, stages and model on the user's clips, and prints advice."""
     clips = sample_clips([manifest])
     clip_stats = ClipStats.of(clips)
     console.print(
@@ -110,13 +111,11 @@ def _examine(
     files = sorted({Path(name) for clip in clips if "://" not in (name := clip.source)})[:32]
     speed_of_disk = disk(files)
     if speed_of_disk is not None:
-        text = (
-            f"disk: {speed_of_disk.mb_per_s:.0f} MB/s in a row, {speed_of_disk.splices_per_s:.0f} splices/s at random"
-        )
-        console.print(text, highlight=False)
+        random_reads = f"{speed_of_disk.splices_per_s:.0f} random reads of 16 KiB per second"
+        console.print(f"disk: {speed_of_disk.mb_per_s:.0f} MB/s sequential, {random_reads}", highlight=False)
     source = SplitSource(((manifest, 1.0),), manifest.classes, {})
-    speeds = list(_stages(recipe, source, seconds))
-    model = _model_speed(recipe, source, seconds) if with_model else None
+    speeds = list(_measure_stages(recipe, source, seconds))
+    model = _measure_model(recipe, source, seconds) if with_model else None
     table = Table(title="measured on your clips")
     for column in ("stage", "clips/s", "clips per CPU-second"):
         table.add_column(column, justify="left" if column == "stage" else "right")
@@ -133,28 +132,28 @@ def _examine(
     }  # fmt: skip
 
 
-def _stages(recipe: Recipe, source: SplitSource, seconds: float) -> Iterator[Speed]:
-    """Decoding by itself, each modality, and whole loaders."""
+def _measure_stages(recipe: Recipe, source: SplitSource, seconds: float) -> Iterator[Speed]:
+    """Measures decoding of each modality in one thread, and whole loaders with each decoder."""
     plan, used = make_plan(recipe, source), modalities(recipe)
-    picked = plan.train(0, _PLANNED)
-    rows = source.manifests[0][0].clips(picked.row_B)
+    planned = plan.train(0, _NUM_CLIPS)
+    rows = source.manifests[0][0].clips(planned.row_B)
     torch.set_num_threads(1)
     has = {"video": any(clip.has_video for clip in rows), "audio": any(clip.has_audio for clip in rows)}
-    for what in (what for what in used if has[what]):
-        decoder = PyAV().build(decode_spec(recipe, (what,)))
-        yield _timed(f"decode {what}, PyAV, one thread", seconds, _decoding(decoder, rows, picked))
+    for modality in (modality for modality in used if has[modality]):
+        decoder = PyAV().build(decode_spec(recipe, (modality,)))
+        yield _timed(f"decode {modality}, PyAV, one thread", seconds, _decode_next(decoder, rows, planned))
     for worker in _WORKERS if recipe.loading.num_workers() > 1 else _WORKERS[:1]:
-        yield _loading("PyAV", PyAV(), recipe, source, seconds, worker)
+        yield _measure_loader("PyAV", PyAV(), recipe, source, seconds, worker)
     device: Literal["gpu", "cpu"] = "gpu" if torch.cuda.is_available() else "cpu"
     clip_stats = ClipStats.of(rows)
     if not missing_requirement(device) and any(can_decode(device, *size) for size in clip_stats.sizes):
-        yield _loading(f"DALI on the {device.upper()}", Dali(device=device), recipe, source, seconds)
+        yield _measure_loader(f"DALI on the {device.upper()}", Dali(device=device), recipe, source, seconds)
 
 
-def _loading(
+def _measure_loader(
     name: str, kind: PyAV | Dali, recipe: Recipe, source: SplitSource, seconds: float, worker: Worker = "thread"
 ) -> Speed:
-    """A whole loader with one decoder."""
+    """Measures a whole loader with one decoder."""
     used, batch = modalities(recipe), 16
     broken: set[str] = set()
     with Loader(
@@ -167,38 +166,40 @@ def _loading(
         workers = f"{recipe.loading.num_workers()} {'threads' if worker == 'thread' else 'processes'}"
         found = _timed(f"loader, {name}, {workers}", seconds, lambda: len(next(batches)))
     if worker == "process":
-        found = replace(found, clips_per_cpu_s=None)  # the time of other processes is not known here
+        found = replace(found, clips_per_cpu_s=None)  # the CPU time of other processes is not measured
     if broken:
-        few = "clip" if len(broken) == 1 else "clips"
-        found = replace(found, stage=f"{found.stage} ({len(broken)} {few} cannot be read, such as {min(broken)})")
+        noun = "clip" if len(broken) == 1 else "clips"
+        found = replace(found, stage=f"{found.stage} ({len(broken)} {noun} cannot be read, such as {min(broken)})")
     return found
 
 
-def _decoding(decoder: PyAVDecoder, rows: Sequence[Clip], picked: PlanBatch) -> Callable[[], int]:
-    at = -1
+def _decode_next(decoder: PyAVDecoder, rows: Sequence[Clip], planned: PlanBatch) -> Callable[[], int]:
+    """Returns a function that decodes the next clip and returns the number of decoded clips: 1, or 0 on an error."""
+    index = -1
 
-    def run() -> int:
-        nonlocal at
-        at = (at + 1) % len(rows)
+    def decode() -> int:
+        nonlocal index
+        index = (index + 1) % len(rows)
         try:
-            decoder.decode(rows[at], [picked[at]])
+            decoder.decode(rows[index], [planned[index]])
         except MediaError:
             return 0
         return 1
 
-    return run
+    return decode
 
 
-def _timed(stage: str, seconds: float, make: Callable[[], int]) -> Speed:
-    made, cpu, wall = 0, time.process_time(), time.perf_counter()
+def _timed(stage: str, seconds: float, work: Callable[[], int]) -> Speed:
+    """Calls `work`, which returns a number of clips, for some seconds and measures its speed."""
+    clips, cpu, wall = 0, time.process_time(), time.perf_counter()
     while time.perf_counter() - wall < seconds:
-        made += make()
+        clips += work()
     took, used = time.perf_counter() - wall, time.process_time() - cpu
-    return Speed(stage, made / took, made / max(used, 1e-9))
+    return Speed(stage, clips / took, clips / max(used, 1e-9))
 
 
-def _model_speed(recipe: Recipe, source: SplitSource, seconds: float) -> Speed:
-    """Forward and backward of the recipe's model, with random weights, on a batch that stays on the device."""
+def _measure_model(recipe: Recipe, source: SplitSource, seconds: float) -> Speed:
+    """Measures forward and backward pass of the recipe's model with random weights, on one batch kept on the device."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     frontend = msgspec.structs.replace(
         recipe.frontend, mean=recipe.frontend.mean or 0.0, std=recipe.frontend.std or 1.0
@@ -234,10 +235,19 @@ def advice(
     found: Disk | None,
     recipe: Recipe,
 ) -> Iterator[str]:
-    """What to change, the most useful first."""
+    """Yields advice, the most useful first.
+
+    Args:
+        clips: Sample of the clips.
+        clip_stats: Codecs and sizes of the sample.
+        speeds: Measured stages and loaders.
+        model: Measured model; None if no recipe was given.
+        found: Measured disk; None if no file is local.
+        recipe: The recipe.
+    """
     choice = choose_decoder(recipe.decode, clip_stats, "video" in modalities(recipe), cpu_only(recipe))
     if model is None:
-        yield "which stage will bind: give --recipe FILE, and its model is measured beside the loader"
+        yield "bottleneck unknown: add --recipe FILE to compare the loader with the model of a recipe"
     yield f"decoder: {type(choice.config).__name__.lower()} ({choice.reason})"
     loaders = [speed for speed in speeds if speed.stage.startswith("loader")]
     best = max(loaders, key=lambda speed: speed.clips_per_s)
@@ -246,35 +256,35 @@ def advice(
         yield f'loading.worker = "process" is {processes / threads:.2f} times as fast as threads here'
     if model is not None and model.clips_per_s > 0:
         ratio = best.clips_per_s / model.clips_per_s
-        binds = "the loader" if ratio < 1 else "the model" if ratio > _COMFORT else "both alike"
-        yield f"{binds} will bind: {best.stage} makes {ratio:.2f} times the clips that the model takes"
+        slower = "the loader" if ratio < 1 else "the model" if ratio > _MARGIN else "loader and model alike"
+        yield f"bottleneck: {slower}; {best.stage} delivers {ratio:.2f} times the clips/s of the model"
         per_core = max(speed.clips_per_cpu_s or 0.0 for speed in loaders)
-        if ratio < _COMFORT and per_core:
-            need = _COMFORT * model.clips_per_s / per_core
-            yield f"to feed this model with a margin takes {need:.0f} cores at this decoder's speed (loading.workers)"
+        if ratio < _MARGIN and per_core:
+            need = _MARGIN * model.clips_per_s / per_core
+            yield f"feeding this model with a margin takes {need:.0f} cores with this decoder; set loading.workers"
     raw = sum(not clip.shard for clip in clips)
     videos = sum(clip.has_video and not clip.shard for clip in clips)
     if videos:
         yield (
             f"pack: {100 * raw / len(clips):.0f} % of the clips are raw; `fastav pack MANIFEST OUT` makes them decode "
-            "many times faster (README has the figures)"
+            "many times faster (figures in README.md)"
         )
     elif raw == 0 and any(clip.has_video for clip in clips):
-        yield "packed: preset `fast` decodes faster still, at half as many bytes again; `small` is for slow disks"
+        yield "packed already: preset `fast` decodes faster at 1.5 times the bytes; `small` suits slow disks"
     rates = {clip.sample_rate for clip in clips if clip.num_samples}
     if rates - {recipe.frontend.sample_rate} and "audio" in modalities(recipe):
         listed = ", ".join(str(rate) for rate in sorted(rates))
-        wanted = recipe.frontend.sample_rate
-        yield f"sound is at {listed} Hz and resampled to {wanted} Hz for every clip; packing does it once"
-    if found is not None and best.clips_per_s * _GROUPS > found.splices_per_s * recipe.loading.num_workers():
-        yield 'the disk is slow at random places: sampling.order = "blocked", or a faster disk'
+        target = recipe.frontend.sample_rate
+        yield f"audio is at {listed} Hz and resampled to {target} Hz for every clip; packing does this once"
+    if found is not None and best.clips_per_s * _READS_PER_CLIP > found.splices_per_s * recipe.loading.num_workers():
+        yield 'random reads from the disk are slow: set sampling.order = "blocked", or use a faster disk'
 
 
 _WORKERS: tuple[Worker, ...] = ("thread", "process")
 _KINDS = ("threads", "processes")
-_WORTH_A_PROCESS = 1.1  # of its memory
+_WORTH_A_PROCESS = 1.1  # speed-up that justifies the memory of worker processes
 _MODEL_CLIPS = 16
 _MODEL_INPUTS = (
     "frames_BTCHW", "mel_BWCML", "window_BW", "has_video_B", "has_audio_B", "band_B2", "mix_B", "partner_B",
 )  # fmt: skip
-_GROUPS = 9  # reads of a packed clip: its table and about eight groups of pictures
+_READS_PER_CLIP = 9  # reads of a packed clip: its frame index and about eight groups of pictures

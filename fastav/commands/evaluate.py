@@ -1,4 +1,10 @@
-"""`fastav evaluate RUN [MANIFEST]`: a trained model over a split: predictions, metrics and what could not be read."""
+"""Evaluates a trained run on its test split, or on another manifest: metrics, predictions and unreadable clips.
+
+Example: `fastav evaluate runs/mine my/new.parquet`
+
+It writes metrics.json and predictions.parquet: for the run's own test split to the run folder, for another manifest or
+split to a folder in RUN/evaluations/.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +33,29 @@ OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options; `--loading.workers 4` and the like change the run's recipe for this evaluation."""
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("manifest", nargs="?", help="another manifest; classes are matched by name")
-    parser.add_argument("split", nargs="?", help="split; the recipe's data.test unless given")
+    """Adds the options of `fastav evaluate`. Recipe keys (`--loading.workers 4`) apply to this evaluation only."""
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("manifest", metavar="MANIFEST", nargs="?",
+                        help="manifest; default: data.manifest of the run. Classes are matched by name")  # fmt: skip
+    parser.add_argument("split", metavar="SPLIT", nargs="?", help="split to evaluate on; default: data.test of the run")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Evaluates, prints the table, writes `metrics.json` and `predictions.parquet`."""
+    """Evaluates the run, prints the metrics, and writes `metrics.json` and `predictions.parquet`.
+
+    Raises:
+        UserError: Not a finished run folder, or a wrong manifest, split or recipe key.
+    """
     saved = Path(args.run) / "recipe.toml"
     if not saved.exists():
-        raise UserError(f"{args.run}: not a run folder: it has no recipe.toml")
+        raise UserError(f"{args.run}: not a run folder: recipe.toml is missing")
     recipe = msgspec.structs.replace(load_recipe(saved, args.overrides), out=args.run)
     if not (Path(args.run) / "model").is_dir():
-        raise UserError(f"{args.run}: the run has no model/ yet; finish it with `fastav train`")
+        raise UserError(f"{args.run}: the run is not finished: model/ is missing; finish it with `fastav train`")
     ranks = Ranks(recipe.train)
     console = Console(quiet=not ranks.main)
     run = RunFolder(args.run, writer=ranks.main)
-    # Code outside this project runs only where the run's own recipe names it.
+    # External code is loaded only if the recipe of this run names it.
     factories = list(external_names(recipe.model).values())
     model = AVModel.from_pretrained(run.model, factories=factories).to(ranks.device)
     source = evaluation_source(recipe, args.manifest, args.split, model.classes)
@@ -53,10 +64,10 @@ def main(args: argparse.Namespace) -> int:
         console.log(unknown)
     folder = run.path
     if args.manifest or args.split:
-        of = Path(args.manifest or recipe.data.manifest).resolve()
-        folder = run.path / "evaluations" / f"{of.parent.name}_{of.stem}_{args.split or recipe.data.test}"
+        manifest = Path(args.manifest or recipe.data.manifest).resolve()
+        folder = run.path / "evaluations" / f"{manifest.parent.name}_{manifest.stem}_{args.split or recipe.data.test}"
     evaluation, predictions = evaluate(
-        model, recipe, source, ranks, console, split=args.split or recipe.data.test, on_broken=_tell(console)
+        model, recipe, source, ranks, console, split=args.split or recipe.data.test, on_broken=_log_broken(console)
     )
     if ranks.main:
         write_text(folder / "metrics.json", evaluation.to_json())
@@ -67,13 +78,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def table(evaluation: Evaluation) -> Table:
-    """The figures as a terminal table."""
-    shown = Table(title=f"split {evaluation.split}", show_header=False)
+    """Returns the metrics as a terminal table."""
+    rows = Table(title=f"split {evaluation.split}", show_header=False)
     for key, value in evaluation.metrics.items():
-        shown.add_row(key, f"{value:.4g}" if value != int(value) else f"{int(value)}")
-    return shown
+        rows.add_row(key, f"{value:.4g}" if value != int(value) else f"{int(value)}")
+    return rows
 
 
-def _tell(console: Console) -> Callable[[Clip, MediaError], None]:
-    """Names a clip that cannot be read; the loader calls it once for each."""
+def _log_broken(console: Console) -> Callable[[Clip, MediaError], None]:
+    """Returns a callback that logs a clip that cannot be read. The loader calls it once per clip."""
     return lambda clip, error: console.log(f"cannot read clip {json.dumps(clip.id)}: {error}")

@@ -1,8 +1,9 @@
-"""`fastav export weights RUN`: a model out of any checkpoint of a run, as safetensors and JSON.
+"""Exports the model from a checkpoint of a run as safetensors and JSON.
 
-A finished run has its `model/` already. This takes a checkpoint: of a run that is not finished, that was stopped,
-or of a step before the last; whatever number of processes and strategy have written it. Nothing is trained, and
-neither the data nor a GPU need be there.
+Example: `fastav export weights runs/mine --step 1200`
+
+A finished run already has its model in RUN/model/. Use this verb for a run that is unfinished or stopped, or for an
+earlier step. The checkpoint may come from any number of processes and any strategy. The data and a GPU are not needed.
 """
 
 from __future__ import annotations
@@ -22,45 +23,49 @@ from fastav.training.run_folder import RunFolder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
-    parser.add_argument("what", choices=("weights",), help="the whole model in one file")
-    parser.add_argument("run", help="run folder")
-    parser.add_argument("--step", type=int, help="of which checkpoint; the newest unless given")
-    parser.add_argument("--out", type=Path, help="folder to make (RUN/exported/step_N)")
-    parser.add_argument("--raw", action="store_true", help="the weights themselves, not their running average")
+    """Adds the options of `fastav export`."""
+    parser.add_argument("what", choices=("weights",), help="weights: the whole model in one file")
+    parser.add_argument("run", metavar="RUN", help="run folder")
+    parser.add_argument("--step", type=int, metavar="N", help="step of the checkpoint; default: the newest")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="folder to create; default: RUN/exported/step_N")
+    parser.add_argument("--raw", action="store_true", help="trained weights instead of their average (optim.ema)")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Writes the model, and says where."""
+    """Writes the model and prints its folder.
+
+    Raises:
+        UserError: No such run or checkpoint, or the output folder exists.
+    """
     run = RunFolder(args.run, writer=False)
     if not run.checkpoints.is_dir():
-        raise UserError(f"{args.run}: not a run folder with checkpoints/")
+        raise UserError(f"{args.run}: not a run folder: checkpoints/ is missing")
     checkpoints = Checkpoints(run.checkpoints)
     if args.step is not None and args.step not in checkpoints.steps():
         known = ", ".join(map(str, checkpoints.steps()))
-        raise UserError(f"{args.run}: no checkpoint of step {args.step}; there are: {known or 'none'}")
+        raise UserError(f"{args.run}: no checkpoint of step {args.step}; available steps: {known or 'none'}")
     found = checkpoints.newest() if args.step is None else checkpoints.read(args.step)
     if found is None:
-        raise UserError(f"{args.run}: no checkpoint yet")
+        raise UserError(f"{args.run}: has no checkpoint yet")
     out = args.out or run.path / "exported" / f"step_{found.step:08d}"
     if out.exists():
         raise UserError(f"{out}: already exists; choose another --out")
     model = load(found, averaged=not args.raw)
     model.save(out)
-    Console().log(f"{out}: the model after step {found.step}")
+    Console().log(f"{out}: wrote the model of step {found.step}")
     return 0
 
 
 @torch.no_grad()
 def load(found: Checkpoint, *, averaged: bool = True) -> AVModel:
-    """Makes the model of a checkpoint.
+    """Loads the model of a checkpoint.
 
     Args:
         found: The checkpoint.
-        averaged: Whether the running average is wanted, where there is one.
+        averaged: Use the exponentially averaged weights if the checkpoint has them.
 
     Raises:
-        UserError: A checkpoint of format 1 names no classes, and its manifest is not there.
+        UserError: The checkpoint has format 1, which does not store the classes, and its manifest is missing.
     """
     recipe = parse_recipe(renewed(found.state["recipe"]), {}, str(found.path))
     classes = found.state.get("classes") or Manifest.open(recipe.data.manifest).classes

@@ -1,4 +1,10 @@
-"""Turns a data set's files into a manifest: probes what each file really holds and names what is wrong with which."""
+"""Writes the manifest of a data set: decodes every file once, counts frames and samples, and lists problems.
+
+Example: `fastav index folder my/clips --out my/manifest.parquet --hold-out fraction:0.2`
+
+`fastav index KIND --help` describes the files that a kind expects. A data set from outside the project is named
+`module:attribute`. Problems with single files are written to a .problems.csv file beside the manifest.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +26,12 @@ from fastav.datasets.build_manifest import build_manifest, problems_path
 from fastav.datasets.registry import DATASETS, external_dataset
 
 _SHOWN = 3
-_PUBLISHED = ("split_leak", "duplicate_media", "empty_class")  # of their publishers' making, or of a part's
+# Not fatal for published data sets: these problems are part of the data, or come from indexing only a part of it.
+_PUBLISHED = ("split_leak", "duplicate_media", "empty_class")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options: the kind of data set, and for each kind its own."""
+    """Adds the kinds of data sets, and the options of each kind."""
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True, parser_class=_strict(type(parser)))
     word = next((word for word in getattr(parser, "words", ()) if not word.startswith("-")), "")
     external = {word: external_dataset(word)} if is_external(word) else {}
@@ -34,14 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             name, help=summary, description=module.__doc__, formatter_class=argparse.RawTextHelpFormatter
         )
         module.add_arguments(sub)
-        sub.add_argument(
-            "--out", required=True, type=Path, metavar="FILE", help="the manifest to write, a .parquet file"
-        )
-        sub.add_argument("--workers", type=int, default=0, metavar="N", help="processes; 0 (default): one a core")
+        sub.add_argument("--out", required=True, type=Path, metavar="FILE", help="manifest to write (.parquet)")
+        sub.add_argument("--workers", type=int, default=0, metavar="N", help="processes; default 0: one per core")
 
 
 def _strict(kind: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser]:
-    """A parser that refuses unknown options itself, instead of leaving them to its parent, which knows none of its."""
+    """Returns a parser class that rejects unknown options itself.
+
+    A plain subparser passes them to its parent, which cannot suggest the nearest option of the subparser.
+    """
 
     class Strict(kind):  # type: ignore[valid-type, misc]
         def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
@@ -54,17 +62,17 @@ def _strict(kind: type[argparse.ArgumentParser]) -> type[argparse.ArgumentParser
 
 
 def main(args: argparse.Namespace) -> int:
-    """Runs `fastav index KIND ...`; returns 0, also where single files cannot be read.
+    """Runs `fastav index KIND ...`; returns 0, even if single files cannot be read.
 
     Raises:
-        UserError: Nothing can be read, or the manifest has problems that would spoil training (it is written).
+        UserError: No file can be read, or the manifest has problems that invalidate training (it is written anyway).
     """
     if args.workers < 0:
-        raise UserError(f"--workers {args.workers}: expected 0 (one a core) or more")
+        raise UserError(f"--workers {args.workers}: expected 0 (one per core) or more")
     console, out = Console(), Path(args.out)
     dataset = external_dataset(args.kind) if is_external(args.kind) else DATASETS[args.kind]
     listing = dataset.listing(args)
-    own = {str(path.absolute()) for path in (out, out.with_suffix(".arrow"), problems_path(out))}
+    outputs = {str(path.absolute()) for path in (out, out.with_suffix(".arrow"), problems_path(out))}
     manifest, problems = build_manifest(
         listing.clips,
         out,
@@ -73,20 +81,20 @@ def main(args: argparse.Namespace) -> int:
         console=console,
         cut=listing.cut,
         split=listing.split,
-        problems=[p for p in listing.problems if str(Path(p.path).absolute()) not in own],
+        problems=[p for p in listing.problems if str(Path(p.path).absolute()) not in outputs],
     )
     if listing.published_splits:
         problems = [replace(p, fatal=p.fatal and p.kind not in _PUBLISHED) for p in problems]
     show(console, manifest, problems, listing.notes)
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
-        count = f"{len(fatal)} problems that spoil" if len(fatal) > 1 else "a problem that spoils"
-        raise UserError(f"{out} is written, but has {count} training: {fatal[0].message} (see {problems_path(out)})")
+        count = f"{len(fatal)} problems that invalidate" if len(fatal) > 1 else "a problem that invalidates"
+        raise UserError(f"{out}: written, but has {count} training: {fatal[0].message} (see {problems_path(out)})")
     return 0
 
 
 def show(console: Console, manifest: Manifest, problems: Sequence[Problem], notes: Sequence[str] = ()) -> None:
-    """Prints what the manifest holds and what is wrong, with the first few problems of each kind."""
+    """Prints a summary of the manifest, and the first problems of each kind."""
     hours = manifest.whole("duration_s").sum() / 3600
     console.print(escape(str(manifest.path)), highlight=False, soft_wrap=True)
     table = Table(show_header=False)
@@ -109,7 +117,7 @@ def show(console: Console, manifest: Manifest, problems: Sequence[Problem], note
         if len(found) > _SHOWN:
             console.print(f"  and {len(found) - _SHOWN} more", highlight=False)
     if problems:
-        console.print(f"all of them: {escape(str(problems_path(manifest.path)))}", highlight=False, soft_wrap=True)
+        console.print(f"all problems: {escape(str(problems_path(manifest.path)))}", highlight=False, soft_wrap=True)
 
 
 def _codecs(manifest: Manifest, column: str) -> str:

@@ -1,7 +1,7 @@
-"""Preflight: a short matrix product, copy and all-reduce on every rank, to name slow and broken ones in time.
+"""Measures matrix product, copies and all-reduce on every rank for a few seconds, and names slow and broken ranks.
 
-fastav preflight                             this machine's first device
-torchrun ... -m fastav preflight             the ranks that it starts; accelerate launch works as well
+fastav preflight                             the first device of this machine
+torchrun ... -m fastav preflight             all ranks that torchrun starts; accelerate launch works as well
 """
 
 from __future__ import annotations
@@ -24,36 +24,44 @@ from fastav.training.ranks import Ranks, shutdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of each measurement ({SECONDS:g})")
+    """Adds the options of `fastav preflight`."""
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S", help=f"duration of each measurement; default {SECONDS:g}"
+    )
     parser.add_argument("--slow", type=float, default=GuardConfig().slow_device,
-                        help="a rank is slow with less than this share of the median (%(default)s)")  # fmt: skip
+                        metavar="SHARE",
+                        help="a rank is slow below this share of the median rate; default %(default)s")  # fmt: skip
     parser.add_argument("--patience", type=float, default=GuardConfig().preflight_patience_s,
-                        help="seconds within which a measurement must end (%(default)s)")  # fmt: skip
-    parser.add_argument("--json", type=Path, help="write everything to this file")
+                        metavar="S",
+                        help="timeout of each measurement in seconds; default %(default)s")  # fmt: skip
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all results to this file")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Measures, prints a line for each rank and each fault; 1 where a rank is broken, or slow other than on a CPU."""
+    """Runs the preflight and prints one line per rank and per fault.
+
+    Returns:
+        1 if a rank is broken, or slow on a device other than a CPU; else 0.
+    """
     for name in ("seconds", "patience"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name):g}: expected more than 0")
     if not 0 <= args.slow <= 1:
         raise UserError(f"--slow {args.slow:g}: expected a share from 0 to 1")
-    # A launcher's config that names a precision is as good as any: nothing is trained.
+    # Accept the precision of the launcher's config: nothing is trained.
     bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     try:
         ranks = Ranks(Training(precision="bf16" if bf16 else "fp32"))
         found = Preflight(ranks.host_group, ranks.device, args.seconds, args.patience).run()
         faults, console = find_faults(found, args.slow), Console(sys.stdout, quiet=not ranks.main)
-        for one in found:
-            console.log(one.describe())
+        for measurement in found:
+            console.log(measurement.describe())
         for fault in faults:
             console.log(f"slow: {fault.text}" if fault.kind == "slow" else fault.text)
         console.log(summary(found, faults, args.slow))
         if args.json and ranks.main:
             write_text(args.json, json.dumps(table(found, faults), indent=1))
     finally:
-        with contextlib.suppress(RuntimeError):  # of a broken device, which has been reported
+        with contextlib.suppress(RuntimeError):  # raised by a broken device, which has been reported
             shutdown()
     return int(bool(serious_faults(faults, found)))

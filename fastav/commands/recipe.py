@@ -1,4 +1,7 @@
-"""`fastav recipe show FILE`: the recipe with all defaults as TOML. `fastav recipe explain KEY`: what a key means."""
+"""Prints a recipe with all defaults as TOML (`show FILE`), or describes recipe keys (`explain KEY`).
+
+Example: `fastav recipe explain optim.schedule train.reduce_dtype`
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,19 @@ OVERRIDES = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the verb's options."""
+    """Adds the options of `fastav recipe`."""
     parser.add_argument(
         "action",
         choices=["show", "explain"],
-        help="show [FILE]: print the resolved recipe, what differs from the defaults marked; else the defaults\n"
-        "explain [KEY ...]: values, default and meaning of keys (optim.lr), tables (optim), last words (lr), or of all",
+        help="show [FILE]: print the resolved recipe, with changed values marked; without FILE, the defaults\n"
+        "explain [KEY ...]: print values, default and meaning of a key (optim.lr), of a table (optim), of a key in\n"
+        "any table (lr), or of all keys",
     )
-    parser.add_argument("words", nargs="*", metavar="FILE | KEY", help="what to show or explain")
+    parser.add_argument("words", nargs="*", metavar="FILE | KEY", help="recipe file to show, or keys to explain")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Prints the recipe, or what its keys mean.
+    """Prints the recipe, or the explanation of its keys.
 
     Raises:
         UserError: More than one file, an unknown key, or a recipe that cannot be read.

@@ -1,1 +1,1 @@
-"""What every room uses: errors, config base, command-line runner, console, atomic files, process pool, machine."""
+"""Shared by all other packages: errors, config base, command-line runner, console, atomic files, process pool."""

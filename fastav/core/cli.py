@@ -1,4 +1,4 @@
-"""The command line: one line on stderr and an exit code for every mistake, a traceback only under `--debug`."""
+"""Command-line runner: every error is one line on stderr and an exit code; `--debug` adds the traceback."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fastav.core.errors import FastavError, UserError, did_you_mean
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose mistakes are `UserError`s of one line with the nearest match.
+    """An argument parser that raises `UserError` with one line and the nearest match.
 
     Attributes:
-        words: The command line behind the verb, for verbs whose options depend on it.
+        words: The arguments after the verb, for verbs whose options depend on them.
     """
 
     words: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
-        """Raises instead of printing the usage."""
+        """Raises `UserError` instead of printing the usage and exiting."""
         options = [word for action in self._actions for word in action.option_strings]
         unknown = re.match(r"unrecognized arguments: (\S+)", message)
         near = did_you_mean(unknown[1].split("=")[0], options) if unknown else ""
@@ -41,21 +41,22 @@ class Parser(argparse.ArgumentParser):
 def run(verb: str, module_name: str, argv: Sequence[str]) -> int:
     """Runs one verb.
 
-    The verb's module has `add_arguments(parser)` and `main(args) -> int`. Where it sets `OVERRIDES = True`, words such
-    as `--optim.lr 1e-4` are collected for the recipe in `args.overrides`.
+    The verb's module defines `add_arguments(parser)` and `main(args) -> int`. If it also sets `OVERRIDES = True`,
+    options such as `--optim.lr 1e-4` are collected in `args.overrides` as recipe keys.
 
     Args:
-        verb: Its name on the command line.
-        module_name: Where it is, imported only now.
-        argv: The words after the verb.
+        verb: Name of the verb on the command line.
+        module_name: Module of the verb; imported by this call.
+        argv: Arguments after the verb.
 
     Returns:
-        The exit code: 0, 2 for a user's mistake, 3 for too many broken clips, 75 when stopped by a signal, 1 otherwise.
-        Where FASTAV_EXIT_CODES names a folder, it is left there as well: launchers rewrite it.
+        The exit code: 0 for success, 2 for a user error, 3 for too many broken clips, 75 if a signal stopped the run
+        after a checkpoint, 130 for Ctrl-C, 1 for any other failure. Launchers replace exit codes by their own, so the
+        code is also written to `$FASTAV_EXIT_CODES/rank_<RANK>` if that variable names a folder.
     """
     code = _run(verb, module_name, argv)
     if folder := os.environ.get("FASTAV_EXIT_CODES"):
-        with contextlib.suppress(OSError):  # a full disk must not hide the code itself
+        with contextlib.suppress(OSError):  # a full disk must not hide the exit code
             Path(folder, f"rank_{os.environ.get('RANK', '0')}").write_text(f"{code}\n")
     return code
 
@@ -72,9 +73,7 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
         module.add_arguments(parser)
         overrides: list[str] = []
         if getattr(module, "OVERRIDES", False):
-            parser.epilog = (
-                "Any key of the recipe is an option too: --optim.lr 1e-4; `fastav recipe explain` describes them."
-            )
+            parser.epilog = "Every recipe key is also an option: --optim.lr 1e-4 (see `fastav recipe explain`)."
             words, overrides = split_overrides(words, lambda word: word != "--help")
         args = parser.parse_args(words)
         args.overrides = overrides
@@ -87,7 +86,7 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("fastav: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, has closed it
         return 1
     except OSError as error:
         if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES):
@@ -98,11 +97,14 @@ def _run(verb: str, module_name: str, argv: Sequence[str]) -> int:
 
 
 def split_overrides(words: Sequence[str], is_key: Callable[[str], bool]) -> tuple[list[str], list[str]]:
-    """Parts a parser's words from `--key value` and `--key=value` meant for the recipe.
+    """Separates recipe overrides (`--key value`, `--key=value`) from a verb's own arguments.
 
     Args:
-        words: All of them.
-        is_key: Of an option as it is given, whether it is a key of the recipe.
+        words: All arguments after the verb.
+        is_key: Returns True if an option, such as `--optim.lr`, is a recipe key.
+
+    Returns:
+        The verb's own arguments, and the overrides.
     """
     kept: list[str] = []
     overrides: list[str] = []

@@ -1,9 +1,9 @@
-"""The base of every config: frozen, typed, spell-checked structs that are read from and written to TOML tables.
+"""Base classes of all configs: frozen, typed structs that are read from and written to TOML tables.
 
-A component's config sits beside its implementation and has a `build()`; where there are several kinds, each struct
-has a `kind` tag and the union at the bottom of the file is the registry:
+The config of a component is defined beside its implementation and builds it with `build()`. If there are several kinds
+of a component, each config has a `kind` tag, and their union is the registry:
 
-    class Late(Config, tag="late"): ...
+    class Late(Kind, frozen=True): ...
     Fusion = Late | Score
 """
 
@@ -16,11 +16,11 @@ from msgspec import Meta
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A frozen struct of settings with defaults; unknown keys are errors."""
+    """A frozen struct of settings with defaults. Unknown keys are errors."""
 
 
 class Kind(Config, frozen=True, tag_field="kind", tag=str.lower):
-    """A config that is one of several kinds; its tag (the class name in lower case unless given) is the `kind` key."""
+    """A config of one of several kinds. Its `kind` key is the tag, by default the class name in lower case."""
 
 
 PositiveInt = Annotated[int, Meta(ge=1)]

@@ -1,4 +1,4 @@
-"""Log lines and a progress line for people, on a terminal or in a file."""
+"""Log lines and a progress line, on a terminal or in a file."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.table import Table
 
 
 class Console:
-    """Prints log lines, and a progress line that is rewritten in place on a terminal and plain elsewhere.
+    """Prints log lines and a progress line; on a terminal the progress line is rewritten in place.
 
     Args:
-        stream: Where to print; stderr unless given, so that stdout stays clean for results.
-        quiet: Prints nothing (ranks other than 0).
-        plain_every_s: On a stream that is not a terminal, seconds between progress lines.
+        stream: Output stream; stderr by default, which keeps stdout free for results.
+        quiet: Print nothing (for ranks other than 0).
+        plain_every_s: Minimum seconds between progress lines on a stream that is not a terminal.
     """
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False, plain_every_s: float = 10.0) -> None:
@@ -26,13 +26,13 @@ class Console:
         self._last, self._open = -plain_every_s, False
 
     def log(self, text: str) -> None:
-        """Prints a line that stays."""
+        """Prints a log line."""
         if not self._quiet:
             self._end_line()
             print(text, file=self._stream, flush=True)
 
     def progress(self, text: str, *, last: bool = False) -> None:
-        """Shows the progress line; on a plain stream at most one every `plain_every_s` seconds, and the last."""
+        """Shows the progress line; without a terminal, one every `plain_every_s` seconds and the last one."""
         if self._quiet:
             return
         if self._terminal:
@@ -55,7 +55,7 @@ class Console:
 
 
 def clock_time(seconds: float) -> str:
-    """`1:02:03` or `2:03`."""
+    """Formats a duration as `1:02:03` or `2:03`."""
     minutes, rest = divmod(round(max(seconds, 0)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

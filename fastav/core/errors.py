@@ -1,7 +1,7 @@
-"""The errors a person sees, and the exit code of each.
+"""The errors that users see, each with its exit code.
 
-Every message is one line: what was given, what was expected, the nearest match, and the file or flag it came from.
-`fastav.__main__` prints it without a traceback and exits with `exit_code`.
+A message is one line: the file or option, the value it got, the value expected, and the nearest match.
+`fastav.core.cli` prints it without a traceback and returns `exit_code`.
 """
 
 from __future__ import annotations
@@ -12,36 +12,36 @@ from pathlib import Path
 
 
 class FastavError(Exception):
-    """A failure that is explained by its message alone (exit 1), such as a full disk."""
+    """A failure that its message explains without a traceback, such as a full disk (exit 1)."""
 
     exit_code = 1
 
 
 class UserError(FastavError, ValueError):
-    """A mistake in a recipe, a flag or the given data (exit 2)."""
+    """A mistake in a recipe, an option or the data (exit 2)."""
 
     exit_code = 2
 
 
 class TooManyBroken(FastavError):
-    """The share of broken clips passed the limit (exit 3)."""
+    """The share of broken clips exceeded the limit (exit 3)."""
 
     exit_code = 3
 
 
 class Stopped(FastavError):
-    """A signal ended the run after a clean checkpoint; the same command goes on from there (exit 75, EX_TEMPFAIL)."""
+    """A signal stopped the run after a checkpoint; the same command resumes it (exit 75, EX_TEMPFAIL)."""
 
     exit_code = 75
 
 
 class MediaError(FastavError):
-    """One file cannot be read as its manifest row promises.
+    """A media file cannot be read, or differs from its manifest row.
 
     Args:
         path: The file.
-        reason: What is wrong with it, one line.
-        stage: Where it showed: `open`, `probe`, `video`, `audio`, `image`, `mel`.
+        reason: What is wrong with it; newlines are removed.
+        stage: Stage at which it failed: `open`, `probe`, `video`, `audio`, `image` or `mel`.
     """
 
     def __init__(self, path: str | Path, reason: str, stage: str = "open") -> None:
@@ -49,11 +49,14 @@ class MediaError(FastavError):
         super().__init__(f"{self.path}: {self.stage}: {self.reason}")
 
     def __reduce__(self) -> tuple[type[MediaError], tuple[str, str, str]]:
-        return type(self), (self.path, self.reason, self.stage)  # between processes
+        return type(self), (self.path, self.reason, self.stage)  # so that it can be sent between processes
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """Returns `; did you mean "x"?` for the nearest option, or the options when none is near, or nothing."""
+    """Returns `; did you mean "x"?` for the nearest option.
+
+    If no option is similar, returns `; known: ...` for up to 20 options, else an empty string.
+    """
     known = sorted(set(options))
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if near:
@@ -62,13 +65,13 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def listed(names: Collection[str], most: int = 6) -> str:
-    """Returns the first names, and how many more there are."""
+    """Joins the first `most` names with commas and counts the rest: `a, b and 3 more`."""
     shown = ", ".join(list(names)[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def reason_of(error: BaseException) -> str:
-    """An error in a few words, on one line."""
+    """Returns the message of an error on one line, or its type if it has no message."""
     failures = getattr(error, "failures", None)  # of torch.distributed.checkpoint: rank -> (error, traceback)
     if isinstance(failures, dict) and failures:
         return reason_of(next(iter(failures.values()))[0])

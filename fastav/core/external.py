@@ -1,4 +1,4 @@
-"""Code outside this project that a recipe or a command names as `module:attribute`."""
+"""Loads code from outside this project that a recipe or a command names as `module:attribute`."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ SEPARATOR = ":"
 
 
 def is_external(name: str) -> bool:
-    """Whether a name is `module:attribute` and not a word of this project."""
+    """Returns True if a name has the form `module:attribute` and is not a built-in kind."""
     return SEPARATOR in name
 
 
 def load_external(name: str, where: str) -> Any:
-    """Imports what `module:attribute` names.
+    """Imports the object that `module:attribute` names.
 
-    Importing runs code, so call it only with names that the user gave or has allowed.
+    Importing a module runs its code. Call this only with names that the user gave or allowed.
 
     Args:
-        name: Such as `my_birds.fusion:GatedFusion`.
-        where: The key or option that names it, for messages.
+        name: `module:attribute`, such as `my_birds.fusion:GatedFusion`.
+        where: Recipe key or option that names it, for error messages.
 
     Raises:
         UserError: The module cannot be imported, or has no such attribute.
@@ -35,7 +35,7 @@ def load_external(name: str, where: str) -> Any:
         raise UserError(f'{where}: "{name}" is not of the form module:attribute')
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever the code of others raises when it is imported
+    except Exception as error:  # importing external code may raise anything
         raise UserError(
             f'{where}: cannot import "{module_name}": {reason_of(error)}; install it, or add its folder to PYTHONPATH'
         ) from error
@@ -45,20 +45,22 @@ def load_external(name: str, where: str) -> Any:
 
 
 def make_external(name: str, args: Mapping[str, Any], where: str) -> Any:
-    """Calls what `module:attribute` names with keyword arguments; a config class checks their types as well.
+    """Imports `module:attribute` and calls it with keyword arguments.
+
+    The arguments of a `Config` class are also checked against its field types.
 
     Args:
-        name: A config class (a subclass of `Config`), any other class, or a function.
-        args: Its keyword arguments.
-        where: The table of the recipe that holds `kind` and `args`, for messages.
+        name: `module:attribute` of a config class (a subclass of `Config`), another class, or a function.
+        args: Keyword arguments.
+        where: Recipe table that holds `kind` and `args`, for error messages.
 
     Raises:
-        UserError: It cannot be imported, or does not take these arguments.
+        UserError: The name cannot be imported, or the arguments do not fit.
     """
-    make = load_external(name, f"{where}.kind")
+    factory = load_external(name, f"{where}.kind")
     try:
-        if isinstance(make, type) and issubclass(make, msgspec.Struct):
-            return msgspec.convert(dict(args), make)
-        return make(**args)
+        if isinstance(factory, type) and issubclass(factory, msgspec.Struct):
+            return msgspec.convert(dict(args), factory)
+        return factory(**args)
     except (TypeError, ValueError) as error:  # msgspec.ValidationError is a ValueError
         raise UserError(f"{where}.args: {name}: {reason_of(error)}") from error

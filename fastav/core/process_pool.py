@@ -1,4 +1,4 @@
-"""Runs a function on many jobs in processes that may die of one or hang: that is a result like any other."""
+"""Runs a function on many jobs in worker processes. A job that kills its process or hangs is reported as a result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 from fastav.core.errors import FastavError
 
 PATIENCE_S = 900.0
-"""Longer than any one clip takes to be decoded and encoded."""
+"""Seconds without a finished job after which running jobs count as hanging; longer than any clip takes to pack."""
 
 JobT = TypeVar("JobT")
 Result = TypeVar("Result")
@@ -25,13 +25,13 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class JobResult(Generic[JobT, Result]):
-    """A job and what became of it.
+    """A finished job.
 
     Attributes:
-        number: Of the job, counted from 0 in the order given.
-        job: As given.
-        result: What the function returned; None where its process died of it, or was killed as it hung.
-        died: Whether it did.
+        number: Index of the job in the input, from 0.
+        job: The job.
+        result: Return value of the function; None if `died`.
+        died: True if the job killed its process, or hung and was killed.
     """
 
     number: int
@@ -48,34 +48,39 @@ def run_jobs(
     ahead: int | None = None,
     patience_s: float = PATIENCE_S,
 ) -> Iterator[JobResult[JobT, Result]]:
-    """Yields each job with its result, in the order in which they are done.
+    """Yields each job with its result, in the order in which the jobs finish.
 
     Args:
-        jobs: Read as they are needed; both they and the results are sent between processes.
-        do: A function of a module, or a `functools.partial` of one; what it raises is raised here and ends it all.
-        workers: Processes.
-        ahead: No job is begun that is this many behind the oldest unfinished one, so that results which must wait
-            for their turn do not pile up.
-        patience_s: Seconds without any job getting done after which those in work are taken for hanging.
+        jobs: Jobs, read lazily. Jobs and results must be picklable.
+        do: A function at module level, or a `functools.partial` of one. An exception that it raises is raised here
+            and ends the iteration.
+        workers: Number of processes.
+        ahead: Maximum distance between the newest started and the oldest unfinished job; None for no limit. It bounds
+            the number of results that a caller has to hold to restore the order.
+        patience_s: Seconds without any finished job after which the running jobs count as hanging.
+
+    Example:
+        >>> for done in run_jobs(files, probe, workers=4):
+        ...     print(done.job, "killed its process" if done.died else done.result)
     """
-    rest, proven = enumerate(jobs), False
-    while suspects := (yield from _together(rest, do, workers, ahead, patience_s)):
-        proven = proven or _processes_start(do)
-        # Nobody knows which of the jobs in work killed its process, or hangs: each of them gets a process of its own.
+    remaining, pool_works = enumerate(jobs), False
+    while suspects := (yield from _run_together(remaining, do, workers, ahead, patience_s)):
+        pool_works = pool_works or _check_processes_start(do)
+        # It is unknown which running job killed its process or hangs, so each is repeated in a process of its own.
         for number, job in suspects:
-            yield _alone(number, job, do, patience_s)
+            yield _run_alone(number, job, do, patience_s)
 
 
-def _together(
-    rest: Iterator[tuple[int, JobT]],
+def _run_together(
+    remaining: Iterator[tuple[int, JobT]],
     do: Callable[[JobT], Result],
     workers: int,
     ahead: int | None,
     patience_s: float,
 ) -> Generator[JobResult[JobT, Result], None, list[tuple[int, JobT]]]:
-    """Works until there are no more jobs, or until a process dies or hangs: then returns the jobs in work."""
+    """Runs jobs until none remain (returns []), or until a process dies or hangs (returns the unfinished jobs)."""
     running: dict[Future[Result], tuple[int, JobT]] = {}
-    waiting: list[tuple[int, JobT]] = []
+    submitting: list[tuple[int, JobT]] = []
     with _pool(workers, do) as pool:
         try:
             while True:
@@ -84,12 +89,12 @@ def _together(
                     newest = max((number for number, _ in running.values()), default=0)
                     if ahead is not None and oldest is not None and newest - oldest >= ahead:
                         break
-                    job = next(rest, None)
+                    job = next(remaining, None)
                     if job is None:
                         break
-                    waiting = [job]
+                    submitting = [job]
                     running[pool.submit(do, job[1])] = job
-                    waiting = []
+                    submitting = []
                 if not running:
                     return []
                 done = wait(running, timeout=patience_s, return_when=FIRST_COMPLETED).done
@@ -98,31 +103,31 @@ def _together(
                     return list(running.values())
                 for future in done:
                     result = future.result()
-                    number, what = running.pop(future)
-                    yield JobResult(number, what, result)
+                    number, finished = running.pop(future)
+                    yield JobResult(number, finished, result)
         except BrokenProcessPool:
-            return [*running.values(), *waiting]
+            return [*running.values(), *submitting]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _processes_start(do: Callable[..., Any]) -> bool:
-    """Returns True where a process starts at all, whatever the function.
+def _check_processes_start(do: Callable[..., Any]) -> bool:
+    """Returns True if a worker process can be started.
 
     Raises:
-        FastavError: It cannot: then no job is to blame.
+        FastavError: It cannot be started, so no job is to blame.
     """
     with _pool(1, do) as pool:
         try:
             return bool(pool.submit(os.getpid).result())
         except BrokenProcessPool:
             raise FastavError(
-                "worker processes end as they start; a script that calls this needs its code under "
-                'if __name__ == "__main__":, as they import it'
+                "worker processes exit at start; worker processes import the calling script, so put its code under "
+                'if __name__ == "__main__":'
             ) from None
 
 
-def _alone(number: int, job: JobT, do: Callable[[JobT], Result], patience_s: float) -> JobResult[JobT, Result]:
+def _run_alone(number: int, job: JobT, do: Callable[[JobT], Result], patience_s: float) -> JobResult[JobT, Result]:
     with _pool(1, do) as pool:
         try:
             return JobResult(number, job, pool.submit(do, job).result(timeout=patience_s))
@@ -132,36 +137,36 @@ def _alone(number: int, job: JobT, do: Callable[[JobT], Result], patience_s: flo
 
 
 def _kill(pool: ProcessPoolExecutor) -> None:
-    """Ends the processes of a pool, whatever they are at; leaving a pool would wait for them."""
-    for process in list((pool._processes or {}).values()):  # there is no public way before Python 3.14
+    """Kills the processes of a pool. Leaving the pool's context would wait for them."""
+    for process in list((pool._processes or {}).values()):  # no public API before Python 3.14
         process.kill()
 
 
 def _pool(workers: int, do: Callable[..., Any]) -> ProcessPoolExecutor:
     function = do.func if isinstance(do, functools.partial) else do
-    return ProcessPoolExecutor(workers, mp_context=server(function.__module__), initializer=start_worker)
+    return ProcessPoolExecutor(workers, mp_context=worker_context(function.__module__), initializer=start_worker)
 
 
-def server(module: str) -> BaseContext:
-    """Returns the way in which processes are started that run functions of a module.
+def worker_context(module: str) -> BaseContext:
+    """Returns the multiprocessing context for workers that run functions of `module`.
 
-    Not forked from here: a fork of a process with threads (torch's, Arrow's) may hang. Forked from a server that has
-    imported the module once and has none; or spawned, where there is no such thing.
+    Forking this process may hang, because it has threads (torch, Arrow). So workers are forked from a server process
+    without threads that has imported the module once (forkserver), or spawned where forkserver is not available.
     """
-    there = "forkserver" in multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if there else "spawn")
+    has_forkserver = "forkserver" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if has_forkserver else "spawn")
     context.set_forkserver_preload(["__main__", module])
     return context
 
 
 def start_worker() -> None:
-    """Leaves Ctrl-C to the parent, which then stops giving out jobs, and ends with the parent, however that ends."""
+    """Initialises a worker process: ignore Ctrl-C, which the parent handles, and exit when the parent exits."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=follow, name="fastav-parent", daemon=True).start()
+    threading.Thread(target=exit_with_parent, name="fastav-parent", daemon=True).start()

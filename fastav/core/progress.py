@@ -1,4 +1,4 @@
-"""How far a long piece of work has come, and how long it still takes: a bar on a terminal, plain lines elsewhere."""
+"""Progress and remaining time of a long task: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -10,18 +10,24 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_EVERY_S = 5.0
-"""Seconds between lines where the output is not a terminal."""
+"""Minimum seconds between lines if the output is not a terminal."""
 
 
 @contextmanager
 def progress(console: Console, doing: str, total: int, things: str) -> Iterator[Callable[..., None]]:
-    """Yields what to call after a thing is done, or with how many.
+    """Yields a function `advance(num=1)` to call after `num` items are done.
 
     Args:
-        console: Where to show it.
-        doing: What is being done, such as `probing`; plain lines begin with it.
-        total: How many things there are.
-        things: What they are, such as `files`.
+        console: Output console.
+        doing: Name of the task, such as `probing`; plain lines start with it.
+        total: Number of items.
+        things: Name of the items, such as `files`.
+
+    Example:
+        >>> with progress(Console(), "probing", len(files), "files") as advance:
+        ...     for file in files:
+        ...         probe(file)
+        ...         advance()
     """
     if console.is_terminal:
         columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(things), TimeRemainingColumn())
@@ -29,19 +35,19 @@ def progress(console: Console, doing: str, total: int, things: str) -> Iterator[
             task = bar.add_task(doing, total=total)
             yield lambda num=1: bar.advance(task, num)
         return
-    first = said = time.monotonic()
-    begun = done = 0
+    first = printed = time.monotonic()
+    first_done = done = 0
 
     def advance(num: int = 1) -> None:
-        nonlocal begun, done, first, said
+        nonlocal first_done, done, first, printed
         done += num
         now = time.monotonic()
         if done == num:
-            # The start of the processes is in the time of the first ones, and would spoil the guess.
-            first, begun = now, done
-        if done == total or (done > begun and now - said >= PLAIN_EVERY_S):
-            left_s = (now - first) / max(done - begun, 1) * (total - done)
+            # The time of the first items includes the start of the worker processes: leave it out of the rate.
+            first, first_done = now, done
+        if done == total or (done > first_done and now - printed >= PLAIN_EVERY_S):
+            left_s = (now - first) / max(done - first_done, 1) * (total - done)
             console.print(f"{doing}: {done}/{total} {things}, {left_s:.0f} s left", highlight=False)
-            said = now
+            printed = now
 
     yield advance

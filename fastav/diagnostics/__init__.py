@@ -1,1 +1,1 @@
-"""Measures this machine and the other ranks' devices and network."""
+"""Diagnostics: properties of this machine, and tests of every rank's device and network."""

@@ -1,4 +1,4 @@
-"""Measured: what a preflight found on each rank, and which ranks and nodes are slow or broken by it."""
+"""Results of a preflight: the rates of each rank, and which ranks and nodes are slow or broken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from fastav.core.errors import listed
 
-# What is measured, in this order: key -> (what it is called, the unit of its rate).
+# Measurements in the order in which they run: key -> (name, unit of the rate).
 MEASURES = {
     "product": ("matrix product", "TFLOP/s"),
     "copy": ("copy", "GB/s"),
@@ -19,20 +19,20 @@ MEASURES = {
     "exchange": ("exchange between nodes", "GB/s"),
     "all": ("all-reduce of all ranks", "GB/s"),
 }
-_OF_THE_JOB = ("all",)  # one figure for all: nobody is slow by it
+_OF_THE_JOB = ("all",)  # one rate for all ranks: no single rank is slow by it
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlace:
-    """Where a rank is.
+    """Host, node and device of a rank.
 
     Attributes:
-        rank: Its number.
-        host: Name of the machine.
+        rank: Rank number.
+        host: Host name of the machine.
         node: Number of the node.
-        device: Such as `cuda:3`.
-        name: What the device is, such as `NVIDIA H200`; only like is compared with like.
-        serial: Which one it is: its UUID, as `nvidia-smi -L` shows it; empty where it has none.
+        device: Device, such as `cuda:3`.
+        name: Model of the device, such as `NVIDIA H200`; only devices of one model are compared.
+        serial: UUID of the device, as `nvidia-smi -L` shows it; empty if it has none.
     """
 
     rank: int
@@ -43,19 +43,19 @@ class RankPlace:
     serial: str = ""
 
     def describe(self) -> str:
-        """The rank, and everything one needs to find its device."""
-        what = [f"host {self.host}", self.device, self.name, self.serial]
-        return f"rank {self.rank} ({', '.join(word for word in what if word)})"
+        """Returns the rank with everything that is needed to find its device."""
+        words = [f"host {self.host}", self.device, self.name, self.serial]
+        return f"rank {self.rank} ({', '.join(word for word in words if word)})"
 
 
 @dataclass(frozen=True, slots=True)
 class RankMeasurement:
-    """What was found on one rank.
+    """Measurements of one rank.
 
     Attributes:
-        place: Where it is.
-        rates: Key of `MEASURES` -> rate in its unit; None for one that should be there and is not.
-        broken: Why it cannot be used; empty for one that passed all checks.
+        place: Host, node and device of the rank.
+        rates: Key of `MEASURES` -> rate in its unit; None for a rate that is missing.
+        broken: Why the rank cannot be used; empty if it passed all checks.
     """
 
     place: RankPlace
@@ -63,7 +63,7 @@ class RankMeasurement:
     broken: str = ""
 
     def describe(self) -> str:
-        """The rank and its rates, on one line."""
+        """Returns the rank and its rates on one line."""
         rates = [describe_rate(key, rate) for key, rate in self.rates.items() if rate is not None]
         return f"{self.place.describe()}: {', '.join([*rates, *filter(None, [self.broken])]) or 'nothing measured'}"
 
@@ -73,13 +73,13 @@ class Fault:
     """Ranks that are slow or broken for one reason.
 
     Attributes:
-        kind: `broken` can be no part of a run, `slow` holds it up.
-        ranks: Which.
-        hosts: Where they are.
-        text: All of it, for a person.
-        measure: Key of `MEASURES` by which they are slow.
-        rate: The lowest of theirs, in its unit.
-        share: Of the median of all comparable ranks.
+        kind: `broken`: the ranks cannot take part in a run. `slow`: they slow it down.
+        ranks: The ranks.
+        hosts: Their hosts.
+        text: The whole fault as one line of text.
+        measure: Key of the entry in `MEASURES` in which they are slow; empty for `broken`.
+        rate: The lowest rate of these ranks, in the unit of the measurement.
+        share: The lowest ratio of a rate to the median of all comparable ranks.
     """
 
     kind: Literal["broken", "slow"]
@@ -92,20 +92,22 @@ class Fault:
 
 
 def describe_rate(key: str, rate: float) -> str:
-    """A measure and its rate, such as `matrix product 689 TFLOP/s`."""
+    """Returns name and rate of a measurement, such as `matrix product 689 TFLOP/s`."""
     what, unit = MEASURES[key]
     return f"{what} {rate:.0f} {unit}" if rate >= 100 else f"{what} {rate:.3g} {unit}"
 
 
 def find_faults(found: Sequence[RankMeasurement], slow: float) -> list[Fault]:
-    """Says who is broken or slow; a pure function of what was measured.
+    """Returns the ranks that are broken or slow.
 
-    A rank is compared with those whose device has the same name, and in the all-reduce of its node with those whose
-    node has as many ranks. Ranks of one node that are slow in the same are told as the node.
+    A rank is compared with ranks whose device is of the same model; in the all-reduce within a node, only with ranks
+    whose node has the same number of ranks. Ranks of one node that are slow in the same measurement are reported as the
+    node.
 
     Args:
-        found: Of every rank, in rank order.
-        slow: A rank is slow with less than this share of the median; of two the faster one is the median. 0 for none.
+        found: Measurements of every rank, in rank order.
+        slow: A rank is slow if its rate is below this fraction of the median (of two ranks, of the faster one). 0: no
+            rank counts as slow.
     """
     why = {one.place.rank: one.broken or _missing(one) for one in found}
     reasons = dict.fromkeys(reason for reason in why.values() if reason)
@@ -118,7 +120,7 @@ def find_faults(found: Sequence[RankMeasurement], slow: float) -> list[Fault]:
 
 def _missing(one: RankMeasurement) -> str:
     lost = [MEASURES[key][0] for key, rate in one.rates.items() if rate is None or not math.isfinite(rate) or rate <= 0]
-    return f"no figure for {' and '.join(lost)}" if lost else ""
+    return f"no measurement of {' and '.join(lost)}" if lost else ""
 
 
 def _broken(places: Sequence[RankPlace], reason: str) -> Fault:
@@ -127,9 +129,9 @@ def _broken(places: Sequence[RankPlace], reason: str) -> Fault:
 
 
 def _slow(key: str, found: Sequence[RankMeasurement], slow: float) -> Iterator[Fault]:
-    """Yields who is slow in one measure: one fault for each node."""
+    """Yields the faults of ranks that are slow in one measurement, one for each node."""
     nodes = [one.place.node for one in found]
-    # Two nodes have but one way between them: both ends are slow, and nothing tells which one is at fault.
+    # Two nodes have a single link: both ends are slow, and the cause may be either end.
     both = key == "exchange" and len(set(nodes)) == 2
     groups: dict[int, list[tuple[float, float, RankPlace]]] = {}
     for rate, usual, place in _compared(key, found):
@@ -142,13 +144,13 @@ def _slow(key: str, found: Sequence[RankMeasurement], slow: float) -> Iterator[F
         shares = f"{share:.2f} to {most / best:.2f}" if span else f"{share:.2f}"
         text = f"{_who(places)}: {describe_rate(key, rate)}{span}, {shares} of the median"
         if both:
-            text += "; of two nodes it may be either, or the way between them"
+            text += "; with two nodes, the cause may be either one or the link between them"
         hosts = tuple(dict.fromkeys(place.host for place in places))
         yield Fault("slow", tuple(p.rank for p in places), hosts, text, key, rate, share)
 
 
 def _compared(key: str, found: Sequence[RankMeasurement]) -> Iterator[tuple[float, float, RankPlace]]:
-    """Yields the rate of every rank that can be compared, the median that it is compared with, and its place."""
+    """Yields the rate of every rank that can be compared, the median of its comparable ranks, and its place."""
     nodes = [one.place.node for one in found]
     alike: dict[tuple[str, int], list[tuple[float, RankPlace]]] = {}
     for one in found:
@@ -162,7 +164,7 @@ def _compared(key: str, found: Sequence[RankMeasurement]) -> Iterator[tuple[floa
 
 
 def _who(places: Sequence[RankPlace]) -> str:
-    """Names ranks: one with its device, those of one node as the node, others with their hosts."""
+    """Names ranks: a single rank with its device, ranks of one node as the node, others with their hosts."""
     if len(places) == 1:
         return places[0].describe()
     ranks = listed([str(place.rank) for place in places], 16)
@@ -173,7 +175,7 @@ def _who(places: Sequence[RankPlace]) -> str:
 
 
 def medians(found: Sequence[RankMeasurement]) -> dict[str, dict[str, float]]:
-    """Name of a device -> measure -> median rate of its ranks."""
+    """Returns the median rates: model of the device -> key of `MEASURES` -> median over its ranks."""
     usual: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(one.place.name for one in found):
         of = [one.rates for one in found if one.place.name == name]
@@ -183,7 +185,7 @@ def medians(found: Sequence[RankMeasurement]) -> dict[str, dict[str, float]]:
 
 
 def summary(found: Sequence[RankMeasurement], faults: Sequence[Fault], slow: float) -> str:
-    """One line: how many ranks, the medians of what they do, and whether all are within bounds."""
+    """Returns one line with the number of ranks, their median rates, and whether all are within bounds."""
     usual = medians(found)
     rates = [
         (f"{name}: " if len(usual) > 1 else "") + ", ".join(describe_rate(key, rate) for key, rate in of.items())
@@ -196,7 +198,7 @@ def summary(found: Sequence[RankMeasurement], faults: Sequence[Fault], slow: flo
 
 
 def table(found: Sequence[RankMeasurement], faults: Sequence[Fault]) -> dict[str, Any]:
-    """All of it, JSON-able; rates in the units of `MEASURES`."""
+    """Returns all results as a JSON object; rates in the units of `MEASURES`."""
     ranks = [{**asdict(one.place), "rates": dict(one.rates), "broken": one.broken} for one in found]
     return {
         "units": {key: unit for key, (_, unit) in MEASURES.items()},

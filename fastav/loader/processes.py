@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastav.core.errors import FastavError, MediaError, UserError
-from fastav.core.process_pool import server, start_worker
+from fastav.core.process_pool import start_worker, worker_context
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media.decoder import ClipDecoder, Sample
 
@@ -162,7 +162,7 @@ class _Process:
     """The parent's side of one worker process; not thread-safe."""
 
     def __init__(self, decoder: ClipDecoder) -> None:
-        context: Any = server(__name__)
+        context: Any = worker_context(__name__)
         self._pipe, child_pipe = context.Pipe()
         self._process = context.Process(
             target=_worker_main, args=(child_pipe, decoder), name="fastav-decode", daemon=True

@@ -1,1 +1,1 @@
-"""Recipes: every key, how files and overrides become one, and what each key means."""
+"""Recipes: the schema of all keys, the parser that merges files and overrides, and the explanation of each key."""

@@ -1,4 +1,4 @@
-"""What the recipe's keys mean: their values, defaults and the words of the struct that reads them."""
+"""Explains recipe keys: allowed values, default, and the meaning from the docstring of the config struct."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastav.core.errors import UserError, did_you_mean
 from fastav.recipe.parse import structs_of, to_table
 from fastav.recipe.schema import Recipe
 
-_WORDS: dict[type, str] = {inspect.IntType: "whole number", inspect.FloatType: "number", inspect.StrType: "text"}
+_TYPE_NAMES: dict[type, str] = {inspect.IntType: "integer", inspect.FloatType: "number", inspect.StrType: "text"}
 _BOUNDS = (("ge", "at least"), ("gt", "above"), ("le", "at most"), ("lt", "below"))
 
 
@@ -24,11 +24,11 @@ class Key:
     """One key of the recipe.
 
     Attributes:
-        name: Dotted, such as `optim.lr`.
-        kind: Of which kind of its table it is an option; empty where that has no kinds.
-        values: What may be given, in words.
-        default: As TOML would have it.
-        meaning: One paragraph.
+        name: Dotted name, such as `optim.lr`.
+        kind: Kind of its table that has this key; empty if the table has no kinds.
+        values: Allowed type and values, as text.
+        default: Default value in TOML syntax.
+        meaning: Description, one paragraph.
     """
 
     name: str
@@ -38,40 +38,44 @@ class Key:
     meaning: str
 
     def __str__(self) -> str:
-        """The key with its default on one line, its values and its meaning below."""
-        of = f'  (kind "{self.kind}")' if self.kind else ""
+        """Returns the key and its default on one line, and its values and meaning below."""
+        suffix = f'  (kind "{self.kind}")' if self.kind else ""
         body = textwrap.fill(f"{self.values}. {self.meaning}", 96, initial_indent="    ", subsequent_indent="    ")
-        return f"{self.name} = {self.default}{of}\n{body}"
+        return f"{self.name} = {self.default}{suffix}\n{body}"
 
 
 def keys() -> list[Key]:
-    """All keys of a recipe, of every kind, in the order in which the structs have them."""
-    return list(_below(inspect.type_info(Recipe), "", Recipe()))
+    """Returns all keys of a recipe, including those of every kind, in the order of the struct fields."""
+    return list(_keys_below(inspect.type_info(Recipe), "", Recipe()))
 
 
-def explain(asked: Sequence[str]) -> str:
-    """Explains keys.
+def explain(names: Sequence[str]) -> str:
+    """Returns the explanation of keys.
 
     Args:
-        asked: Keys (`optim.lr`), tables (`optim`, all below it) or last words (`lr`, wherever it is); none is all.
+        names: Keys (`optim.lr`), tables (`optim` for all keys below it) or last parts of keys (`lr` in any table);
+            empty for all keys.
 
     Raises:
-        UserError: A key that no recipe has.
+        UserError: An unknown key.
+
+    Example:
+        >>> print(explain(["optim.lr", "sampling"]))
     """
-    every = keys()
+    known = keys()
     found: list[Key] = []
-    for word in asked or [""]:
+    for word in names or [""]:
         name = word.removeprefix("--").replace("-", "_")
-        hits = [key for key in every if not name or key.name == name or key.name.startswith(f"{name}.")]
-        hits = hits or [key for key in every if key.name.rpartition(".")[2] == name]
+        hits = [key for key in known if not name or key.name == name or key.name.startswith(f"{name}.")]
+        hits = hits or [key for key in known if key.name.rpartition(".")[2] == name]
         if not hits:
-            raise UserError(f'no recipe has a key "{word}"{did_you_mean(name, {key.name for key in every})}')
+            raise UserError(f'no recipe has a key "{word}"{did_you_mean(name, {key.name for key in known})}')
         found += [key for key in hits if key not in found]
     return "\n".join(map(str, found)) + "\n"
 
 
-def _below(node: Any, place: str, default: Any) -> Iterator[Key]:
-    """Yields the keys of a struct, or of each of the kinds of a union."""
+def _keys_below(node: Any, place: str, default: Any) -> Iterator[Key]:
+    """Yields the keys of a struct, or of every kind of a union."""
     structs = structs_of(node)
     if structs[0].tag_field:
         chosen = _toml(to_table(default)["kind"])
@@ -83,7 +87,7 @@ def _below(node: Any, place: str, default: Any) -> Iterator[Key]:
         for field in struct.fields:
             name, value = place + field.name, getattr(config, field.name)
             if structs_of(field.type):
-                yield from _below(field.type, f"{name}.", value)
+                yield from _keys_below(field.type, f"{name}.", value)
             else:
                 yield Key(name, kind, _values(field.type), _toml(value), meanings[field.name])
 
@@ -93,7 +97,7 @@ def _kinds(structs: Sequence[inspect.StructType]) -> str:
 
 
 def _meanings(cls: type) -> dict[str, str]:
-    """What the docstrings of a struct and of those it extends say of each field."""
+    """Returns the `Attributes:` entries of a struct's docstring and of its base classes, by field name."""
     found: dict[str, str] = {}
     for one in reversed(cls.__mro__):
         for entry in docstring_parser.parse(one.__doc__ or "").params:
@@ -102,7 +106,7 @@ def _meanings(cls: type) -> dict[str, str]:
 
 
 def _values(node: Any) -> str:
-    """The type of a value in words."""
+    """Returns the allowed values of a type as text."""
     if isinstance(node, inspect.LiteralType):
         return _one_of(node.values)
     if isinstance(node, inspect.BoolType):
@@ -120,7 +124,7 @@ def _values(node: Any) -> str:
     if isinstance(node, inspect.DictType):
         return "table of free keys"
     bounds = [f"{words} {getattr(node, name)}" for name, words in _BOUNDS if getattr(node, name, None) is not None]
-    return " ".join([_WORDS[type(node)], " and ".join(bounds)]).strip()
+    return " ".join([_TYPE_NAMES[type(node)], " and ".join(bounds)]).strip()
 
 
 def _one_of(values: Any) -> str:
@@ -128,5 +132,5 @@ def _one_of(values: Any) -> str:
 
 
 def _toml(value: Any) -> str:
-    """A default as TOML writes it, which for these values is as JSON does; TOML has no word for none."""
+    """Returns a default in TOML syntax, which equals JSON for these values. TOML has no null, so None is `none`."""
     return "none" if value is None else json.dumps(value)

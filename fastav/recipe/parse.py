@@ -1,9 +1,8 @@
-"""Reads recipes: files, their bases and command-line overrides become one checked `Recipe`, and a recipe a file again.
+"""Reads recipes: merges a TOML file, its `base` files and command-line overrides into one checked `Recipe`.
 
-The file (and the files its `base` names) and the overrides are merged as plain tables onto the defaults, then parsed
-once against the typed structs: file and command line are typed and spell-checked alike, and the command line beats
-the file, which beats its base, which beats the defaults. Choosing another `kind` in a table drops the options of the
-kind before it.
+The tables are merged onto the defaults and parsed once against the typed structs, so keys and types of files and
+command line are checked in the same way. Order of precedence: command line, file, base file, defaults. A different
+`kind` in a table drops the options of the previous kind.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from fastav.recipe.schema import Recipe
 Table = dict[str, Any]
 
 
-# Keys that may differ when a run is resumed: they change speed, place or verbosity, never the numbers.
+# Keys that may differ when a run is resumed. They change speed, paths or verbosity, never the results.
 CHANGEABLE = (
     "out",
-    "data.manifest",  # may move; its digest is compared instead
-    "data.aliases",  # may move; its content is compared instead
+    "data.manifest",  # the file may move; its digest is compared instead
+    "data.aliases",  # the file may move; its content is compared instead
     "data.shards",
     "train.micro_batch",
     "train.eval_every",
@@ -42,7 +41,7 @@ CHANGEABLE = (
     "train.activation_checkpointing",
     "train.patience_s",
     "guard.limit",
-    "guard.on_non_finite",  # a step that is not finite is never taken
+    "guard.on_non_finite",  # a step with a non-finite loss is skipped in any case
     "guard.slow_rank",
     "guard.preflight",
     "guard.slow_device",
@@ -60,12 +59,12 @@ CHANGEABLE = (
 )
 
 
-# Keys that older versions had, and where they are now.
+# Keys of older versions, and their present names.
 RENAMED = {"train.max_bad_steps": "guard.limit"}
 
 
 def renewed(table: Table) -> Table:
-    """Returns a recipe's table as an older version saved it with the keys of this one."""
+    """Returns the table of a recipe saved by an older version with renamed keys replaced."""
     table = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
     for old, new in RENAMED.items():
         section, _, key = old.partition(".")
@@ -79,14 +78,20 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
     """Reads a recipe.
 
     Args:
-        path: TOML file; None for the defaults alone.
-        overrides: Command-line words such as `["--optim.lr", "1e-4", "--model.fusion.kind=late"]`.
+        path: TOML file; None for the defaults.
+        overrides: Command-line arguments such as `["--optim.lr", "1e-4", "--model.fusion.kind=late"]`.
 
     Returns:
-        The recipe with defaults filled in and `out` and `init_from` made definite.
+        The recipe with defaults filled in, an empty `out` replaced by `runs/<name of the file>`, and run names in
+        `init_from` resolved to paths.
 
     Raises:
-        UserError: A file that is missing or not TOML, an unknown key, kind or preset, or a value of the wrong type.
+        UserError: The file is missing or not TOML, a key, kind or preset is unknown, or a value has the wrong type.
+
+    Example:
+        >>> recipe = load_recipe("launch/recipes/small.toml", ["--optim.lr", "5e-4"])
+        >>> recipe.optim.lr
+        0.0005
     """
     origins: dict[str, str] = {}
     table = _read_toml(Path(path), origins) if path is not None else {}
@@ -101,7 +106,16 @@ def load_recipe(path: str | Path | None, overrides: Sequence[str] = ()) -> Recip
 
 
 def parse_recipe(table: Table, origins: Mapping[str, str], default_origin: str) -> Recipe:
-    """Merges a table onto the defaults and parses the result; `origins` maps dotted keys to a file or flag."""
+    """Merges a table onto the defaults and parses the result.
+
+    Args:
+        table: Tables of a recipe.
+        origins: Dotted key -> file or option that set it, for error messages.
+        default_origin: Origin of all other keys.
+
+    Raises:
+        UserError: A key, kind or preset is unknown, or a value has the wrong type.
+    """
 
     def fail(key: str, message: str) -> UserError:
         return UserError(f"{_origin(key, origins, default_origin)}: {message}")
@@ -119,10 +133,10 @@ def parse_recipe(table: Table, origins: Mapping[str, str], default_origin: str) 
 
 
 def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, raw value) of `--key value` and `--key=value` words.
+    """Yields (dotted key, raw value) for each `--key value` or `--key=value`.
 
     Raises:
-        UserError: A word that is no `--key`, or a key without its value.
+        UserError: An argument is not a `--key`, or a key has no value.
     """
     rest = list(words)
     while rest:
@@ -132,13 +146,13 @@ def parse_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         key, equals, value = word[2:].partition("=")
         if not equals:
             if not rest or rest[0].startswith("--"):
-                raise UserError(f"--{key}: a value is missing; expected --{key} VALUE")
+                raise UserError(f"--{key} has no value; expected --{key} VALUE")
             value = rest.pop(0)
         yield key.replace("-", "_"), value
 
 
 def to_table(config: Any) -> Table:
-    """A config as plain tables and lists, without the None values that TOML has no word for."""
+    """Returns a config as plain dicts and lists. None values are left out, because TOML has no null."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, dict):
@@ -149,12 +163,12 @@ def to_table(config: Any) -> Table:
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The resolved recipe as TOML; reading it back gives an equal recipe."""
+    """Returns the resolved recipe as TOML. Reading it back gives an equal recipe."""
     return tomli_w.dumps(to_table(recipe))
 
 
 def show_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as TOML, what differs from the defaults marked by a comment at the end of the line."""
+    """Returns the resolved recipe as TOML, with the default as a comment on each line that differs from it."""
     defaults = _defaults_of(recipe)
     lines, section = [], ""
     for line in to_toml(recipe).splitlines():
@@ -171,14 +185,15 @@ def show_recipe(recipe: Recipe) -> str:
 
 
 def structs_of(node: Any) -> list[inspect.StructType]:
-    """The structs that a type stands for: one, or one of each kind; none where it is a plain value."""
-    return [one for one in getattr(node, "types", (node,)) if isinstance(one, inspect.StructType)]
+    """Returns the structs of a field type: one, or one per kind; an empty list for a plain value."""
+    return [part for part in getattr(node, "types", (node,)) if isinstance(part, inspect.StructType)]
 
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ and that are not `CHANGEABLE`: key -> (old, new).
+    """Returns the values that differ between two recipes and must not: dotted key -> (old value, new value).
 
-    A plateau schedule goes by the evaluations, so with one their times and metric may not change either.
+    `CHANGEABLE` keys may differ. A plateau schedule depends on the evaluations, so it also fixes the interval and the
+    metric of the evaluations.
     """
     before, after = dict(leaves(to_table(old))), dict(leaves(to_table(new)))
     fixed = ("train.eval_every", "saving.best") if isinstance(new.optim.schedule, Plateau) else ()
@@ -186,13 +201,13 @@ def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and (key in fixed or not any(key == may or key.startswith(may + ".") for may in CHANGEABLE))
+        and (key in fixed or not any(key == free or key.startswith(free + ".") for free in CHANGEABLE))
     }
 
 
 def _read_toml(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ()) -> Table:
     if path.resolve() in seen:
-        raise UserError(f'{path}: "base" leads back to this file')
+        raise UserError(f'{path}: "base" refers back to this file')
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -206,7 +221,7 @@ def _read_toml(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ())
     merged: Table = {}
     if base is not None:
         if not isinstance(base, str):
-            raise UserError(f"{path}: base = {base!r}: expected the name of a recipe file beside this one")
+            raise UserError(f"{path}: base = {base!r}: expected the name of a recipe file in the same folder")
         merged = _read_toml(path.parent / base, origins, (*seen, path.resolve()))
     for key, _ in leaves(table):
         origins[key] = str(path)
@@ -214,37 +229,37 @@ def _read_toml(path: Path, origins: dict[str, str], seen: tuple[Path, ...] = ())
 
 
 def _overlay(under: Table, over: Table) -> Table:
-    """Puts one file's tables over its base's; a table with another `kind` replaces the one below whole."""
+    """Merges the tables of a file onto those of its base. A table with a different `kind` replaces the base table."""
     result = dict(under)
     for key, value in over.items():
-        below = result.get(key)
+        base_value = result.get(key)
         result[key] = value
-        if isinstance(value, dict) and isinstance(below, dict):
-            kind = below.get("kind")
+        if isinstance(value, dict) and isinstance(base_value, dict):
+            kind = base_value.get("kind")
             if value.get("kind", kind) == kind:
-                result[key] = _overlay(below, value)
+                result[key] = _overlay(base_value, value)
     return result
 
 
-def _keys(table: Mapping[str, Any], place: str) -> Iterator[str]:
-    """Yields all keys of a table and those below it, such as `data.manifest`."""
+def _dotted_keys(table: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """Yields the dotted names of all keys of a table and of the tables in it, such as `data.manifest`."""
     for name, value in table.items():
-        yield place + name
+        yield prefix + name
         if isinstance(value, Mapping):
-            yield from _keys(value, f"{place}{name}.")
+            yield from _dotted_keys(value, f"{prefix}{name}.")
 
 
 def _merge(node: Any, base: Any, over: Any, key: str, fail: Any) -> Any:
-    """Lays `over` onto the defaults `base`, checking keys and kinds against the type `node`."""
+    """Merges `over` onto the defaults `base`, and checks keys and kinds against the type `node`."""
     if isinstance(node, inspect.Metadata):
         node = node.type
     structs = structs_of(node)
     if not structs:
-        if isinstance(over, dict):  # a table of free keys, such as a tower's args
+        if isinstance(over, dict):  # a table with free keys, such as a tower's args
             return {**(base or {}), **{name: _typed(inspect.AnyType(), value) for name, value in over.items()}}
         return _typed(node, over)
     if not isinstance(over, dict):
-        raise fail(key, f"{key} = {over!r}: expected a table, [{key}]")
+        raise fail(key, f"{key} = {over!r}: expected a table [{key}]")
     if structs[0].tag_field:
         kind, kinds = over.get("kind", (base or {}).get("kind")), {s.tag: s for s in structs}
         if is_external(str(kind)) and "external" in kinds:
@@ -271,23 +286,24 @@ def _merge(node: Any, base: Any, over: Any, key: str, fail: Any) -> Any:
             result[name] = str(value)
         elif name not in fields:
             options = {(f"{key}." if key else "") + f for f in fields}
-            of = f' (kind "{struct.tag}")' if struct.tag_field else ""
-            deeper = [long for long in _keys(to_table(Recipe()), "") if long.endswith(f".{name}")] if not key else []
-            near = f'; did you mean "{min(deeper, key=len)}"?' if deeper else did_you_mean(path, options)
-            raise fail(path, f'unknown key "{path}"{of}{near}')
+            of_kind = f' (kind "{struct.tag}")' if struct.tag_field else ""
+            every = [] if key else _dotted_keys(to_table(Recipe()), "")
+            nested = [long for long in every if long.endswith(f".{name}")]
+            near = f'; did you mean "{min(nested, key=len)}"?' if nested else did_you_mean(path, options)
+            raise fail(path, f'unknown key "{path}"{of_kind}{near}')
         else:
             result[name] = _merge(fields[name], result.get(name), value, path, fail)
     return result
 
 
 def _as_external(over: Table) -> Table:
-    """Writes `kind = "module:attribute"` with its settings beside it in full."""
-    own = {name: value for name, value in over.items() if name not in ("kind", "args")}
-    return {"kind": "external", "factory": str(over["kind"]), "args": {**over.get("args", {}), **own}}
+    """Expands `kind = "module:attribute"` and the settings beside it to kind `external` with `factory` and `args`."""
+    settings = {name: value for name, value in over.items() if name not in ("kind", "args")}
+    return {"kind": "external", "factory": str(over["kind"]), "args": {**over.get("args", {}), **settings}}
 
 
 def _typed(node: Any, value: Any) -> Any:
-    """Reads a command-line word as TOML unless text is what the key holds; a value from a file stays as it is."""
+    """Parses a command-line value as TOML, unless the key holds text; returns a value from a file unchanged."""
     if not isinstance(value, _Word):
         return value
     text = str(value)
@@ -310,17 +326,17 @@ def _is_toml(text: str) -> bool:
 
 
 class _Word(str):
-    """A value as typed on the command line, not yet read by its key's type."""
+    """A command-line value that has not yet been parsed by the type of its key."""
 
 
 def _put(table: Table, key: str, value: str) -> None:
-    """Sets a dotted key to a command-line word; a new `kind` drops the options of the kind before it."""
+    """Sets a dotted key to a command-line value. A different `kind` drops the options of the previous kind."""
     *path, last = key.split(".")
     for name in path:
-        below = table.setdefault(name, {})
-        if not isinstance(below, dict):
+        inner = table.setdefault(name, {})
+        if not isinstance(inner, dict):
             raise UserError(f'--{key}: "{name}" is a value, not a table')
-        table = below
+        table = inner
     if last == "kind" and table.get("kind", value) != value:
         table.clear()
     table[last] = _Word(value)
@@ -333,7 +349,7 @@ def _get(table: Any, key: str) -> Any:
 
 
 def leaves(table: Table, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields dotted key and value of everything in a table that is no table itself, or an empty one."""
+    """Yields (dotted key, value) for each value in nested tables. An empty table counts as a value."""
     for name, value in table.items():
         if isinstance(value, dict) and value:
             yield from leaves(value, f"{prefix}{name}.")
@@ -351,30 +367,30 @@ def _origin(key: str, origins: Mapping[str, str], default: str) -> str:
 
 
 def _defaults_of(recipe: Recipe) -> Table:
-    """The defaults of the kinds and the preset that the recipe chose."""
+    """Returns the defaults of the kinds and the preset that a recipe uses."""
 
     def defaults(config: Any) -> Any:
         if isinstance(config, Frontend):
             return to_table(PRESETS[config.preset])
         if not isinstance(config, Config):
             return None
-        own = to_table(type(config)())
+        table = to_table(type(config)())
         for field in msgspec.structs.fields(config):
             value = getattr(config, field.name)
             if isinstance(value, Config):
-                own[field.name] = defaults(value)
-        return own
+                table[field.name] = defaults(value)
+        return table
 
     return defaults(recipe)
 
 
 def _find_runs(recipe: Recipe) -> Recipe:
-    """Makes each tower's `init_from` a path: a bare name is the run of that name beside this one."""
+    """Resolves each tower's `init_from`: a name without a folder is a run in the same folder as `out`."""
     model = recipe.model
     for modality in ("video", "audio"):
         tower = getattr(model, modality)
         if tower.init_from and Path(tower.init_from).name == tower.init_from:
-            beside = Path(recipe.out).parent / tower.init_from
-            tower = msgspec.structs.replace(tower, init_from=str(beside))
+            run = Path(recipe.out).parent / tower.init_from
+            tower = msgspec.structs.replace(tower, init_from=str(run))
             model = msgspec.structs.replace(model, **{modality: tower})
     return msgspec.structs.replace(recipe, model=model)

@@ -1,4 +1,4 @@
-"""Recipe: every key of a run, with its type and default."""
+"""The recipe: every setting of a run, with type and default."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fastav.task.classification import SingleLabel, Task
 
 
 class MixedManifest(Config, frozen=True):
-    """A further manifest to train on.
+    """An additional manifest to train on.
 
     Attributes:
-        manifest: Path of its `.parquet` file.
-        weight: Share of the training samples, relative to the other weights.
-        shards: As in `Data`.
+        manifest: Path of the manifest (`.parquet`).
+        weight: Share of the training samples, relative to `data.weight` and the other weights of `data.mix`.
+        shards: Folder or URL (`s3://bucket/pack`) that contains `shards/` of the pack; empty for the manifest's folder.
     """
 
     manifest: str
@@ -31,16 +31,16 @@ class MixedManifest(Config, frozen=True):
 
 
 class Data(Config, frozen=True):
-    """What is trained and tested on.
+    """Manifests and splits.
 
     Attributes:
-        manifest: Path of the `.parquet` file.
-        weight: Its share of the training samples when `mix` names further manifests.
-        mix: Further manifests; exact shares within each block of samples.
+        manifest: Path of the manifest (`.parquet`).
+        weight: Share of the training samples from this manifest, relative to the weights in `data.mix`.
+        mix: Additional manifests to train on. The shares of all manifests are exact within each block of samples.
         train: Split to train on.
-        test: Split to evaluate on; empty for none.
-        aliases: CSV file of `name,class` lines that map other data sets' class names onto this one's.
-        shards: Folder or URL (`s3://bucket/pack`) that holds a pack's `shards/`; empty for the manifest's own folder.
+        test: Split to evaluate on; empty for no evaluation.
+        aliases: CSV file with lines `name,class` that map class names of other data sets to classes of this manifest.
+        shards: Folder or URL (`s3://bucket/pack`) that contains `shards/` of the pack; empty for the manifest's folder.
     """
 
     manifest: str = ""
@@ -53,25 +53,28 @@ class Data(Config, frozen=True):
 
 
 class Training(Config, frozen=True):
-    """How long, how large and how exactly.
+    """Length of the training, batch, precision and distribution over ranks.
 
     Attributes:
-        epochs: Passes over the training split; 0 trains nothing and evaluates (score fusion).
-        batch: Clips per optimizer step over all ranks.
-        micro_batch: Clips per forward pass and rank; 0 is batch / ranks, smaller accumulates gradients.
-        precision: `fp32` or `bf16` (autocast; parameters stay fp32).
+        epochs: Passes over the training split, fractions allowed; 0 skips training and only evaluates (score fusion).
+        batch: Global batch: clips per optimizer step over all ranks.
+        micro_batch: Clips per forward pass on each rank; 0 is `train.batch` / ranks. A smaller value accumulates
+            gradients over several forward passes.
+        precision: `fp32`, or `bf16` for autocast to bfloat16 (parameters stay float32).
         compile: Compile the model with torch.compile.
-        deterministic: Only deterministic kernels; needed for bit-identical resume on a GPU.
-        seed: Of the order, the augmentation, the initial weights and the dropped paths.
-        threads: CPU threads of the model's operations; 0 leaves torch's choice. Recorded and restored on resume.
-        eval_every: Epochs between evaluations; 0 evaluates at the end only.
-        num_processes: World size that must be in force; 0 accepts any.
-        strategy: How the launcher must have spread the model over ranks; `any` accepts any.
-        reduce_dtype: Of gradients as they are sent between ranks; `bf16` halves the traffic, and rounds.
-        bucket_mb: Size of the buckets in which DDP sends gradients while the backward pass goes on, MB.
-        activation_checkpointing: Compute the transformer blocks again in the backward pass instead of keeping their
-            activations: about a third more work for a fraction of the memory.
-        patience_s: Seconds within which another rank must answer a collective.
+        deterministic: Use only deterministic kernels; required for bit-identical resume on a GPU.
+        seed: Seed of the sample order, the augmentation, the initial weights and drop path.
+        threads: Number of CPU threads for the operations of the model; 0 uses torch's default. The number is saved with
+            the run and restored on resume.
+        eval_every: Epochs between evaluations; 0 evaluates only at the end.
+        num_processes: Required world size (number of ranks); 0 accepts any.
+        strategy: Required distribution of the model over ranks, as set by the launcher; `any` accepts any.
+        reduce_dtype: Data type of gradients in communication between ranks; `bf16` halves the traffic and rounds the
+            gradients.
+        bucket_mb: Size in MB of the gradient buckets that DDP reduces during the backward pass.
+        activation_checkpointing: Recompute the transformer blocks in the backward pass instead of storing their
+            activations: about a third more computation, a fraction of the memory.
+        patience_s: Timeout of collectives in seconds: a rank that does not answer within it ends the run.
     """
 
     epochs: NonNegativeFloat = 10.0
@@ -95,10 +98,11 @@ class Saving(Config, frozen=True):
     """Checkpoints.
 
     Attributes:
-        every: Optimizer steps between checkpoints; 0 is once per epoch.
-        keep: Newest checkpoints kept, the best one beside them.
-        best: Evaluation metric that marks the best; empty is the task's own (top-1 or mAP).
-        asynchronous: Whether the training goes on while a checkpoint is written.
+        every: Optimizer steps between checkpoints; 0 saves once per epoch.
+        keep: Number of newest checkpoints to keep; the best one is kept in addition.
+        best: Evaluation metric that decides which checkpoint is the best; empty is the main metric of the task (top-1
+            or mAP).
+        asynchronous: Write checkpoints in a background thread while training continues; false waits for each.
     """
 
     every: NonNegativeInt = 0
@@ -108,11 +112,11 @@ class Saving(Config, frozen=True):
 
 
 class Logging(Config, frozen=True):
-    """What is shown and kept.
+    """Metrics during training.
 
     Attributes:
         every: Optimizer steps between rows of `metrics.jsonl`.
-        trackers: accelerate trackers by name, such as `tensorboard`, `wandb`; `metrics.jsonl` is always written.
+        trackers: Names of accelerate's trackers, such as `tensorboard` or `wandb`. `metrics.jsonl` is always written.
     """
 
     every: PositiveInt = 10
@@ -120,22 +124,28 @@ class Logging(Config, frozen=True):
 
 
 class Recipe(Config, frozen=True):
-    """One run.
+    """All settings of a run.
 
     Attributes:
-        out: Run folder; empty is `runs/` plus the recipe file's name.
+        out: Run folder; empty is `runs/` plus the name of the recipe file without its extension.
         data: Manifests and splits.
-        sampling: Frames, crops, windows, masks, mixup.
-        frontend: Log-mel settings; `preset` picks the base.
+        sampling: Frames, crops, audio windows, masks and mixup.
+        frontend: Log-mel spectrogram; `preset` selects the defaults.
         model: Towers and fusion.
         task: Loss and metrics.
-        optim: Optimizer, schedule, clipping, EMA.
-        train: Length, batch, precision, seed.
+        optim: Optimizer, schedule, gradient clipping and weight averaging (EMA).
+        train: Length, batch, precision, seed and distribution.
         decode: Decoder.
-        loading: Workers and prefetch.
-        guard: Losses, gradients and ranks that are out of bounds.
+        loading: Loader workers and prefetching.
+        guard: Checks of losses, gradients, ranks and devices.
         saving: Checkpoints.
-        log: Rows and trackers.
+        log: Training metrics and trackers.
+
+    Example:
+        >>> from fastav.recipe.parse import load_recipe
+        >>> recipe = load_recipe("launch/recipes/small.toml")
+        >>> recipe.train.batch
+        16
     """
 
     out: str = ""

@@ -1,4 +1,4 @@
-"""Clips shown as examples: which ones a model gets most right and most wrong, and what they look and sound like."""
+"""Example clips of a report: the best and the worst predictions, with their frames and spectrograms."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from fastav.core.errors import FastavError, MediaError
 from fastav.data.clip import Clip, ClipPlan, Modality
 from fastav.data.manifest import Manifest
+from fastav.data.plan import segment_centres
 from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
 from fastav.recipe.schema import Recipe
@@ -30,11 +31,12 @@ class Example:
 
     Attributes:
         id: Clip id.
-        labels: Its classes.
+        labels: Names of the true classes.
         predicted: The most probable class.
-        probability_pct: Of `predicted`.
-        label_probability_pct: Of the label (the least probable one of several); None without a label.
-        right: Whether `predicted` is a label.
+        probability_pct: Probability of `predicted`, percent.
+        label_probability_pct: Probability of the true class, percent (of several, the least probable one); None without
+            a label.
+        right: Whether `predicted` is a true class.
     """
 
     id: str
@@ -47,7 +49,13 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class ClipPictures:
-    """What a clip looks and sounds like, as data URIs; `note` says what is missing and why."""
+    """Frames and spectrogram of a clip.
+
+    Attributes:
+        frames: JPEG data URIs of the frames.
+        spectrogram: JPEG data URI of the spectrogram; empty if there is none.
+        note: What is missing, and why.
+    """
 
     frames: list[str] = field(default_factory=list)
     spectrogram: str = ""
@@ -55,10 +63,12 @@ class ClipPictures:
 
 
 def best_and_worst(predictions: Predictions, count: int) -> tuple[list[Example], list[Example]]:
-    """Picks the clips of least and of greatest loss (cross-entropy of all classes), of different classes first.
+    """Selects the clips with the lowest and the highest loss (binary cross-entropy over all classes).
+
+    Clips of different classes come first, so that the examples vary.
 
     Returns:
-        Up to `count` clips that were told right, best first, and up to `count` that were not, worst first.
+        Up to `count` correctly classified clips, best first, and up to `count` misclassified ones, worst first.
     """
     labelled = np.flatnonzero(predictions.targets_NK.sum(axis=1) > 0)
     if not len(labelled) or not count:
@@ -75,7 +85,7 @@ def best_and_worst(predictions: Predictions, count: int) -> tuple[list[Example],
 
 
 def _varied(order: NDArray[np.int64], class_N: NDArray[np.int64], count: int) -> list[int]:
-    """The first `count` rows, those that are the first of their class before all others."""
+    """Returns the first `count` rows; the first row of each class comes before all others."""
     _, first = np.unique(class_N[order], return_index=True)
     ahead = sorted(first.tolist())
     rest = sorted(set(range(len(order))) - set(ahead))
@@ -96,28 +106,28 @@ def _example(predictions: Predictions, row: int) -> Example:
 
 
 def pictures(recipe: Recipe, folder: Path, split: str, ids: Sequence[str]) -> tuple[dict[str, ClipPictures], str]:
-    """Decodes clips for showing.
+    """Decodes frames and spectrograms of clips.
 
     Args:
-        recipe: Of the run, which names the manifest, the decoder and the frontend.
-        folder: The run's; a relative manifest path is tried from here upwards when it is not found from the current
-            folder.
-        split: Where the clips are.
-        ids: The clips.
+        recipe: Recipe of the run, which names the manifest and the frontend.
+        folder: Folder of the run. A relative manifest path that does not exist in the current folder is looked up here
+            and in all parent folders.
+        split: Split that contains the clips.
+        ids: Clip ids.
 
     Returns:
-        Clip id -> pictures, and a note when none can be shown (the manifest is gone).
+        Clip id -> pictures, and a note if no pictures can be shown (such as a missing manifest).
     """
     try:
         path = next((p for p in _places(recipe.data.manifest, folder) if p.is_file()), None)
         if path is None:
-            return {}, f"no pictures: the manifest {recipe.data.manifest} is not there any more"
+            return {}, f"no pictures: the manifest {recipe.data.manifest} no longer exists"
         clips = _find(Manifest.open(path, split=split), set(ids))
     except FastavError as error:
         return {}, f"no pictures: {error}"
     shown = {clip_id: _pictures(recipe, clips[clip_id]) for clip_id in ids if clip_id in clips}
     missing = [clip_id for clip_id in ids if clip_id not in clips]
-    shown |= {clip_id: ClipPictures(note="not in the manifest any more") for clip_id in missing}
+    shown |= {clip_id: ClipPictures(note="no longer in the manifest") for clip_id in missing}
     return shown, ""
 
 
@@ -137,13 +147,13 @@ def _find(manifest: Manifest, wanted: set[str]) -> dict[str, Clip]:
 
 
 def _pictures(recipe: Recipe, clip: Clip) -> ClipPictures:
-    """Frames at the middles of equal parts, the central square of each, and the spectrogram from the start."""
+    """Decodes the centre frames of equal segments, cropped to their central square, and the spectrogram from 0 s on."""
     frontend = recipe.frontend
     length = clip.num_mel_frames or int(frontend.num_frames_s(clip.duration_s))
     window = max(1, min(length, MAX_MEL_FRAMES))
-    there: tuple[tuple[Modality, bool], ...] = (("video", clip.has_video), ("audio", clip.has_audio))
+    has_modality: tuple[tuple[Modality, bool], ...] = (("video", clip.has_video), ("audio", clip.has_audio))
     read = DecodeSpec(
-        modalities=tuple(modality for modality, has in there if has),
+        modalities=tuple(modality for modality, has in has_modality if has),
         image_size=IMAGE_SIZE,
         frontend=frontend,
         window=window,
@@ -154,7 +164,7 @@ def _pictures(recipe: Recipe, clip: Clip) -> ClipPictures:
         source=0,
         row=clip.row,
         replica=0,
-        frames_T=((2 * np.arange(FRAMES) + 1) * clip.num_frames // (2 * FRAMES)).astype(np.int32),
+        frames_T=segment_centres(np.array([clip.num_frames]), FRAMES)[0],
         crop=((clip.width - side) / 2, (clip.height - side) / 2, side, side),
         flip=False,
         windows_W=np.zeros(1, dtype=np.int32),
@@ -169,5 +179,5 @@ def _pictures(recipe: Recipe, clip: Clip) -> ClipPictures:
         return ClipPictures(note=f"cannot be read: {error}")
     frames = [] if sample.frames_TCHW is None else [frame_uri(frame) for frame in sample.frames_TCHW.numpy()]
     spectrogram = "" if sample.mel_WCML is None else spectrogram_uri(sample.mel_WCML[0].mean(dim=0).numpy())
-    absent = [{"video": "pictures", "audio": "sound"}[modality] for modality, has in there if not has]
+    absent = [modality for modality, has in has_modality if not has]
     return ClipPictures(frames, spectrogram, f"the clip has no {' and no '.join(absent)}" if absent else "")

@@ -1,4 +1,4 @@
-"""The pages of a report: one of a run, and one that compares several runs."""
+"""HTML pages of a report: the page of a single run, and the comparison of several runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,12 @@ BARS_A_FIGURE = 32
 
 
 def run_page(run: RunResults, num_clips: int) -> str:
-    """The report of one run as HTML."""
+    """Returns the report of one run as HTML.
+
+    Args:
+        run: Results of the run.
+        num_clips: Number of best and of worst clips to show; 0 for none.
+    """
     one = run.evaluation
     best, worst, shown, note = _examples(run, num_clips)
     context = {
@@ -54,7 +59,7 @@ def run_page(run: RunResults, num_clips: int) -> str:
         "bars": _own_bars(one),
         "classes": one.per_class if one else [],
         "confusion": _confusion(one),
-        "examples": [("Most certain and right", best), ("Most wrong", worst)],
+        "examples": [("Most confident correct predictions", best), ("Worst predictions", worst)],
         "pictures": shown,
         "pictures_note": note,
         "speeds": _speeds(run.training),
@@ -66,7 +71,13 @@ def run_page(run: RunResults, num_clips: int) -> str:
 
 
 def comparison_page(home: Path, runs: Sequence[RunResults], compared: Compared) -> str:
-    """The comparison of several runs as HTML."""
+    """Returns the comparison of several runs as HTML.
+
+    Args:
+        home: Folder of the comparison page; links to the runs are relative to it.
+        runs: Results of the runs, in display order.
+        compared: Result of `runs.compare`.
+    """
     best, gains, notes = compared
     scored = [run for run in runs if value_of(run) is not None]
     main = scored[0].evaluation.main if scored and scored[0].evaluation else "top1_micro_pct"
@@ -77,7 +88,7 @@ def comparison_page(home: Path, runs: Sequence[RunResults], compared: Compared) 
         assert run.evaluation.value is not None
         low, high = run.evaluation.interval or (None, None)
         estimates.append(Estimate(run.name, run.evaluation.value, low, high, run.colour))
-    told = ", ".join(f"{e.name} {e.value:.1f}" for e in estimates)
+    values = ", ".join(f"{e.name} {e.value:.1f}" for e in estimates)
     context = {
         "title": f"Runs of {home.absolute().name}",
         "rows": [
@@ -87,7 +98,7 @@ def comparison_page(home: Path, runs: Sequence[RunResults], compared: Compared) 
         "best": best,
         "gains": gains,
         "notes": notes,
-        "intervals": Markup(plots.intervals(estimates, unit=unit, alt=f"{unit} with 95 % intervals: {told}"))
+        "intervals": Markup(plots.intervals(estimates, unit=unit, alt=f"{unit} with 95 % intervals: {values}"))
         if estimates
         else "",
         "figure_3": _figure_3(scored),
@@ -97,16 +108,16 @@ def comparison_page(home: Path, runs: Sequence[RunResults], compared: Compared) 
 
 
 def _figure_3(scored: Sequence[RunResults]) -> dict[str, Any]:
-    """SSW60's figure 3 from the best video, audio and fusion run; empty where these cannot be compared.
+    """Makes SSW60's figure 3 from the best video, audio and fusion run; empty if these cannot be compared.
 
     Returns:
-        `runs` (colour -> run), `told` (a sentence), `scatter`, and `bars` in columns.
+        `runs` (colour -> run), `summary` (a sentence), `scatter`, and `bars` in columns.
     """
     trio: dict[str, RunResults] = {}
     for colour in ("video", "audio", "fusion"):
-        those = [run for run in scored if run.colour == colour]
-        if those:
-            trio[colour] = max(those, key=lambda run: value_of(run) or 0.0)
+        candidates = [run for run in scored if run.colour == colour]
+        if candidates:
+            trio[colour] = max(candidates, key=lambda run: value_of(run) or 0.0)
     found = [run.evaluation for run in trio.values() if run.evaluation]
     if len(found) < 3 or len({(one.split, one.main, tuple(one.classes)) for one in found}) > 1:
         return {}
@@ -115,15 +126,15 @@ def _figure_3(scored: Sequence[RunResults]) -> dict[str, Any]:
     known = [(n, v, a, f) for n, v, a, f in points if v is not None and a is not None and f is not None]
     changes = [(n, v, a, f - max(v, a)) for n, v, a, f in known]
     counts = [sum(c[3] > 0 for c in changes), sum(c[3] == 0 for c in changes), sum(c[3] < 0 for c in changes)]
-    told = f"{counts[0]} classes improved, {counts[1]} stayed the same and {counts[2]} fell with fusion"
+    summary = f"With fusion, {counts[0]} classes improve, {counts[1]} stay the same and {counts[2]} get worse"
     bars = [Bar(n, f, max(v, a), "video" if v >= a else "audio") for n, v, a, f in known]
     bars.sort(key=lambda bar: (-(bar.base or 0.0), bar.name))
     unit = "Top-1, %" if found[0].task == "single_label" else "AP, %"
     return {
         "runs": trio,
-        "told": told,
-        "scatter": Markup(plots.class_scatter(changes, unit=unit, alt=f"Classes by video and audio score: {told}.")),
-        "bars": _bar_columns(bars, unit, f"Each class's better single score and fusion's change: {told}"),
+        "summary": summary,
+        "scatter": Markup(plots.class_scatter(changes, unit=unit, alt=f"Classes by video and audio score. {summary}.")),
+        "bars": _bar_columns(bars, unit, f"Better single-modality score of each class, and the change. {summary}"),
     }
 
 
@@ -132,7 +143,7 @@ def _class_value(one: Evaluation, row: ClassScore) -> float | None:
 
 
 def _bar_columns(bars: Sequence[Bar], unit: str, alt: str) -> list[Markup]:
-    """Bars in figures of about equal length, to be set side by side."""
+    """Splits bars into figures of about equal length, shown in columns."""
     parts = -(-len(bars) // BARS_A_FIGURE)
     size = -(-len(bars) // max(parts, 1))
     return [
@@ -142,17 +153,17 @@ def _bar_columns(bars: Sequence[Bar], unit: str, alt: str) -> list[Markup]:
 
 
 def _own_bars(one: Evaluation | None) -> list[Markup]:
-    """Per-class bars of one run, best class first, classes without a clip last."""
+    """Returns the per-class bars of one run, best class first, classes without clips last."""
     if one is None:
         return []
     bars = [Bar(row.name, _class_value(one, row)) for row in one.per_class]
     bars.sort(key=lambda bar: (bar.value is None, -(bar.value or 0.0), bar.name))
     unit = "Top-1, %" if one.task == "single_label" else "AP, %"
     known = [bar for bar in bars if bar.value is not None]
-    told = (
+    extremes = (
         f"best {known[0].name} {known[0].value:.0f}, worst {known[-1].name} {known[-1].value:.0f}" if known else "none"
     )
-    return _bar_columns(bars, unit, f"{unit} of {len(bars)} classes: {told}")
+    return _bar_columns(bars, unit, f"{unit} of {len(bars)} classes: {extremes}")
 
 
 def _confusion(one: Evaluation | None) -> Markup | str:
@@ -162,16 +173,16 @@ def _confusion(one: Evaluation | None) -> Markup | str:
     off = counts - np.diag(np.diag(counts))
     row, column = np.unravel_index(int(off.argmax()), off.shape)
     worst = (
-        f"most often {one.classes[row]} is taken for {one.classes[column]}, {off.max()} times"
+        f"the most frequent confusion is {one.classes[row]} predicted as {one.classes[column]}, {off.max()} times"
         if off.any()
-        else "no clip is confused"
+        else "no clip is misclassified"
     )
     return Markup(plots.confusion_matrix(one.confusion, one.classes, alt=f"Confusion matrix: {worst}."))
 
 
 def _curves(run: RunResults) -> list[tuple[str, Markup]]:
-    """(caption, figure) of what `metrics.jsonl` tells over the steps."""
-    rows, made = run.training, []
+    """Returns (caption, figure) of each curve over the steps in `metrics.jsonl`."""
+    rows, charts = run.training, []
     for key, caption, floor in (
         ("loss", "Training loss", None), ("lr", "Learning rate", 0.0), ("clips_per_s", "Clips per second", 0.0),
         ("stall_pct", "Waiting for the loader, % of the time", 0.0), ("grad_norm", "Gradient norm, unclipped", 0.0),
@@ -182,21 +193,21 @@ def _curves(run: RunResults) -> list[tuple[str, Markup]]:
         x, y = zip(*found, strict=True)
         alt = f"{caption}: from {number(y[0])} at step {x[0]} to {number(y[-1])} at step {x[-1]}."
         line = Line(x, y, "fusion" if run.kind not in SINGLE else run.kind, smooth=key != "lr")
-        made.append((caption, Markup(plots.line_chart({key: line}, unit=caption, alt=alt, floor=floor))))
+        charts.append((caption, Markup(plots.line_chart({key: line}, unit=caption, alt=alt, floor=floor))))
     main = run.evaluation.main if run.evaluation else "top1_micro_pct"
     evaluated = [(row["step"], row["eval"][main]) for row in run.evaluations if row["eval"].get(main) is not None]
     if len(evaluated) > 1:
         x, y = zip(*evaluated, strict=True)
         caption = f"{LABELS.get(main, main)} in evaluation"
         alt = f"{caption}: from {number(y[0])} at step {x[0]} to {number(y[-1])} at step {x[-1]}."
-        made.insert(
+        charts.insert(
             1, (caption, Markup(plots.line_chart({main: Line(x, y, run.colour, marked=True)}, unit=caption, alt=alt)))
         )
-    return made
+    return charts
 
 
 def _losses(runs: Sequence[RunResults]) -> Markup | str:
-    """All runs' training losses over the epochs."""
+    """Returns the figure of all runs' training losses over the epochs; empty if no run has any."""
     lines = {}
     dashes = {colour: itertools.cycle(("-", "--", ":", "-.")) for colour in ("video", "audio", "fusion")}
     for run in runs:
@@ -211,7 +222,7 @@ def _losses(runs: Sequence[RunResults]) -> Markup | str:
 
 
 def _examples(run: RunResults, count: int) -> tuple[list[Example], list[Example], dict[str, ClipPictures], str]:
-    """Best and worst clips with their pictures; the note says why there are none."""
+    """Returns best clips, worst clips, their pictures by clip id, and a note if there are no pictures."""
     if run.predictions is None or run.evaluation is None or not count:
         return [], [], {}, ""
     best, worst = best_and_worst(run.predictions, count)
@@ -232,7 +243,7 @@ def _metric_rows(one: Evaluation | None) -> list[tuple[str, str]]:
 
 
 def _speeds(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
-    """(what, median, 5th, 95th percentile) over the logged intervals, the first left out as it warms up."""
+    """Returns (label, median, 5th, 95th percentile) over the logged intervals, without the first one (warm-up)."""
     table = []
     for key, label in SPEEDS.items():
         found = [float(row[key]) for row in (rows[1:] or rows) if row.get(key) is not None]
@@ -243,18 +254,18 @@ def _speeds(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
 
 
 def _what_binds(rows: Sequence[dict[str, Any]]) -> str:
-    """One sentence on what limits the rate."""
+    """Returns a sentence on whether the loader or the model limits the training speed."""
     found = [float(row["stall_pct"]) for row in (rows[1:] or rows) if row.get("stall_pct") is not None]
     if not found:
         return ""
     stall = float(np.median(found))
     if stall > BOUND_BY_LOADER_PCT:
-        return f"The loader binds: {stall:.0f} % of the time is spent waiting for it."
-    return f"The model binds: {stall:.0f} % of the time is spent waiting for the loader."
+        return f"The loader is the bottleneck: {stall:.0f} % of the time is spent waiting for it."
+    return f"The model is the bottleneck: {stall:.0f} % of the time is spent waiting for the loader."
 
 
 def _render(page: str, context: dict[str, Any]) -> str:
-    """Fills the template; whatever is not `Markup` is escaped."""
+    """Renders the template; every value that is not `Markup` is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -270,7 +281,7 @@ def _finite(value: Any) -> float:
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested tables as (dotted key, text)."""
+    """Flattens nested tables to (dotted key, text)."""
     rows: list[tuple[str, str]] = []
     for key, value in table.items():
         if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""Figures of a report: inline SVG drawn by matplotlib, and pictures as data URIs.
+"""Figures of a report: inline SVG drawn by matplotlib, and images as data URIs.
 
-Colours are CSS variables of the page (`var(--video)`), so one figure suits a light and a dark page, and text stays
-text. Nothing here touches pyplot or matplotlib's global state.
+Colours are CSS variables of the page (`var(--video)`), so that a figure works in light and dark mode. Text stays text.
+pyplot and matplotlib's global state are not used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from PIL import Image
 
-# Stand-ins that matplotlib draws with; they leave as CSS variables.
+# Placeholder colours that matplotlib draws with; `_svg` replaces them by CSS variables.
 COLOURS: dict[str, str] = {
     "ink": "#0a0001",
     "muted": "#0a0002",
@@ -35,7 +35,7 @@ COLOURS: dict[str, str] = {
     "gain": "#0a0007",
     "loss": "#0a0008",
 }
-WIDTH_IN = 4.8  # at 72 points an inch as wide as a phone's page, so that text keeps its size there
+WIDTH_IN = 4.8  # at 72 points per inch, the width of a phone's page: text keeps its size there
 _MAX_COUNTED_CELLS = 15
 _MAX_VECTOR_CELLS = 30
 
@@ -46,11 +46,11 @@ class Line:
 
     Attributes:
         x: Numbers, ascending.
-        y: As many; NaN leaves a gap.
+        y: One number per x; NaN leaves a gap.
         colour: A key of `COLOURS`.
-        dash: Matplotlib's line style.
-        smooth: Draw the points faintly, and over them their running mean.
-        marked: Mark every point.
+        dash: Line style of matplotlib.
+        smooth: Whether to draw the points faintly, and their running mean over them.
+        marked: Whether to mark every point.
     """
 
     x: Sequence[float]
@@ -63,13 +63,13 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """One class's bar: what the better single model reaches, and what fusion makes of it (percent).
+    """Bar of one class: the score of the better single model, and the change by fusion, percent.
 
     Attributes:
-        name: The class.
-        value: The (fusion) model's score; None where the split has none of its clips.
-        base: The better single model's score; None in a report of one run.
-        colour: Of the base: `video`, `audio`, or `fusion`.
+        name: Class name.
+        value: Score of the (fusion) model; None if the split has no clips of the class.
+        base: Score of the better single model; None in the report of one run.
+        colour: Colour of the base: `video`, `audio`, or `fusion`.
     """
 
     name: str
@@ -103,7 +103,7 @@ def _style() -> Iterator[None]:
         "axes.formatter.useoffset": False,
     }  # fmt: skip
     with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has the fonts that we lack
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # the browser has these fonts
         yield
 
 
@@ -113,7 +113,7 @@ def _figure(height_in: float, width_in: float = WIDTH_IN) -> tuple[Figure, Axes]
 
 
 def _svg(figure: Figure, alt: str) -> str:
-    """The figure as an `<svg>` element that scales with the page, with `alt` for those who do not see it."""
+    """Returns the figure as an `<svg>` element that scales with the page, with `alt` for screen readers."""
     buffer = io.StringIO()
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     FigureCanvasSVG(figure).print_svg(buffer, metadata=nothing)
@@ -141,11 +141,11 @@ def line_chart(
     """Draws lines over steps.
 
     Args:
-        lines: Label -> line; labels are drawn at the lines' ends when there are several.
-        unit: Of the y axis.
-        alt: Text for those who do not see it.
-        x_unit: Of the x axis.
-        floor: Lowest value of the y axis; None leaves it to the data.
+        lines: Label -> line; with several lines, labels are drawn at their ends.
+        unit: Title of the y axis.
+        alt: Alternative text for screen readers.
+        x_unit: Label of the x axis.
+        floor: Lowest value of the y axis; None: from the data.
     """
     with _style():
         figure, axes = _figure(2.4)
@@ -181,7 +181,7 @@ def line_chart(
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Writes each line's name at the right edge, at the height of its end but clear of its neighbours."""
+    """Writes each line's name at the right edge, at the height of its end, without overlaps."""
     low, high = axes.get_ylim()
     line_height = 0.085 * (high - low)
     right = axes.get_xlim()[1]
@@ -195,9 +195,9 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
 
 
 def class_bars(bars: Sequence[Bar], *, unit: str, alt: str) -> str:
-    """Draws one horizontal bar a class, in the given order, from the top.
+    """Draws one horizontal bar per class, in the given order, from the top.
 
-    With a base (SSW60, figure 3): the base's bar, with fusion's gain set on its end or its loss cut out of it.
+    With a base (SSW60, figure 3), the bar of the base is extended by the gain of fusion, or its end shows the loss.
     """
     with _style():
         figure, axes = _figure(0.7 + 0.2 * len(bars))
@@ -228,12 +228,12 @@ def class_bars(bars: Sequence[Bar], *, unit: str, alt: str) -> str:
 
 
 def class_scatter(points: Sequence[tuple[str, float, float, float]], *, unit: str, alt: str) -> str:
-    """Draws each class at (video score, audio score), the dot's area and colour telling fusion's gain or loss.
+    """Draws each class at (video score, audio score); area and colour of a dot show the gain or loss by fusion.
 
     Args:
-        points: Class, video score, audio score, change from the better of them to fusion; percent.
-        unit: Of both axes.
-        alt: Text for those who do not see it.
+        points: Class, video score, audio score, and change from the better of them to fusion; percent.
+        unit: Unit of both axes.
+        alt: Alternative text for screen readers.
     """
     with _style():
         figure, axes = _figure(4.4)
@@ -246,7 +246,7 @@ def class_scatter(points: Sequence[tuple[str, float, float, float]], *, unit: st
         placed: list[tuple[float, float]] = []
         for name, video, audio, change in [*changed[:3], *changed[:-4:-1]]:
             if any(abs(video - x) < 45 and abs(audio - y) < 5 for x, y in placed):
-                continue  # a label there already
+                continue  # would overlap a label
             placed.append((video, audio))
             left = video > 60
             axes.annotate(
@@ -264,19 +264,19 @@ def class_scatter(points: Sequence[tuple[str, float, float, float]], *, unit: st
 
 
 def _spread(points: Sequence[tuple[str, float, float, float]]) -> list[tuple[str, float, float, float]]:
-    """Points of equal scores set beside one another, in a sunflower's spiral around their place."""
-    seen: dict[tuple[float, float], int] = {}
+    """Spreads points of equal scores in a sunflower spiral around their position."""
+    counts: dict[tuple[float, float], int] = {}
     moved = []
     for name, video, audio, change in points:
-        number = seen.get((video, audio), 0)
-        seen[video, audio] = number + 1
+        number = counts.get((video, audio), 0)
+        counts[video, audio] = number + 1
         radius, angle = 1.8 * np.sqrt(number), 2.39996 * number  # the golden angle
         moved.append((name, video + radius * np.cos(angle), audio + radius * np.sin(angle), change))
     return moved
 
 
 def intervals(estimates: Sequence[Estimate], *, unit: str, alt: str) -> str:
-    """Draws one row an estimate: its value as a dot, its interval as a line."""
+    """Draws one row per estimate: its value as a dot, its interval as a line."""
     with _style():
         figure, axes = _figure(0.6 + 0.3 * len(estimates))
         for y, one in enumerate(estimates):
@@ -296,7 +296,7 @@ def intervals(estimates: Sequence[Estimate], *, unit: str, alt: str) -> str:
 
 
 def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], *, alt: str) -> str:
-    """Draws clip counts, rows true, columns predicted; a cell's depth is its share of its row."""
+    """Draws a confusion matrix of clip counts, rows true, columns predicted; darker: a larger share of the row."""
     counts_KK = np.asarray(counts, dtype=float)
     share_KK = counts_KK / np.maximum(counts_KK.sum(axis=1, keepdims=True), 1)
     num_classes = len(classes)
@@ -330,14 +330,14 @@ def confusion_matrix(counts: Sequence[Sequence[int]], classes: Sequence[str], *,
 
 
 def frame_uri(frame_CHW: NDArray[np.uint8]) -> str:
-    """An RGB picture as a JPEG data URI."""
+    """Returns an RGB image as a JPEG data URI."""
     buffer = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(frame_CHW.transpose(1, 2, 0))).save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def spectrogram_uri(mel_ML: NDArray[np.float32], range_db: float = 70.0) -> str:
-    """A log-mel spectrogram as a JPEG data URI: low bands at the bottom, the loudest `range_db` decibels shown."""
+    """Returns a log-mel spectrogram as a JPEG data URI: low bands at the bottom, the loudest `range_db` dB shown."""
     top = float(mel_ML.max(initial=-200.0))
     low = max(top - range_db, float(mel_ML.min(initial=top)))
     level_ML = np.clip((mel_ML[::-1] - low) / max(top - low, 1e-6), 0, 1)
@@ -348,7 +348,7 @@ def spectrogram_uri(mel_ML: NDArray[np.float32], range_db: float = 70.0) -> str:
 
 
 def _ramp(share_KK: NDArray[np.float64]) -> NDArray[np.float64]:
-    """RGBA of a large confusion matrix: a colour that shows on light and dark, the deeper the larger the share."""
+    """Returns RGBA of a large confusion matrix, in a colour for light and dark pages; larger shares are more opaque."""
     rgba = np.zeros((*share_KK.shape, 4))
     rgba[:] = (0.75, 0.31, 0.28, 0)
     diagonal = np.arange(len(share_KK))
@@ -358,7 +358,7 @@ def _ramp(share_KK: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Running mean over about a twentieth of the points, centred, shorter at both ends; gaps are left out."""
+    """Returns the centred running mean over about 5 % of the points, over fewer at both ends; ignores gaps."""
     half = max(1, len(y) // 40)
     known = np.isfinite(y)
     total = np.r_[0, np.cumsum(np.where(known, y, 0))]
@@ -370,6 +370,6 @@ def _smooth(y: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _short(name: str, length: int = 24) -> str:
-    """A name that fits beside an axis, on one line."""
+    """Shortens a name to one line of at most `length` characters."""
     name = " ".join(name.split())
     return name if len(name) <= length else name[: length - 1] + "…"

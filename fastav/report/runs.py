@@ -1,7 +1,7 @@
-"""What several runs reached, side by side: read from their folders, compared, as JSON and as a table.
+"""Reads the results of several runs from their folders and compares them, as JSON and as a table.
 
-The comparison is with the best single modality; where both runs have predictions of the same clips, the gain's
-interval is paired, clip by clip.
+Fusion runs are compared with the best single-modality run. If both have predictions of the same clips, the confidence
+interval of the gain is paired, clip by clip.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,36 +23,39 @@ from rich.table import Table
 from rich.text import Text
 
 from fastav.core.errors import UserError, did_you_mean
+from fastav.model.fusion import Fusion
 from fastav.task.metrics import Evaluation, bootstrap_gain
 from fastav.task.predictions import Predictions, join, read_predictions
 from fastav.training.run_folder import RunFolder
 
 MARKS = ("recipe.toml", "metrics.json", "metrics.jsonl", "status.json")
 SINGLE = ("video", "audio")
-ORDER = ("video", "audio", "score", "late", "early", "bottleneck")
+ORDER: tuple[str, ...] = tuple(kind.__struct_config__.tag for kind in get_args(Fusion))
+"""Fusion kinds in the order of a comparison, from the union that lists them: single modalities come first."""
+
 LABELS = {
     "top1_micro_pct": "Top-1, %", "top5_micro_pct": "Top-5, %", "top1_macro_pct": "Top-1, mean of classes, %",
     "top5_macro_pct": "Top-5, mean of classes, %", "map_macro_pct": "mAP, mean of classes, %",
     "log_loss_macro_nats": "Log-loss, mean of classes, nats", "num_clips": "Clips scored",
-    "num_clips_without_video": "Clips without video", "num_clips_without_audio": "Clips without sound",
+    "num_clips_without_video": "Clips without video", "num_clips_without_audio": "Clips without audio",
     "num_clips_without_label": "Clips without a label", "num_clips_broken": "Clips that could not be read",
-    "num_classes": "Classes", "num_classes_absent": "Classes without a clip in the split",
+    "num_classes": "Classes", "num_classes_absent": "Classes without clips in the split",
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RunResults:
-    """What a run folder holds, read for a report; what is missing is empty.
+    """Content of a run folder, read for a report. Files that are missing give empty fields.
 
     Attributes:
-        path: The folder.
-        name: To be called by.
+        path: The run folder.
+        name: Name of the run in the report.
         table: The recipe as plain tables.
         training: Rows of `metrics.jsonl` with a loss.
         evaluations: Rows of `metrics.jsonl` with an evaluation.
-        evaluation: The final one.
-        status: `status.json`.
-        environment: `env.json`.
+        evaluation: The final evaluation; None if the run has none yet.
+        status: Content of `status.json`.
+        environment: Content of `env.json`.
         skipped: Rows of `skipped.csv`.
     """
 
@@ -92,22 +95,22 @@ class RunResults:
 
     @property
     def kind(self) -> str:
-        """The fusion's kind; `video` and `audio` are the single modalities."""
+        """Kind of the fusion; `video` and `audio` are the single modalities."""
         return str(self.table.get("model", {}).get("fusion", {}).get("kind", "model"))
 
     @property
     def colour(self) -> str:
-        """Which colour stands for it."""
+        """Key of the run's colour: `video`, `audio` or `fusion`."""
         return self.kind if self.kind in SINGLE else "fusion"
 
     @property
     def rank(self) -> tuple[int, str]:
-        """Place in a comparison: single modalities first."""
+        """Sort key in a comparison: the kinds of `ORDER` first, then unknown kinds; runs of one kind by name."""
         return (ORDER.index(self.kind) if self.kind in ORDER else len(ORDER), self.name)
 
     @cached_property
     def predictions(self) -> Predictions | None:
-        """Predictions on the test split; None where there are none yet.
+        """Predictions on the test split; None if the run has none yet.
 
         Raises:
             UserError: The file is damaged.
@@ -118,13 +121,13 @@ class RunResults:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a run gains over the best single modality.
+    """Gain of a run over the best single-modality run.
 
     Attributes:
-        over: That run's name.
+        over: Name of the single-modality run.
         points: Difference of the main metric, percentage points.
-        low: Lower end of its paired 95 % interval; None where it is not known.
-        high: Upper end.
+        low: Lower end of the paired 95 % interval of the difference; None if unknown.
+        high: Upper end of the interval; None if unknown.
     """
 
     over: str
@@ -134,17 +137,24 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """In words, from the interval alone."""
+        """`better`, `worse` or `unclear` (the interval contains 0), or `no interval`."""
         if self.low is None or self.high is None:
             return "no interval"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "unclear"
 
 
 def find_runs(paths: Sequence[Path], out: Path | None = None) -> tuple[list[RunResults], Path]:
-    """Reads the runs that paths name, and finds the folder where their comparison goes.
+    """Reads runs and determines the folder for their comparison.
+
+    Args:
+        paths: Run folders, or folders that contain run folders.
+        out: Folder for the comparison; None for the single path, or the common parent folder of all runs.
+
+    Returns:
+        The runs in display order, and the folder of the comparison.
 
     Raises:
-        UserError: A path does not exist, or there is no run in it.
+        UserError: A path does not exist, or contains no run.
     """
     folders: list[Path] = []
     for path in paths:
@@ -153,7 +163,7 @@ def find_runs(paths: Sequence[Path], out: Path | None = None) -> tuple[list[RunR
             raise UserError(f"{path}: no such folder{near}")
         inside = [path] if _is_run(path) else sorted(child for child in path.iterdir() if _is_run(child))
         if not inside:
-            raise UserError(f"{path}: neither a run (a folder with recipe.toml) nor a folder of runs")
+            raise UserError(f"{path}: neither a run (a folder with recipe.toml) nor a folder that contains runs")
         folders += [folder for folder in inside if folder not in folders]
     home = out or (paths[0] if len(paths) == 1 else Path(os.path.commonpath([p.absolute() for p in folders])))
     names = [os.path.relpath(folder.absolute(), home.absolute()) for folder in folders]
@@ -169,10 +179,10 @@ def _is_run(path: Path) -> bool:
 
 
 def compare(runs: Sequence[RunResults]) -> tuple[RunResults | None, dict[str, Gain], list[str]]:
-    """Sets runs against the best single modality.
+    """Compares fusion runs with the best single-modality run.
 
     Returns:
-        The best single-modality run, run name -> gain over it, and notes on what could not be compared.
+        The best single-modality run, run name -> gain over it, and notes on runs that could not be compared.
     """
     notes = [
         f"{run.name}: not evaluated yet, or no clip has a label"
@@ -191,14 +201,14 @@ def compare(runs: Sequence[RunResults]) -> tuple[RunResults | None, dict[str, Ga
         if run.kind in SINGLE:
             continue
         if (one.split, one.main, one.classes) != (two.split, two.main, two.classes):
-            notes.append(f"{run.name}: not compared with {best.name}: another split, task or list of classes")
+            notes.append(f"{run.name}: not compared with {best.name}: different split, task or classes")
             continue
         gains[run.name] = _gain(run, best, notes)
     return best, gains, notes
 
 
 def _gain(run: RunResults, best: RunResults, notes: list[str]) -> Gain:
-    """The difference, with a paired interval where both have top-1 predictions of the same clips."""
+    """Returns the gain, with a paired interval if both runs have top-1 predictions of the same clips."""
     one, two = value_of(run), value_of(best)
     assert one is not None
     assert two is not None
@@ -214,7 +224,7 @@ def _gain(run: RunResults, best: RunResults, notes: list[str]) -> Gain:
     labelled = new.targets_NK.sum(axis=1) > 0
     right = [_hits(part)[labelled] for part in (new, old)]
     if len(ids) < max(len(run.predictions), len(best.predictions)):
-        notes.append(f"{run.name}: the gain's interval is over the {len(ids)} clips that {best.name} has as well")
+        notes.append(f"{run.name}: the interval of the gain is over the {len(ids)} clips in common with {best.name}")
     better, worse = int((right[0] & ~right[1]).sum()), int((right[1] & ~right[0]).sum())
     low, high = bootstrap_gain(better, worse, int(labelled.sum()), seed=0) or (None, None)
     return Gain(best.name, one - two, low, high)
@@ -225,7 +235,7 @@ def _hits(part: Predictions) -> NDArray[np.bool_]:
 
 
 def value_of(run: RunResults) -> float | None:
-    """The run's main metric; None before its first evaluation."""
+    """Returns the main metric of a run; None before its first evaluation."""
     return run.evaluation.value if run.evaluation else None
 
 
@@ -233,7 +243,7 @@ Compared = tuple[RunResults | None, dict[str, Gain], list[str]]
 
 
 def results(home: Path, runs: Sequence[RunResults], compared: Compared) -> dict[str, Any]:
-    """The comparison as JSON: per run its metrics, its interval, and its gain over the best single modality."""
+    """Returns the comparison as a JSON object: metrics, interval, and gain over the best single modality per run."""
     best, gains, notes = compared
     rows = []
     for run in runs:
@@ -254,7 +264,7 @@ def results(home: Path, runs: Sequence[RunResults], compared: Compared) -> dict[
 
 
 def terminal_table(home: Path, runs: Sequence[RunResults], compared: Compared) -> Table:
-    """The comparison as a table that fits a terminal of 80 columns."""
+    """Returns the comparison as a table for a terminal of 80 columns."""
     evaluations = [run.evaluation for run in runs if run.evaluation]
     metric = evaluations[0].main if evaluations else "top1_micro_pct"
     splits = {f"{one.split}, {one.metrics['num_clips']:.0f} clips" for one in evaluations}
@@ -269,7 +279,7 @@ def terminal_table(home: Path, runs: Sequence[RunResults], compared: Compared) -
 
 
 def comparison_row(run: RunResults, gain: Gain | None) -> dict[str, str]:
-    """One run's cells, as text."""
+    """Returns the table cells of one run, as text by column key."""
     one = run.evaluation
     ends = one.interval if one else None
     points = "" if gain is None else f"{gain.points:+.1f}"
@@ -290,7 +300,7 @@ def comparison_row(run: RunResults, gain: Gain | None) -> dict[str, str]:
 
 
 def metric_text(key: str, metrics: Mapping[str, float]) -> str:
-    """A metric as people read it, by the unit in its key; empty where it is absent."""
+    """Formats a metric by the unit in its key; empty if it is absent."""
     value = metrics.get(key)
     if value is None:
         return ""
@@ -298,7 +308,7 @@ def metric_text(key: str, metrics: Mapping[str, float]) -> str:
 
 
 def number(value: Any, digits: int = 4) -> str:
-    """A number as people read it: 97.5, 1,234, 0.00012."""
+    """Formats a number with `digits` significant digits: 97.5, 1,234, 0.00012."""
     if value is None:
         return ""
     value = float(value)
@@ -308,12 +318,12 @@ def number(value: Any, digits: int = 4) -> str:
 
 
 def read_text(path: Path) -> str:
-    """A text file of the run; empty where it is missing."""
+    """Returns the content of a text file; empty if the file is missing."""
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object of the run; empty where it is missing or cut short."""
+    """Returns the JSON object in a file; empty if the file is missing or truncated."""
     try:
         found = json.loads(read_text(path) or "{}")
     except json.JSONDecodeError:

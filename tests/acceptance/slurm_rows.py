@@ -115,7 +115,7 @@ def slurm(work: Path) -> Result:
         }  # fmt: skip
         refused = _submit(environment, log, words, run)  # nodes n1 and n2 are no names that resolve
         _until(lambda: _state(environment, refused) in ("FAILED", "COMPLETED", ""), 60, "a job that cannot meet")
-        unresolved = "cannot be resolved" in log.read_text()
+        unresolved = "cannot resolve host" in log.read_text()
         log.unlink()
         job = _submit(environment | {"MASTER_ADDR": "127.0.0.1"}, log, words, run)
         stopped_at: list[int] = []

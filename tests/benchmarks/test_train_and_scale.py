@@ -168,7 +168,7 @@ def test_the_suite_runs_with_variants(tiny_packed, tmp_path, capsys):
     assert found["recipe"]["train"]["micro_batch"] == 4
     assert out.with_suffix(".png").stat().st_size > 10_000
     shown = capsys.readouterr().out
-    assert "binds" in shown
+    assert "bottleneck: " in shown
     assert "overlap efficiency" in shown
 
 
@@ -228,7 +228,7 @@ def test_what_binds_is_named_with_its_knob(parts, what, knob):
     assert found.what == what
     assert knob in found.knob
     assert " ms" in found.why
-    assert str(found).startswith(f"{what} binds (")
+    assert str(found).startswith(f"bottleneck: {what} (")
 
 
 def test_the_parts_are_medians_of_the_turns():
@@ -510,13 +510,13 @@ def test_scaling_is_measured_and_held_against_paper(tiny_packed, tmp_path, capsy
     assert main(["scale", "--files", *files, "--out", str(again)]) == 0
     assert json.loads(again.read_text())["summary"] == found["summary"]
     assert main(["scale", "--files", files[1], "--out", str(again)]) == 2
-    assert "no file of one rank" in capsys.readouterr().err
+    assert "no file of a single rank" in capsys.readouterr().err
     other = json.loads(Path(files[1]).read_text()) | {"batch": 1}
     (tmp_path / "other.json").write_text(json.dumps(other))
     assert main(["scale", "--files", files[0], str(tmp_path / "other.json"), "--out", str(again)]) == 2
     assert "differ in their batch: 8, 1" in capsys.readouterr().err
     assert main(["scale", "--files", str(out), "--out", str(again)]) == 2
-    assert "not what benchmarks.scale.rank writes" in capsys.readouterr().err
+    assert "not a file written by benchmarks.scale.rank" in capsys.readouterr().err
 
 
 def test_ranks_that_fail_are_told(tmp_path, made, capsys):
@@ -524,7 +524,7 @@ def test_ranks_that_fail_are_told(tmp_path, made, capsys):
     assert main([*few, "--ranks", "1", "--train.num_processes", "2"]) == 2
     assert "1 ranks: train.num_processes = 2, but the launcher started 1" in capsys.readouterr().err
     assert main([*few, "--ranks", "1,2", "--train.batch", "5"]) == 2
-    assert "train.batch = 5: --ranks 1,2 cannot all share it" in capsys.readouterr().err
+    assert "train.batch = 5: expected an even multiple of all --ranks 1,2" in capsys.readouterr().err
     assert main(["scale", "launch/recipes/small.toml", "--ranks", "2,4"]) == 2
     assert "expected 1 among them" in capsys.readouterr().err
 

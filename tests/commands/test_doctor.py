@@ -95,7 +95,7 @@ def test_on_clips(made, tmp_path, capsys):
     assert main(["doctor", *words]) == 0
     shown = capsys.readouterr().out
     assert "h264 100 %" in shown
-    assert "will bind" in shown
+    assert "bottleneck: " in shown
     assert "fastav pack MANIFEST OUT" in shown
     found = json.loads(out.read_text())
     stages = [speed["stage"] for speed in found["speeds"]]
@@ -116,23 +116,23 @@ def test_advice():
     raw = Clip(id="a", num_frames=5, width=64, height=64, video_codec="h264", num_samples=5, sample_rate=44_100)
     packed = Clip(id="b", num_frames=5, width=64, height=64, video_codec="h264", shard="a.tar")
     slow = " ".join(advice([raw], 10.0, 100.0))
-    assert "the loader will bind" in slow
+    assert "bottleneck: the loader;" in slow
     assert "takes 26 cores" in slow
     assert "100 % of the clips are raw" in slow
-    assert "sound is at 44100 Hz and resampled to 16000 Hz" in slow
+    assert "audio is at 44100 Hz and resampled to 16000 Hz" in slow
     fast = " ".join(advice([packed], 400.0, 100.0))
-    assert "the model will bind" in fast
+    assert "bottleneck: the model;" in fast
     assert "raw" not in fast.replace("the clips are raw", "")
     assert 'sampling.order = "blocked"' in fast
     assert "loading.worker =" not in slow + fast
-    assert "both alike will bind" in " ".join(advice([packed], 110.0, 100.0))
+    assert "bottleneck: loader and model alike;" in " ".join(advice([packed], 110.0, 100.0))
 
 
 def test_processes_are_advised_where_they_pay():
     packed = Clip(id="b", num_frames=5, width=64, height=64, video_codec="h264", shard="a.tar")
     found = " ".join(advice([packed], 100.0, 300.0, processes=150.0))
     assert 'loading.worker = "process" is 1.50 times as fast' in found
-    assert "loader, PyAV, 2 processes makes 0.50 times" in found
+    assert "loader, PyAV, 2 processes delivers 0.50 times" in found
     assert "takes 8 cores" in found  # by the threads' CPU time
     assert "loading.worker =" not in " ".join(advice([packed], 100.0, 300.0, processes=105.0))
 

@@ -36,7 +36,7 @@ def test_the_last_checkpoint_is_the_runs_model(tiny_packed, tmp_path, capsys):
     assert main(["export", "weights", str(out)]) == 2
     assert "already exists" in capsys.readouterr().err
     assert main(["export", "weights", str(out), "--step", "77"]) == 2
-    assert "no checkpoint of step 77; there are: 1, 2" in capsys.readouterr().err
+    assert "no checkpoint of step 77; available steps: 1, 2" in capsys.readouterr().err
     assert main(["export", "weights", str(tmp_path / "nothing")]) == 2
 
 

@@ -369,7 +369,7 @@ def test_a_manifest_that_spoils_training_is_written_and_refused(
     for number, name in enumerate(("train/owl/a", "train/owl/b", "test/owl/c", "test/crow/d", "test/crow/e")):
         sound(root / f"{name}.wav", seed=number)
     assert indexed(root, out) == 2
-    message = 'has a problem that spoils training: class "crow" has no training clip (2 in test)'
+    message = 'has a problem that invalidates training: class "crow" has no training clip (2 in test)'
     assert message in capsys.readouterr().err
     assert Manifest.open(out).splits == {"train": 2, "test": 3}
 

@@ -77,8 +77,8 @@ def test_the_slow_ranks_of_a_node_are_told_as_the_node():
 def test_of_two_nodes_nobody_knows_which_end_of_their_link_is_slow():
     found = [measured(rank, exchange=4.0 if rank % 4 == 1 else 40.0) for rank in range(8)]
     assert texts(found) == [
-        "ranks 1, 5 (hosts node0, node1): exchange between nodes 4 GB/s, 0.10 of the median; of two nodes it may be "
-        "either, or the way between them"
+        "ranks 1, 5 (hosts node0, node1): exchange between nodes 4 GB/s, 0.10 of the median; with two nodes, the "
+        "cause may be either one or the link between them"
     ]
 
 
@@ -107,7 +107,7 @@ def test_broken_and_missing_ranks():
         found[rank] = measured(rank, copy=math.nan, node=None)
     assert texts(found) == [
         "rank 2 (host node0, cuda:2, NVIDIA H200, GPU-0002): broken: matrix product: CUDA error: device-side assert",
-        "node 1 (host node1), ranks 4, 5: broken: no figure for copy and all-reduce in the node",
+        "node 1 (host node1), ranks 4, 5: broken: no measurement of copy and all-reduce in the node",
     ]
     assert [fault.kind for fault in find_faults(found, 0.8)] == ["broken", "broken"]
 
@@ -147,9 +147,9 @@ def spoiled(calls, row):
 @pytest.mark.parametrize(
     ("calls", "row", "message"),
     [
-        (0, 32, "1 of 4096 numbers are not those of float64"),
-        (0, 5, "2 of 262144 numbers change with the place where they are computed"),
-        (2, 5, "1 of 262144 numbers change when they are computed again"),
+        (0, 32, "1 of 4096 numbers differ from the float64 result"),
+        (0, 5, "2 of 262144 numbers differ when they are computed in other rows"),
+        (2, 5, "1 of 262144 numbers differ when they are computed again"),
     ],
 )
 def test_a_product_that_is_wrong_in_one_number_is_found(monkeypatch, calls, row, message):
@@ -181,10 +181,10 @@ def test_two_ranks_measure_each_other(unfit):
 @pytest.mark.parametrize(
     ("case", "reason"),
     [
-        ("wrong product", "matrix product: 2 of 262144 numbers change with the place where they are computed"),
+        ("wrong product", "matrix product: 2 of 262144 numbers differ when they are computed in other rows"),
         ("failing product", "matrix product: CUDA error: an illegal memory access was encountered"),
         ("wrong sum", "all-reduce in the node: 1 of 1048576 sums over 2 ranks are wrong"),
-        ("late", "matrix product: no end within 5 s"),
+        ("late", "matrix product: timed out after 5 s"),
         ("failing sum", "all-reduce in the node: NCCL error: unhandled system error"),
     ],
 )
@@ -236,8 +236,8 @@ def test_slow_ranks_count_but_on_a_cpu(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--seconds", "0"], "--seconds 0: more than 0 expected"),
-        (["--slow", "2"], "--slow 2: a share from 0 to 1 expected"),
+        (["--seconds", "0"], "--seconds 0: expected more than 0"),
+        (["--slow", "2"], "--slow 2: expected a share from 0 to 1"),
         (["--patients", "2"], '--patients 2; did you mean "--patience"?'),
     ],
 )
@@ -273,7 +273,7 @@ def test_a_broken_rank_always_ends_the_run(tiny_packed, tmp_path, capsys, monkey
     monkeypatch.setattr(torch, "mm", spoiled(0, 32))
     words = tiny_packed("video", tmp_path / "run", "--guard.preflight", "always")
     assert main(["train", "launch/recipes/quickstart_video.toml", *words]) == 1
-    assert "broken: matrix product: 1 of 4096 numbers are not those of float64" in capsys.readouterr().err
+    assert "broken: matrix product: 1 of 4096 numbers differ from the float64 result" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "logs" / "preflight.json").read_text())["faults"][0]["kind"] == "broken"
 
 
@@ -350,7 +350,7 @@ def test_a_node_without_a_gpu_among_others_is_named():
         def gather(self, item):
             return [("0", "n1", "cuda:0", "NVIDIA H200", "GPU-1"), ("1", "n2", "cpu", "CPU", "")]
 
-    with pytest.raises(FastavError, match=r"no GPU can be used by rank 1 \(host n2, cpu, CPU\); the other ranks have"):
+    with pytest.raises(FastavError, match=r"no usable GPU on rank 1 \(host n2, cpu, CPU\); the other ranks have"):
         Preflight(Some(0, 2, None), torch.device("cpu"), 0.1, 5.0)
 
 

@@ -99,4 +99,4 @@ def test_packed_sound_is_that_of_the_files(packed):
 
 def test_a_real_pack_passes_its_check(packed, capsys):
     assert main(["pack", "--verify", str(packed / "video"), "--workers", "2"]) == 0
-    assert "every byte and every frame is right" in capsys.readouterr().out
+    assert "all checksums and frames are correct" in capsys.readouterr().out

@@ -162,7 +162,7 @@ def test_every_run_gets_a_report_that_needs_nothing_else(runs):
         page = read_page(runs / kind / "report.html")
         assert kind in page.plain
         assert "moov atom not found" in page.plain
-        assert "no pictures: the manifest gone/manifest.parquet is not there any more" in page.plain
+        assert "no pictures: the manifest gone/manifest.parquet no longer exists" in page.plain
         assert "Top-1, mean of classes, %" in page.plain
     assert read_page(runs / "late" / "report.html").tags.count("svg") == 8
 
@@ -172,7 +172,10 @@ def test_numbers_of_the_page_are_those_of_the_run(runs):
     plain = read_page(runs / "late" / "report.html").plain
     low, high = one.interval
     assert f"{one.value:.4g} Top-1, % (95 % interval {low:.1f} to {high:.1f}, 200 clips)" in plain
-    assert "The model binds: 2 % of the time" in plain or "The model binds: 1 % of the time" in plain
+    assert (
+        "The model is the bottleneck: 2 % of the time" in plain
+        or "The model is the bottleneck: 1 % of the time" in plain
+    )
     for row in one.per_class:
         assert f"{row.name} {row.clips} {row.top1_pct:.1f} {row.ap_pct:.1f} {row.log_loss_nats:.3f}" in plain
 
@@ -235,8 +238,8 @@ def test_pictures_of_the_best_and_worst_clips(made, tmp_path):
     assert main(["report", str(run), "--clips", "2"]) == 0
     page = read_page(run / "report.html")
     assert page.tags.count("img") == 4 * 5  # of each clip four frames and a spectrogram
-    assert "Most certain and right" in page.plain
-    assert "Most wrong" in page.plain
+    assert "Most confident correct predictions" in page.plain
+    assert "Worst predictions" in page.plain
     text = (run / "report.html").read_text()
     assert text.count("data:image/jpeg;base64,/9j/") == 20
 
@@ -255,7 +258,7 @@ def test_media_that_are_gone_are_noted_clip_by_clip(made, tmp_path):
     assert main(["report", str(run)]) == 0
     plain = read_page(run / "report.html").plain
     assert "cannot be read:" in plain
-    assert "unknown; not in the manifest any more" in plain
+    assert "unknown; no longer in the manifest" in plain
 
 
 def test_a_relative_manifest_is_found_from_the_run_upwards(made, tmp_path, monkeypatch):
@@ -332,7 +335,7 @@ def test_other_splits_and_classes_are_not_compared(tmp_path):
     assert main(["report", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert "gain_pct" not in found["runs"][1]
-    assert found["notes"] == ["late: not compared with video: another split, task or list of classes"]
+    assert found["notes"] == ["late: not compared with video: different split, task or classes"]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +344,7 @@ def test_other_splits_and_classes_are_not_compared(tmp_path):
         (lambda folder: None, r"quickstrat: no such folder; did you mean \"quickstart\"\?"),
         (
             lambda folder: (folder / "quickstrat").mkdir(),
-            r"neither a run \(a folder with recipe.toml\) nor a folder of runs",
+            r"neither a run \(a folder with recipe.toml\) nor a folder that contains runs",
         ),
         (lambda folder: put(folder, "metrics.json", "{"), r"metrics\.json: not the metrics of an evaluation"),
         (lambda folder: put(folder, "recipe.toml", "= 1"), r"recipe\.toml: not valid TOML"),

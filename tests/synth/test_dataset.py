@@ -308,7 +308,7 @@ def run(*words: str) -> int:
         (["--seed", "-1"], "--seed -1: expected `int` >= 0"),
         (["--size", "97"], "--size 97x97: expected even numbers from 48 to 1024"),
         (["--size", "96by96"], '--size "96by96": expected pixels such as 96, or 128x96'),
-        (["--workers", "-2"], "--workers -2: expected 0 (one a core) or more"),
+        (["--workers", "-2"], "--workers -2: expected 0 (one per core) or more"),
         (["--task", "pears"], "pairs"),
     ],
 )

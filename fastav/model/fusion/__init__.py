@@ -68,4 +68,5 @@ __all__ = [
     "mean_over_windows",
 ]
 
-Fusion = Video | Audio | Late | Score | Early | Bottleneck | MBT | ExternalFusion
+Fusion = Video | Audio | Score | Late | Early | Bottleneck | MBT | ExternalFusion
+"""All fusion kinds, in the order in which reports list them."""

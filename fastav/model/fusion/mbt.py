@@ -42,8 +42,8 @@ class MBT(FusionKind, frozen=True, tag="mbt"):
         tokens: Number of bottleneck tokens. With head `token` there is one more, as in the authors' code.
         head: What is classified. `token`: a class token of each modality; training averages their losses, evaluation
             their logits. `gap`, `gmp`, `gsp`: the mean, maximum or sum of all tokens.
-        shared: Whether both modalities use the video tower's blocks in all layers. (`joint` always does in fusion
-            layers.)
+        shared: Whether both modalities use the video tower's blocks in all layers; `joint` always does in its
+            fusion layers.
         tubelet: Frames per tubelet, the 3-D patch of the video. `sampling.frames` must be a multiple of it.
         sampled: Number of evenly spaced frames that are embedded as 2-D patches, in place of tubelets; 0 for tubelets.
         patch: Side of a square patch: pixels of a frame; mel frames and mel bands of the spectrogram.

@@ -79,7 +79,9 @@ def test_what_is_missing_is_told_in_one_line(monkeypatch):
 
 
 def test_dali_is_loaded_by_the_first_pipeline_not_by_the_import():
-    code = "import sys, fastav.media.dali.decoder as d; d.missing('auto'); print('nvidia.dali' in sys.modules)"
+    code = (
+        "import sys, fastav.media.dali.decoder as d; d.missing_requirement('auto'); print('nvidia.dali' in sys.modules)"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"
 
 
