@@ -372,7 +372,7 @@ def test_what_cannot_be_written(tmp_path: Path) -> None:
         write_manifest(tmp_path / "m.csv", [clip(0)])
     with pytest.raises(UserError, match="NUL"):
         write_manifest(path, [clip(0, id="a\0b")])
-    with pytest.raises(UserError, match='column "labels" is not a number'):
+    with pytest.raises(UserError, match='column "labels" is not numeric'):
         write_manifest(path, [clip(0)]).columns(np.arange(1), ["labels"])
     with pytest.raises(UserError, match='no split "tset"; it has: train'):
         Manifest.open(path, split="tset")
