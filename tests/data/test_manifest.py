@@ -306,12 +306,12 @@ def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: Path) -> None:
     )
     assert f'is a folder, expected a .parquet file; did you mean "{path}"?' in opened(tmp_path)
     assert "no such file" in opened(tmp_path / "nowhere" / "m.parquet")
-    assert "this is the copy; expected" in opened(path.with_suffix(".arrow"))
+    assert "this is the Arrow copy; expected" in opened(path.with_suffix(".arrow"))
     text = tmp_path / "text.parquet"
     text.write_text("id,video\n")
-    assert "not a manifest, which is a Parquet file" in opened(text)
+    assert "not a manifest: not a Parquet file" in opened(text)
     text.write_bytes(b"")
-    assert "not a manifest, which is a Parquet file" in opened(text)
+    assert "not a manifest: not a Parquet file" in opened(text)
     pq.write_table(pa.table({"a": [1]}), text)
     assert "not a fastav manifest (no fastav.schema_version" in opened(text)
     meta = pq.read_schema(path).metadata
@@ -322,12 +322,12 @@ def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("fastav.schema_version", b"3", "manifest version 3, this fastav reads up to 2"),
+        ("fastav.schema_version", b"3", "manifest version is 3, but this fastav reads versions up to 2"),
         ("fastav.schema_version", b"new", "not a fastav manifest (schema metadata"),
         ("fastav.classes", b"[", "not a fastav manifest (schema metadata"),
         ("fastav.splits", b"[1]", "not a fastav manifest (schema metadata"),
         ("fastav.splits", b'{"train": [0, 1]}', "do not cover its 2 rows"),
-        ("fastav.splits", b'{"train": [0, 1], "test": [1, 2]}', 'rows 1..2 are not all of split "test"'),
+        ("fastav.splits", b'{"train": [0, 1], "test": [1, 2]}', 'not all of the rows 1..2 are in split "test"'),
         ("fastav.classes", b'["crow", "owls"]', 'label "owl" is not among the classes; did you mean "owls"?'),
     ],
 )
@@ -342,7 +342,7 @@ def test_a_too_new_copy_of_a_too_new_manifest(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(store, "SCHEMA_VERSION", 3)
     path = write_manifest(tmp_path / "m.parquet", [clip(0)]).path
     monkeypatch.undo()
-    assert "manifest version 3" in opened(path)
+    assert "manifest version is 3" in opened(path)
 
 
 def test_columns_of_other_tools(tmp_path: Path) -> None:
@@ -362,17 +362,17 @@ def test_columns_of_other_tools(tmp_path: Path) -> None:
 
 def test_what_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "m.parquet"
-    with pytest.raises(UserError, match="no clips to write"):
+    with pytest.raises(UserError, match="the manifest would have no clips"):
         write_manifest(path, [])
     with pytest.raises(UserError, match='label "wren" is not among the classes; did you mean "wrens"'):
         write_manifest(path, [clip(2)], ["crow", "owl", "wrens"])
-    with pytest.raises(UserError, match="a class name is given twice"):
+    with pytest.raises(UserError, match="a class name is repeated"):
         write_manifest(path, [clip(0)], ["crow", "crow"])
     with pytest.raises(UserError, match=r'expected a name that ends in "\.parquet"'):
         write_manifest(tmp_path / "m.csv", [clip(0)])
     with pytest.raises(UserError, match="NUL"):
         write_manifest(path, [clip(0, id="a\0b")])
-    with pytest.raises(UserError, match='column "labels" is not a number'):
+    with pytest.raises(UserError, match='column "labels" is not numeric'):
         write_manifest(path, [clip(0)]).columns(np.arange(1), ["labels"])
     with pytest.raises(UserError, match='no split "tset"; it has: train'):
         Manifest.open(path, split="tset")
@@ -458,11 +458,11 @@ def test_missing_file(tmp_path: Path, files: list[Path]) -> None:
     [
         ({"duration_s": 0.0}, "span 0.000 s + 0.000 s of {path} has zero length"),
         ({"duration_s": float("nan")}, "has zero length"),
-        ({"start_s": -1.0}, "span -1.000 s + 2.000 s starts before {path} does"),
-        ({"start_frame": -1}, "starts before {path} does"),
-        ({"start_sample": -50000}, "starts before {path} does"),
-        ({"start_frame": 11}, "ends at frame 61, {path} has 60"),
-        ({"start_sample": 10000}, "ends at sample 42000, {path} has 40000"),
+        ({"start_s": -1.0}, "span -1.000 s + 2.000 s starts before the start of {path}"),
+        ({"start_frame": -1}, "starts before the start of {path}"),
+        ({"start_sample": -50000}, "starts before the start of {path}"),
+        ({"start_frame": 11}, "ends at frame 61, but {path} has 60"),
+        ({"start_sample": 10000}, "ends at sample 42000, but {path} has 40000"),
     ],
 )
 def test_bad_span(tmp_path: Path, files: list[Path], changes: dict[str, object], message: str) -> None:

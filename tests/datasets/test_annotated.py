@@ -138,7 +138,7 @@ def test_what_is_there_twice_is_taken_once(tmp_path: Path) -> None:
     table(tmp_path / "a.Table.2.selections.txt", HEADER, row(1, 2, "owl"), row(5, 6, "owl"))
     made = listed(annotated, tree(tmp_path, "a.wav"))
     assert spans(made) == [("a.wav#0", 1, 1, ("owl",)), ("a.wav#1", 1, 1, ("wren",)), ("a.wav#2", 5, 1, ("owl",))]
-    assert made.notes[0] == "2 annotations are there more than once, each taken once"
+    assert made.notes[0] == "2 repeated annotations, each used once"
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_encodings(tmp_path: Path, encoding: str, guessed: bool, end: str) -> No
     (tmp_path / "a.txt").write_bytes((mark + text).encode(encoding))
     made = listed(annotated, tree(tmp_path, "a.wav"))
     assert [c.labels for c in made.clips] == [("Grünspecht",)]
-    said = f"{tmp_path}/a.txt: neither UTF-8 nor UTF-16, read as Windows-1252"
+    said = f"{tmp_path}/a.txt: neither UTF-8 nor UTF-16; read as Windows-1252"
     assert (said in made.notes) == guessed
 
 

@@ -68,7 +68,7 @@ def test_weak_labels(root: Path) -> None:
     assert kinds(made.problems) == [("missing_file", "gone_video1_0")]
     assert made.problems[0].message.startswith(f"{root}/balanced_train_segments.csv, line 6: ")
     assert made.notes == [
-        f"{root}/class_labels_indices.csv: has no name for 1 classes, which go by their ids: /m/unknown",
+        f"{root}/class_labels_indices.csv: has no name for 1 classes; they are named by their ids: /m/unknown",
         f"1 of 4 clips have no file in {root}",
         ALONE,
     ]
@@ -132,7 +132,7 @@ def test_strong_labels_by_the_names_of_the_weak_ones(strong: Path) -> None:
     (strong / "strong/mid_to_display_name.tsv").unlink()
     made = listed(audioset, strong, "--labels", "strong")
     assert [c.labels for c in made.clips] == [("Speech", "Hail"), ("/m/strong",)]
-    assert "which go by their ids: /m/strong" in made.notes[1]
+    assert "they are named by their ids: /m/strong" in made.notes[1]
 
 
 def test_strong_labels_with_shorter_names_of_columns(strong: Path) -> None:

@@ -125,7 +125,7 @@ def test_what_is_no_list_is_not_run(text: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("7019_COR_5,COR,7019,10,nocall", 'row_id "7019_COR_5" and seconds "10" differ'),
+        ("7019_COR_5,COR,7019,10,nocall", 'row_id = "7019_COR_5" and seconds = "10" contradict each other'),
         ("7019_COR_4,COR,7019,4,nocall",
          'row_id = "7019_COR_4": expected ID_SITE_END, such as 7019_COR_5'),
         ("7019_COR,COR,7019,5,nocall", 'row_id = "7019_COR": expected ID_SITE_END, such as 7019_COR_5'),
@@ -161,8 +161,8 @@ def test_soundscapes_of_one_number(root: Path) -> None:
     with pytest.raises(UserError) as error:
         listed(birdclef, root)
     assert str(error.value) == (
-        f"{root}/train_soundscapes: 7019_COR_20190904.ogg and 7019_COR_20190905.ogg are both recording 7019_COR, "
-        "expected one"
+        f"{root}/train_soundscapes: both 7019_COR_20190904.ogg and 7019_COR_20190905.ogg are recording 7019_COR; "
+        "expected one file"
     )
 
 

@@ -119,7 +119,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     ("names", "where", "message"),
     [
         ([], "", "the folder is empty; expected at least one video, recording, picture or .npy"),
-        (["a.txt"], "", "1 files, none a video, recording, picture or .npy"),
+        (["a.txt"], "", "none of its 1 files is a video, recording, picture or .npy"),
         (["a.mp4"], "", "has no class folders; expected"),
         (["owl/a.mp4"], "owls", 'no such folder; did you mean "owl"?'),
         (["owl/a.mp4"], "owl/a.mp4", "not a folder"),
@@ -150,7 +150,7 @@ def test_nothing_to_index(tmp_path: Path, names: Sequence[str], where: str, mess
         (["--piece-s", "nan"], "--piece-s nan: expected a number of seconds above 0"),
         (
             ["--classes", "file", "--hold-out", "fraction:0.2"],
-            "every class has one file only",
+            "each class has only one file",
         ),
     ],
 )

@@ -81,7 +81,7 @@ def test_splits_that_are_there_or_wanted(tmp_path: Path) -> None:
     assert str(error.value).startswith(
         f"{root}: no table of iNatSounds (train.json, val.json or test.json); expected test.json in this folder"
     )
-    with pytest.raises(UserError, match=r"expected train.json in it; did you mean "):
+    with pytest.raises(UserError, match=r"expected train.json in this folder; did you mean "):
         listed(inatsounds, root / "train")
 
 
@@ -124,10 +124,10 @@ def test_a_recording_that_is_there_twice(tmp_path: Path) -> None:
     [
         ({"audio": None, "audios": []}, 'no list "audio"; did you mean "audios"?'),
         ({"annotations": [{"audio_id": 1, "category_id": 99}]},
-         "an annotation of audio 1 has category 99, which is none"),
-        ({"annotations": [{"category_id": 7}]}, '"audio_id" of {"category_id": 7} is not a number'),
-        ({"audio": [{"id": 1}]}, '"file_name" of {"id": 1} is not a text'),
-        ({"audio": ["a.wav"]}, '"id" of "a.wav" is not a number'),
+         "an annotation of audio 1 has category 99, which is not in categories"),
+        ({"annotations": [{"category_id": 7}]}, '"audio_id" of {"category_id": 7}: expected a number'),
+        ({"audio": [{"id": 1}]}, '"file_name" of {"id": 1}: expected a non-empty text'),
+        ({"audio": ["a.wav"]}, '"id" of "a.wav": expected a number'),
         ({"categories": [CATEGORIES[0], CATEGORIES[0]]}, "category 7 is listed twice, expected once"),
         ({"categories": [CATEGORIES[0], {**CATEGORIES[0], "id": 8}]},
          'two categories have the name "Aix sponsa"; expected unique names'),
@@ -143,8 +143,8 @@ def test_mistakes_in_its_files(tmp_path: Path, changed: dict[str, Any], message:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "no JSON (Expecting property name enclosed in double quotes"),
-        (b"\xff\xfe", "no JSON ('utf-8' codec can't decode"),
+        (b"{", "not JSON (Expecting property name enclosed in double quotes"),
+        (b"\xff\xfe", "not JSON ('utf-8' codec can't decode"),
         (b"[]", "expected a JSON object with audio, categories and annotations at the top level"),
     ],
 )

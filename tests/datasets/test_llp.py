@@ -103,7 +103,7 @@ def test_clips_without_events(root: Path) -> None:
     table(root / "data/AVVP_eval_audio.csv", EVENTS)
     made = listed(llp, root, "--unit", "second")
     assert made.notes[0] == (
-        '1 clips are in none of AVVP_eval_audio.csv and AVVP_eval_visual.csv, such as "P7x4FV4lg_570_580"'
+        '1 clips, such as "P7x4FV4lg_570_580", are neither in AVVP_eval_audio.csv nor in AVVP_eval_visual.csv'
     )
     assert {c.labels for c in made.clips if c.split == "test"} == {()}
 

@@ -124,7 +124,7 @@ def test_pictures(root: Path) -> None:
     ("name", "old", "new", "message"),
     [
         ("video_ml.csv", "483821,10", "483821,11", 'line 2: label = "11": expected one of the 2 labels in taxa.csv'),
-        ("video_ml.csv", "483821,10,train", "483821,10,tain", 'line 2: split "tain"; did you mean "train"?'),
+        ("video_ml.csv", "483821,10,train", "483821,10,tain", 'line 2: unknown split "tain"; did you mean "train"?'),
         ("video_ml.csv", "asset_id", "asset", 'line 1: no column "asset_id"; did you mean "asset"?'),
         (
             "taxa.csv",

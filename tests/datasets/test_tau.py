@@ -97,7 +97,7 @@ def test_locations(stem: str, group: str) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("audio/a.wav\tvideo/a.mp4\tairprot", 'line 2: scene_label "airprot"; did you mean "airport"?'),
+        ("audio/a.wav\tvideo/a.mp4\tairprot", 'line 2: unknown scene_label "airprot"; did you mean "airport"?'),
         ("\tvideo/a.mp4\tbus", "line 2: filename_audio is empty; expected a path such as audio/bus-lyon-1-2.wav"),
         ("audio/a.wav\tbus", "line 2: found 2 values, expected 3 (filename_audio, filename_video, scene_label)"),
     ],
@@ -117,7 +117,7 @@ def test_options_and_folders_that_make_no_sense(root: Path) -> None:
         listed(tau, root.parent)
     assert str(error.value) == (
         f"{root.parent}: no table of TAU's train split; expected evaluation_setup/fold1_train.csv or fold1_train.csv "
-        f'in it; did you mean "{root}"?'
+        f'in this folder; did you mean "{root}"?'
     )
     (root / "evaluation_setup/fold1_evaluate.csv").unlink()
     with pytest.raises(UserError, match=r"no table of TAU's test split; expected evaluation_setup/fold1_evaluate.csv"):

@@ -83,7 +83,7 @@ def test_untrimmed_videos_elsewhere(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "line", "message"),
     [
-        ("vggsound.csv", "a,1,b,tran", 'line 1: split "tran"; did you mean "train"?'),
+        ("vggsound.csv", "a,1,b,tran", 'line 1: unknown split "tran"; did you mean "train"?'),
         ("vggsound.csv", "a,one,b,train", 'line 1: start_seconds = "one": expected a number'),
         ("vggsound.csv", "a,1,,train", "line 1: label is empty; expected a class name"),
         ("vggsound.csv", "a,1,label, may contain,train", "line 1: found 5 values, expected 4"),
