@@ -339,7 +339,7 @@ def test_mistakes_are_told_in_one_line(media: Path, tmp_path: Path, capsys: pyte
     empty.mkdir()
     assert "the folder is empty; expected at least one video" in failed(["folder", str(empty), "--out", out], capsys)
     (empty / "a.txt").touch()
-    assert "1 files, none a video" in failed(["folder", str(empty), "--out", out], capsys)
+    assert "none of its 1 files is a video" in failed(["folder", str(empty), "--out", out], capsys)
     (empty / "owl").mkdir()
     (empty / "owl" / "a.mp4").write_text("no media")
     said = failed(["folder", str(empty), "--out", out], capsys)

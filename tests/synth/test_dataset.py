@@ -245,7 +245,7 @@ def test_drawings_are_what_they_should_be() -> None:
 def test_second_call_does_nothing(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
     make_dataset(made, SMALL)
-    assert "already there; nothing to do" in capsys.readouterr().out
+    assert "already contains this data set; nothing to do" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
 
 
