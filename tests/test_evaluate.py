@@ -127,7 +127,7 @@ def test_a_run_without_a_model_is_not_looked_for_anywhere_else(trained, tmp_path
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "recipe.toml").write_text((trained / "recipe.toml").read_text())
     assert fastav(["evaluate", str(tmp_path / "mine")]) == 2
-    assert "has no model/ yet" in capsys.readouterr().err
+    assert "model/ is missing" in capsys.readouterr().err
 
 
 def test_a_malformed_alias_file_names_the_line(trained, tmp_path, capsys):

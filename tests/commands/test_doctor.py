@@ -43,7 +43,7 @@ def test_no_gpu_is_a_note(monkeypatch):
     monkeypatch.setattr(examine, "nvml_state", lambda: "driver 470, 1 devices")
     (fact,) = examine.gpus()
     assert fact.verdict == "bad"
-    assert "is its driver older?" in fact.text
+    assert "is the driver too old?" in fact.text
 
 
 def test_a_gpu_without_its_video_decoder(monkeypatch):

@@ -84,8 +84,8 @@ def test_splits_of_text_need_no_h5py(root: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError) as error:
         listed(ave, root)
     assert str(error.value) == (
-        f"{root}/train_order.h5: needs h5py (pip install h5py); or put trainSet.txt, valSet.txt and testSet.txt "
-        "in the same folder"
+        f"{root}/train_order.h5: needs h5py (pip install h5py); or put trainSet.txt, valSet.txt and "
+        "testSet.txt in the same folder"
     )
 
 

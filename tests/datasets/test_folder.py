@@ -119,7 +119,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     ("names", "where", "message"),
     [
         ([], "", "the folder is empty; expected at least one video, recording, picture or .npy"),
-        (["a.txt"], "", "none of its 1 files is a video, recording, picture or .npy"),
+        (["a.txt"], "", "none of its 1 files is a video, recording, picture or .npy file"),
         (["a.mp4"], "", "has no class folders; expected"),
         (["owl/a.mp4"], "owls", 'no such folder; did you mean "owl"?'),
         (["owl/a.mp4"], "owl/a.mp4", "not a folder"),

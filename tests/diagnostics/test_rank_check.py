@@ -342,7 +342,7 @@ def test_slurm_ranks_know_how_many_share_their_node(tmp_path, tasks, node, expec
     slurm["FASTAV_VERB"] = "preflite"
     done = subprocess.run(command[:2], cwd=ROOT, env=slurm, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
-    assert "FASTAV_VERB is preflite; train, preflight or scale expected" in done.stderr
+    assert "FASTAV_VERB is preflite; expected train, preflight or scale" in done.stderr
 
 
 def test_a_node_without_a_gpu_among_others_is_named():

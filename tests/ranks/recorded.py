@@ -23,8 +23,8 @@ def recording(method):
     """The trainer's step, with the clips that it takes written down."""
 
     def step(trainer, batches):
-        number, ids = trainer.session.step, []
-        if number + 1 == _STOP_AT and trainer.session.ranks.world - 1 == _RANK:
+        number, ids = trainer.state.step, []
+        if number + 1 == _STOP_AT and trainer.state.ranks.world - 1 == _RANK:
             os.kill(os.getpid(), getattr(signal, os.environ.get("FASTAV_SIGNAL", "SIGTERM")))
 
         def noted():
