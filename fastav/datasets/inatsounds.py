@@ -125,7 +125,7 @@ def _field(entry: Any, key: str, kind: type, path: Path) -> Any:
     value = entry.get(key) if isinstance(entry, dict) else None
     if not isinstance(value, kind) or isinstance(value, bool) or value == "":
         expected = "a number" if kind is int else "a non-empty text"
-        raise UserError(f'{path}: "{key}" of {json.dumps(entry)[:120]} is not {expected}')
+        raise UserError(f'{path}: "{key}" of {json.dumps(entry)[:120]}: expected {expected}')
     return value
 
 

@@ -207,7 +207,8 @@ def test_a_data_set_from_outside_is_indexed(made, tmp_path, capsys):
         main(["index", "my_birds:Birds", "--help"])
     assert "Birds of one made data set." in capsys.readouterr().out
     assert main(["index", "my_birds:Product", str(made), "--out", str(out)]) == 2
-    assert 'fastav index: "my_birds:Product" has no add_arguments(), which a data set needs' in capsys.readouterr().err
+    message = 'fastav index: "my_birds:Product" has no function add_arguments(), which a data set needs'
+    assert message in capsys.readouterr().err
 
 
 def test_the_documented_fusion_runs(tmp_path, monkeypatch):

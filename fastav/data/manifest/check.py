@@ -191,16 +191,16 @@ def _groups(rows: _Rows) -> Iterator[Problem]:
     codes = groups.indices.to_numpy(zero_copy_only=False).astype(np.int64)
     num_splits = len(rows.split_names)
     pairs, first = np.unique(codes * num_splits + rows.splits, return_index=True)
-    seen: dict[int, int] = {}
+    first_row: dict[int, int] = {}
     for group, row in zip((pairs // num_splits).tolist(), first.tolist(), strict=True):
         name = groups.dictionary[group].as_py()
         if not name:
             continue
-        if group in seen:
-            one, two = (f'{rows.split(r)} (clip "{rows.id(r)}")' for r in (seen[group], row))
+        if group in first_row:
+            one, two = (f'{rows.split(r)} (clip "{rows.id(r)}")' for r in (first_row[group], row))
             message = f'group "{name}" is in two splits: {one} and {two}'
             yield Problem("split_leak", rows.id(row), "", message, True)
-        seen.setdefault(group, row)
+        first_row.setdefault(group, row)
 
 
 def _shared_spans(rows: _Rows) -> Iterator[Problem]:
