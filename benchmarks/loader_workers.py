@@ -33,7 +33,7 @@ from typing_extensions import override
 
 from benchmarks import result as results
 from benchmarks.timing import median, paired_ratio
-from fastav.core.cli import Parser
+from fastav.core.command_runner import Parser
 from fastav.data.clip import Clip, ClipPlan
 from fastav.data.manifest import Manifest, write_manifest
 from fastav.data.plan import Plan, Sampling

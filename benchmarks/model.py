@@ -27,7 +27,7 @@ from benchmarks.console import open_console
 from benchmarks.kernels.ceilings import timed
 from benchmarks.literal import Literal
 from benchmarks.timing import interleave, median, paired_ratio, per_second
-from fastav.core.cli import Parser
+from fastav.core.command_runner import Parser
 from fastav.core.errors import FastavError
 from fastav.core.machine import peak_flops
 from fastav.media.spectrogram import Frontend

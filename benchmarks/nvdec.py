@@ -26,16 +26,16 @@ from benchmarks import result as results
 from benchmarks.console import open_console
 from benchmarks.data.clips import make, repeated, scene
 from benchmarks.nvml import Gpu, Watch
-from fastav.core.cli import Parser
+from fastav.core.command_runner import Parser
 from fastav.core.errors import FastavError
 from fastav.data.plan import Plan, Sampling, segment_frames
 from fastav.loader.loader import Loader, Loading
-from fastav.media import mp4
+from fastav.media import mp4_muxer
 from fastav.media.dali.decoder import Dali, missing_requirement
 from fastav.media.dali.graph import Engine, PipelinePlace, VideoGraph, VideoSample
 from fastav.media.decoder import DecodeSpec
 from fastav.media.shards.format import UnitKind
-from fastav.media.shards.splice import needed_units
+from fastav.media.shards.gop_splice import needed_units
 from fastav.media.spectrogram import Frontend
 
 SIZES, GOPS, FRAMES, BATCH, SIDE = ((640, 360), (448, 256)), (250, 8, 4, 1), 8, 64, 224
@@ -61,7 +61,7 @@ class EncodedStream:
         keys = [int(self.kinds[i]) == UnitKind.KEYFRAME for i in chosen.tolist()]
         width, height = self.size
         shown = np.searchsorted(chosen, numbers).astype(np.int32)
-        data = mp4.wrap(self.codec, units, keys, width, height)
+        data = mp4_muxer.mux(self.codec, units, keys, width, height)
         places = np.arange(len(numbers), dtype=np.int32)
         return VideoSample(data, shown, places, ((0, 0, width, height),), (False,), 3 * width * height)
 

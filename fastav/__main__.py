@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from fastav.core.cli import run
+from fastav.core.command_runner import run
 from fastav.core.errors import did_you_mean
 
 VERBS = {
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Command line without the program name; `sys.argv[1:]` by default.
 
     Returns:
-        The exit code (see `fastav.core.cli.run`).
+        The exit code (see `fastav.core.command_runner.run`).
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):

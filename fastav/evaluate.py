@@ -7,8 +7,8 @@ from contextlib import closing
 
 import torch
 
-from fastav.core.console import Console
 from fastav.core.errors import MediaError, Stopped
+from fastav.core.log_lines import Console
 from fastav.data.clip import Clip
 from fastav.loader.batch import Batch
 from fastav.model.av_model import AVModel
@@ -17,7 +17,7 @@ from fastav.task.metrics import Evaluation, Metrics
 from fastav.task.predictions import Predictions
 from fastav.training.batch_split import BatchSplit
 from fastav.training.inputs import SplitSource, choose_pin_memory, make_loader
-from fastav.training.ranks import Ranks
+from fastav.training.process_setup import Ranks
 
 
 def evaluate(

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from fastav.core.atomic_files import write_text
-from fastav.core.cli import run as run_verb
-from fastav.core.console import Console, clock_time
+from fastav.core.command_runner import run as run_verb
 from fastav.core.errors import FastavError, Stopped, UserError
+from fastav.core.log_lines import Console, clock_time
 from fastav.evaluate import evaluate, forward, summary
 from fastav.loader.batch import Batch
 from fastav.recipe.parse import load_recipe
@@ -25,7 +25,7 @@ from fastav.recipe.schema import Recipe
 from fastav.task.metrics import Evaluation
 from fastav.task.predictions import write_predictions
 from fastav.training.inputs import choose_pin_memory, evaluation_source, make_loader
-from fastav.training.ranks import shutdown
+from fastav.training.process_setup import shutdown
 from fastav.training.run_folder import RunFolder
 from fastav.training.signals import StopSignals
 from fastav.training.state import TrainState

@@ -18,7 +18,7 @@ FILES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("
 TREES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
 # Rooms of rows and plans, and what opens and probes media: their processes start in a fraction of torch's time.
-WITHOUT_TORCH = ("fastav.commands.index", "fastav.data.plan", "fastav.media.open", "fastav.media.probe")
+WITHOUT_TORCH = ("fastav.commands.index", "fastav.data.plan", "fastav.media.open_file", "fastav.media.probe")
 
 
 def public_classes() -> Iterator[tuple[str, str]]:

@@ -330,7 +330,7 @@ def test_what_does_not_fit_together_is_one_line(tiny_packed, tmp_path, words, me
 def test_two_processes_that_never_met_are_refused(tiny_packed, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "-1")
-    from fastav.training.ranks import Ranks
+    from fastav.training.process_setup import Ranks
 
     recipe = load_recipe(None, tiny_packed("video", tmp_path / "run"))
     with pytest.raises(UserError, match="each would train alone"):

@@ -33,7 +33,7 @@ from benchmarks.data.duels import duels
 from benchmarks.data.loading import loading_turns, sweep_turns
 from benchmarks.data.peers import SIZE, Dump, Ours, Peer, peers_of, processes
 from benchmarks.timing import MedianInterval, Turn, interleave, median, per_cpu_second, per_second, ratio
-from fastav.core.cli import Parser
+from fastav.core.command_runner import Parser
 from fastav.core.machine import num_cores
 from fastav.data.clip import Clip, ClipPlan
 from fastav.data.plan import random_crops, segment_frames

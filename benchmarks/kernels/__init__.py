@@ -23,7 +23,7 @@ from benchmarks.console import open_console
 from benchmarks.kernels.cases import BACKENDS, CASES, Case, CaseResult, check, implementation, implementations
 from benchmarks.kernels.ceilings import Ceiling, ceilings, timed
 from benchmarks.timing import interleave, median, paired_ratio, per_second
-from fastav.core.cli import Parser
+from fastav.core.command_runner import Parser
 from fastav.core.errors import FastavError, UserError
 
 PASSES = ("forward", "backward", "both")

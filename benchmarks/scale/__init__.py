@@ -34,7 +34,7 @@ from benchmarks.plot import lines
 from benchmarks.scale.paper import Cluster, Link, Work, all_reduce_s, fitted, fitted_between, strong, weak
 from benchmarks.timing import MedianInterval, grouped_ratio, median, short
 from benchmarks.train import prepared, split_keys
-from fastav.core.cli import Parser
+from fastav.core.command_runner import Parser
 from fastav.core.errors import FastavError, UserError
 from fastav.recipe.parse import load_recipe
 

@@ -27,12 +27,12 @@ from benchmarks.timing import interleave
 from benchmarks.train import split_keys, without_places
 from benchmarks.train.bench import Bench
 from fastav.core.atomic_files import write_text
-from fastav.core.cli import Parser
+from fastav.core.command_runner import Parser
 from fastav.core.errors import FastavError, UserError
 from fastav.core.machine import num_cores
 from fastav.recipe.parse import load_recipe
 from fastav.recipe.schema import Recipe
-from fastav.training.ranks import shutdown
+from fastav.training.process_setup import shutdown
 
 SIZES_MB = (0.004, 0.25, 1.0, 4.0)
 """Sizes of the all-reduces that separate bandwidth from latency, in addition to one of all gradients."""

@@ -35,11 +35,11 @@ from benchmarks.data.clips import make, repeated
 from benchmarks.timing import Turn, interleave, median, paired_ratio, per_second, short
 from benchmarks.train.bench import APART, MODES, Bench
 from benchmarks.train.bound import Parts, bound
-from fastav.core.cli import Parser, split_overrides
+from fastav.core.command_runner import Parser, split_overrides
 from fastav.core.errors import UserError
 from fastav.recipe.parse import load_recipe, to_table
 from fastav.recipe.schema import Recipe
-from fastav.training.ranks import shutdown
+from fastav.training.process_setup import shutdown
 
 _ROOT = Path(__file__).parents[2]
 _ONE_FOR_ALL = ("train.threads", "train.deterministic")

@@ -17,8 +17,8 @@ import msgspec
 from rich.table import Table
 
 from fastav.core.atomic_files import write_text
-from fastav.core.console import Console
 from fastav.core.errors import MediaError, UserError
+from fastav.core.log_lines import Console
 from fastav.data.clip import Clip
 from fastav.evaluate import evaluate
 from fastav.model.av_model import AVModel, external_names
@@ -26,7 +26,7 @@ from fastav.recipe.parse import load_recipe
 from fastav.task.metrics import Evaluation
 from fastav.task.predictions import write_predictions
 from fastav.training.inputs import describe_unknown_classes, evaluation_source
-from fastav.training.ranks import Ranks
+from fastav.training.process_setup import Ranks
 from fastav.training.run_folder import RunFolder
 
 OVERRIDES = True

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from fastav.core.console import Console
 from fastav.core.errors import UserError
+from fastav.core.log_lines import Console
 from fastav.data.manifest import Manifest
 from fastav.model.av_model import AVModel
 from fastav.recipe.parse import parse_recipe, renewed

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastav.core.errors import UserError
-from fastav.core.external import is_external
+from fastav.core.plugin import is_external
 from fastav.data.manifest import Manifest, Problem
 from fastav.datasets.build_manifest import build_manifest, problems_path
 from fastav.datasets.registry import DATASETS, external_dataset
@@ -71,21 +71,21 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"--workers {args.workers}: expected 0 (one per core) or more")
     console, out = Console(), Path(args.out)
     dataset = external_dataset(args.kind) if is_external(args.kind) else DATASETS[args.kind]
-    listing = dataset.listing(args)
+    clip_list = dataset.list_clips(args)
     outputs = {str(path.absolute()) for path in (out, out.with_suffix(".arrow"), problems_path(out))}
     manifest, problems = build_manifest(
-        listing.clips,
+        clip_list.clips,
         out,
         workers=args.workers,
-        metadata=listing.metadata,
+        metadata=clip_list.metadata,
         console=console,
-        cut=listing.cut,
-        split=listing.split,
-        problems=[p for p in listing.problems if str(Path(p.path).absolute()) not in outputs],
+        cut=clip_list.cut,
+        split=clip_list.split,
+        problems=[p for p in clip_list.problems if str(Path(p.path).absolute()) not in outputs],
     )
-    if listing.published_splits:
+    if clip_list.published_splits:
         problems = [replace(p, fatal=p.fatal and p.kind not in _PUBLISHED) for p in problems]
-    show(console, manifest, problems, listing.notes)
+    show(console, manifest, problems, clip_list.notes)
     fatal = [problem for problem in problems if problem.fatal]
     if fatal:
         count = f"{len(fatal)} problems that invalidate" if len(fatal) > 1 else "a problem that invalidates"

@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 
 from fastav.core.atomic_files import write_text
-from fastav.core.console import Console
 from fastav.core.errors import UserError
+from fastav.core.log_lines import Console
 from fastav.diagnostics.rank_check import SECONDS, Preflight, serious_faults
 from fastav.diagnostics.rank_verdicts import find_faults, summary, table
 from fastav.optim.loss_guard import GuardConfig
 from fastav.recipe.schema import Training
-from fastav.training.ranks import Ranks, shutdown
+from fastav.training.process_setup import Ranks, shutdown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     try:
         ranks = Ranks(Training(precision="bf16" if bf16 else "fp32"))
-        found = Preflight(ranks.host_group, ranks.device, args.seconds, args.patience).run()
+        found = Preflight(ranks.gloo_group, ranks.device, args.seconds, args.patience).run()
         faults, console = find_faults(found, args.slow), Console(sys.stdout, quiet=not ranks.main)
         for measurement in found:
             console.log(measurement.describe())

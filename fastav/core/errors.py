@@ -1,7 +1,7 @@
 """The errors that users see, each with its exit code.
 
 A message is one line: the file or option, the value it got, the value expected, and the nearest match.
-`fastav.core.cli` prints it without a traceback and returns `exit_code`.
+`fastav.core.command_runner` prints it without a traceback and returns `exit_code`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
 from fastav.datasets import youtube
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import YoutubeRow
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the clips of the tables that have a media file.
 
     Raises:
@@ -86,7 +86,7 @@ def listing(args: argparse.Namespace) -> Listing:
         # In the order of their first row in Annotations.txt; the background comes last.
         "class_order": class_order([*classes, BACKGROUND] if args.unit == "second" else classes),
     }
-    return found.listing(metadata, clips=clips, problems=problems, notes=notes)
+    return found.clip_list(metadata, clips=clips, problems=problems, notes=notes)
 
 
 def _read(path: Path) -> Iterator[tuple[int, AveAnnotation]]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.tables import (
     ClipRows,
     MediaFolders,
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the recordings and windows that have a media file.
 
     Raises:
@@ -91,7 +91,7 @@ def listing(args: argparse.Namespace) -> Listing:
         "metric": METRIC,
         "class_order": class_order(sorted({label for clip in rows.clips for label in clip.labels})),
     }
-    return rows.listing(tables, metadata, notes=notes)
+    return rows.clip_list(tables, metadata, notes=notes)
 
 
 def _short(rows: ClipRows, folders: MediaFolders, root: Path, table: Path, secondary: bool) -> list[str]:

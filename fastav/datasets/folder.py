@@ -20,7 +20,7 @@ from typing import Any, Literal
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.splits import HoldOut, cut, hold_out
 from fastav.datasets.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from fastav.media.probe import IMAGE_SUFFIXES, MEL_SUFFIXES
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the clips in ROOT; see `rows`, `cut` and `hold_out`.
 
     Raises:
@@ -86,7 +86,7 @@ def listing(args: argparse.Namespace) -> Listing:
             "so train and test share recordings"
         )
     options = {"classes": args.classes, "piece_s": str(piece_s), "hold_out": args.hold_out}
-    return Listing(
+    return ClipList(
         clips,
         problems,
         notes,

@@ -17,7 +17,7 @@ from typing import Any
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.tables import ClipRows, MediaFolders, class_order, coordinates, find_file
 
 METRIC = (
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the recordings of the splits that have a media file.
 
     Raises:
@@ -71,7 +71,7 @@ def listing(args: argparse.Namespace) -> Listing:
         "supercategories": json.dumps({c["name"]: c.get("supercategory", "") for c in known}, ensure_ascii=False),
     }
     notes = [f"{root}: no {split}.json, so there is no {split} split" for split in absent]
-    return rows.listing(tables.values(), metadata, notes=notes)
+    return rows.clip_list(tables.values(), metadata, notes=notes)
 
 
 def _split(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fastav.core.errors import UserError, did_you_mean
 from fastav.datasets import youtube
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.tables import find_file, number, read_table
 from fastav.datasets.youtube import YoutubeRow
 
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the clips of the tables that have a media file.
 
     Raises:
@@ -98,7 +98,7 @@ def listing(args: argparse.Namespace) -> Listing:
         "classes": "Kinetics-Sounds" if args.sounds else str(args.classes or "all"),
         "metric": METRIC,
     }
-    return found.listing(metadata, notes=notes)
+    return found.clip_list(metadata, notes=notes)
 
 
 def _read(root: Path) -> tuple[list[YoutubeRow], list[str]]:

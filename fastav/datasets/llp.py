@@ -17,7 +17,7 @@ from pathlib import Path
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.datasets import youtube
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import YoutubeRow
 
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the clips of the tables that have a media file.
 
     Raises:
@@ -90,7 +90,7 @@ def listing(args: argparse.Namespace) -> Listing:
         "metric": METRIC,
         "class_order": class_order(CLASSES),
     }
-    return found.listing(metadata, clips=clips, notes=notes)
+    return found.clip_list(metadata, clips=clips, notes=notes)
 
 
 def _find(root: Path, name: str) -> Path:

@@ -6,9 +6,21 @@ import argparse
 from typing import Protocol, cast
 
 from fastav.core.errors import UserError
-from fastav.core.external import load_external
-from fastav.datasets import annotated, audioset, ave, birdclef, folder, inatsounds, kinetics, llp, ssw60, tau, vggsound
-from fastav.datasets.listing import Listing
+from fastav.core.plugin import load_external
+from fastav.datasets import (
+    annotation_tables,
+    audioset,
+    ave,
+    birdclef,
+    folder,
+    inatsounds,
+    kinetics,
+    llp,
+    ssw60,
+    tau,
+    vggsound,
+)
+from fastav.datasets.clip_list import ClipList
 
 
 class Dataset(Protocol):
@@ -20,7 +32,7 @@ class Dataset(Protocol):
         """Adds the data set's own options."""
         ...
 
-    def listing(self, args: argparse.Namespace) -> Listing:
+    def list_clips(self, args: argparse.Namespace) -> ClipList:
         """Reads the published files and lists the clips; opens no media.
 
         Raises:
@@ -31,7 +43,7 @@ class Dataset(Protocol):
 
 DATASETS: dict[str, Dataset] = {
     "folder": folder,
-    "annotations": annotated,
+    "annotations": annotation_tables,
     "audioset": audioset,
     "ave": ave,
     "birdclef": birdclef,
@@ -52,7 +64,7 @@ def external_dataset(name: str) -> Dataset:
         UserError: The object cannot be imported, or lacks one of the functions.
     """
     found = load_external(name, "fastav index")
-    for function in ("add_arguments", "listing"):
+    for function in ("add_arguments", "list_clips"):
         if not hasattr(found, function):
             raise UserError(f'fastav index: "{name}" has no function {function}(), which a data set needs')
     return cast(Dataset, found)

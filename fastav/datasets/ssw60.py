@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.tables import ClipRows, MediaFolders, class_order, find_file, read_table
 
 METRIC = "one label per clip: top-1 accuracy on the test split (of the videos: 1,938 clips)"
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the rows of a part's table that have a media file.
 
     Raises:
@@ -101,7 +101,7 @@ def listing(args: argparse.Namespace) -> Listing:
         "metric": METRIC,
         "class_order": class_order(taxa.values()),
     }
-    return rows.listing([table], metadata, notes=notes)
+    return rows.clip_list([table], metadata, notes=notes)
 
 
 def _taxa(root: Path, column: str) -> dict[str, str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 
 MISSING_VALUES = frozenset(("", "nan", "null", "none", "na", "n/a"))
 """Texts that stand for an unknown number in tables, in lower case."""
@@ -265,21 +265,21 @@ class ClipRows:
         """Adds a problem: the file of a clip does not exist."""
         self.problems.append(missing_file(clip_id, path, table, line))
 
-    def listing(
+    def clip_list(
         self,
         tables: Iterable[Path],
         metadata: dict[str, str],
         *,
         notes: Sequence[str] = (),
         cut: Callable[[Clip], list[Clip]] | None = None,
-    ) -> Listing:
-        """Returns the clips as the listing of a data set with published splits.
+    ) -> ClipList:
+        """Returns the clips as the clip list of a data set with published splits.
 
         Args:
             tables: The tables that were read, for messages.
-            metadata: See `Listing`.
-            notes: See `Listing`.
-            cut: See `Listing`.
+            metadata: See `ClipList`.
+            notes: See `ClipList`.
+            cut: See `ClipList`.
 
         Raises:
             UserError: There are no clips.
@@ -290,7 +290,7 @@ class ClipRows:
             if missing is None:
                 raise UserError(f"{names}: contains no clips; expected at least one")
             raise UserError(f"{names}: none of the listed files exists; the first: {missing.message}")
-        return Listing(self.clips, self.problems, notes, cut=cut, published_splits=True, metadata=metadata)
+        return ClipList(self.clips, self.problems, notes, cut=cut, published_splits=True, metadata=metadata)
 
 
 def at_line(table: Path, line: int | None = None) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.splits import cut
 from fastav.datasets.tables import ClipRows, MediaFolders, class_order, find_file, read_table
 
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the clips of the first fold that have their media files.
 
     Raises:
@@ -94,7 +94,7 @@ def listing(args: argparse.Namespace) -> Listing:
         "metric": METRIC,
         "class_order": class_order(CLASSES),
     }
-    return rows.listing(tables.values(), metadata, cut=None if piece_s is None else partial(cut, piece_s=piece_s))
+    return rows.clip_list(tables.values(), metadata, cut=None if piece_s is None else partial(cut, piece_s=piece_s))
 
 
 def _rows(table: Path) -> Iterator[tuple[int, Mapping[str, str]]]:

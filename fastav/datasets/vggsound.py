@@ -15,7 +15,7 @@ from pathlib import Path
 
 from fastav.core.errors import UserError, did_you_mean
 from fastav.datasets import youtube
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.tables import class_order, find_file, number, read_table
 from fastav.datasets.youtube import YoutubeRow
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     youtube.add_arguments(parser, tables="vggsound.csv, or train.csv and test.csv")
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the clips of the tables that have a media file.
 
     Raises:
@@ -49,7 +49,7 @@ def listing(args: argparse.Namespace) -> Listing:
         # The authors' numbers of the classes: https://github.com/hche11/VGGSound, datasets/dataloader.py.
         "class_order": class_order(sorted({label for row in rows for label in row.labels})),
     }
-    return found.listing(metadata, notes=notes)
+    return found.clip_list(metadata, notes=notes)
 
 
 def _read(root: Path) -> tuple[list[YoutubeRow], list[str]]:

@@ -17,7 +17,7 @@ from typing import Literal
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from fastav.datasets.tables import at_line, missing_file
 
@@ -69,23 +69,23 @@ class FoundRows:
     problems: list[Problem]
     notes: list[str]
 
-    def listing(
+    def clip_list(
         self,
         metadata: dict[str, str],
         *,
         clips: Sequence[Clip] | None = None,
         problems: Sequence[Problem] = (),
         notes: Sequence[str] = (),
-    ) -> Listing:
-        """Returns the listing of a data set with published splits.
+    ) -> ClipList:
+        """Returns the clip list of a data set with published splits.
 
         Args:
-            metadata: See `Listing`.
+            metadata: See `ClipList`.
             clips: Clips to list instead of the found ones, such as their seconds.
             problems: Earlier problems, listed first.
             notes: Earlier notes, listed first.
         """
-        return Listing(
+        return ClipList(
             self.clips if clips is None else clips,
             [*problems, *self.problems],
             [*notes, *self.notes],

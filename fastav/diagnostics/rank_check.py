@@ -19,7 +19,7 @@ import torch.distributed as dist
 from fastav.core.errors import FastavError, listed, reason_of
 from fastav.diagnostics import device_tests
 from fastav.diagnostics.rank_verdicts import MEASURES, Fault, RankMeasurement, RankPlace
-from fastav.distributed.host_group import HostGroup
+from fastav.distributed.gloo_group import GlooGroup
 
 SECONDS = 0.1
 """Duration of each measurement, seconds."""
@@ -45,7 +45,7 @@ class Preflight:
     network. The ranks then meet at a barrier over gloo, which detects those that do not arrive.
 
     Args:
-        host_group: Group of all processes.
+        gloo_group: Group of all processes.
         device: Device of this process.
         seconds: Duration of each measurement.
         patience_s: Timeout of each measurement in seconds, including warm-up and connecting.
@@ -56,11 +56,11 @@ class Preflight:
         device: Device of this process.
     """
 
-    def __init__(self, host_group: HostGroup, device: torch.device, seconds: float, patience_s: float) -> None:
-        self._host_group, self.device, self._seconds, self._patience_s = host_group, device, seconds, patience_s
+    def __init__(self, gloo_group: GlooGroup, device: torch.device, seconds: float, patience_s: float) -> None:
+        self._gloo_group, self.device, self._seconds, self._patience_s = gloo_group, device, seconds, patience_s
         name, serial = device_tests.device_identity(device)
         where = str(device) if device.type == "cuda" else device.type  # accelerate numbers CPUs
-        all_ranks = host_group.gather((node_of(os.environ), socket.gethostname(), where, name, serial))
+        all_ranks = gloo_group.gather((node_of(os.environ), socket.gethostname(), where, name, serial))
         keys = list(dict.fromkeys(node for node, *_ in all_ranks))
         self.places = [
             RankPlace(rank, host, keys.index(node), *rest) for rank, (node, host, *rest) in enumerate(all_ranks)
@@ -119,7 +119,7 @@ class Preflight:
         for pairs in device_tests.pairings(len(self.nodes)):
             ends = [zip(self.nodes[a], self.nodes[b], strict=False) for a, b in pairs]  # ranks of the same local number
             yield "exchange", [sorted(pair) for one in ends for pair in one]
-        yield "all", [list(range(self._host_group.world))] if len(self.nodes) > 1 else []
+        yield "all", [list(range(self._gloo_group.world))] if len(self.nodes) > 1 else []
 
     def _everywhere(
         self, key: str, do: Callable[[], RatesByMeasure], *, together: bool = False
@@ -132,7 +132,7 @@ class Preflight:
         outcome = self._run_with_timeout(what, do)
         self._hung |= outcome is None
         self._barrier(what)
-        every = self._host_group.gather(outcome or ({}, timeout))
+        every = self._gloo_group.gather(outcome or ({}, timeout))
         self._broken = [why for _, why in every]
         if together and set(self._broken) - {"", timeout}:  # ranks that only waited for a failed one are not broken
             self._broken = [why if why != timeout else "" for why in self._broken]
@@ -161,14 +161,14 @@ class Preflight:
         Raises:
             FastavError: Some ranks do not arrive.
         """
-        if self._host_group.world == 1:
+        if self._gloo_group.world == 1:
             return
         wait_s = 1.5 * self._patience_s  # other ranks may still be waiting for their own thread
         try:
-            dist.monitored_barrier(self._host_group.group, timedelta(seconds=wait_s), wait_all_ranks=True)
+            dist.monitored_barrier(self._gloo_group.group, timedelta(seconds=wait_s), wait_all_ranks=True)
         except RuntimeError as error:
             missing = re.search(r"Ranks? ([\d, ]+?) (?:failed to pass|timed out in) monitoredBarrier", str(error))
-            if self._host_group.rank == 0 and missing:
+            if self._gloo_group.rank == 0 and missing:
                 names = [self.places[int(rank)].describe() for rank in missing[1].split(",")]
                 text = f"{listed(names, MAX_RANKS_NAMED)} did not answer within {wait_s:g} s"
             else:
@@ -192,7 +192,7 @@ class Preflight:
         """Measures the ranks of each team together; returns whether no rank is broken."""
         if not teams:
             return True
-        world, rank, calls = self._host_group.world, self._host_group.rank, device_tests.SAMPLES
+        world, rank, calls = self._gloo_group.world, self._gloo_group.rank, device_tests.SAMPLES
         team = next((team for team in teams if rank in team), [])
         kept: list[device_tests.Collective] = []
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastav.core.config import Kind
 from fastav.core.errors import UserError
-from fastav.core.external import make_external
+from fastav.core.plugin import make_external
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
 from fastav.media.dali.decoder import Dali, can_decode, device_kind, missing_requirement, self_test_failure

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastav.core.errors import MediaError
-from fastav.media.open import TIME_TOLERANCE_S, explain_error, first_stream, frame_times_s, open_media, open_mel
+from fastav.media.open_file import TIME_TOLERANCE_S, explain_error, first_stream, frame_times_s, open_media, open_mel
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MEL_SUFFIXES = frozenset({".npy"})

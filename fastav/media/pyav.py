@@ -7,11 +7,11 @@ flat). Chroma is upsampled bilinearly. Interlaced frames are taken as they are, 
 not square.
 
 Of a packed clip, only the groups of pictures and the stretch of sound that the plan needs are read, and
-decoded without a container by decoders that are kept (`fastav.media.packed_clip`).
+decoded without a container by decoders that are kept (`fastav.media.packed_clip_decoder`).
 
 A container is opened once per clip and read once for both modalities, except for pieces of long files,
 where each stream is sought for itself. Where a planned frame cannot be told from the packets for certain,
-the file is opened again and its frames are counted from the start (`fastav.media.packets` has the reasons).
+the file is opened again and its frames are counted from the start (`fastav.media.frame_seek` has the reasons).
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from torchvision.io import ImageReadMode, decode_image
 from fastav.core.config import Kind, PositiveInt
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip, ClipPlan
-from fastav.media.container import read_media
 from fastav.media.crop import Cropper, cuttable
 from fastav.media.decoder import DecodeSpec, Sample, needed_samples
-from fastav.media.open import explain_error, media_errors, open_mel
-from fastav.media.packed_clip import KeptDecoders, decode_mel, wave_of
+from fastav.media.demux import read_media
+from fastav.media.open_file import explain_error, media_errors, open_mel
+from fastav.media.packed_clip_decoder import KeptDecoders, decode_mel, wave_of
 from fastav.media.shards import ReadStats, ShardReader
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")

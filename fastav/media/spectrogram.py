@@ -38,7 +38,7 @@ from torchaudio.functional import amplitude_to_DB, melscale_fbanks, spectrogram
 
 from fastav.core.config import Config, NonNegativeFloat, PositiveFloat, PositiveInt
 from fastav.core.errors import UserError, did_you_mean, reason_of
-from fastav.core.external import load_external
+from fastav.core.plugin import load_external
 
 
 class Spectrogram(Protocol):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from fastav.core.atomic_files import flush
 from fastav.core.config import Config, PositiveInt
 from fastav.core.errors import UserError
-from fastav.core.external import is_external
+from fastav.core.plugin import is_external
 from fastav.data.clip import Modality
 from fastav.data.plan import Sampling
 from fastav.media.spectrogram import Frontend

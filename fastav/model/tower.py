@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastav.core.config import Config, Fraction, NonNegativeFloat
 from fastav.core.errors import UserError, did_you_mean, reason_of
-from fastav.core.external import is_external, load_external
+from fastav.core.plugin import is_external, load_external
 from fastav.data.clip import Modality
 from fastav.model.weights import fill, read_run, read_safetensors
 

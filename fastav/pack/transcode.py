@@ -19,8 +19,8 @@ from fastav.core.atomic_files import sha256
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.audio import Sound
-from fastav.media.container import read_media
-from fastav.media.open import open_mel
+from fastav.media.demux import read_media
+from fastav.media.open_file import open_mel
 from fastav.media.pyav import read_image
 from fastav.media.shards.format import TABLE_EXTENSION, VIDEO_EXTENSIONS, Member, UnitKind, encode_table
 from fastav.pack.encode import MOST_CHANNELS, Unit, VideoEncoder, encode_flac, encode_jpeg

@@ -16,7 +16,7 @@ from fastav.core.process_pool import run_jobs
 from fastav.core.progress import progress
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
-from fastav.media.packed_clip import KeptDecoders, decode_mel, decode_sound
+from fastav.media.packed_clip_decoder import KeptDecoders, decode_mel, decode_sound
 from fastav.media.pyav import decode_jpeg
 from fastav.media.shards import ShardReader, ShardReading
 from fastav.pack.folder import INDEX_FILE, MANIFEST_FILE, PackFolder, no_pack

@@ -19,7 +19,7 @@ from msgspec import inspect
 
 from fastav.core.config import Config
 from fastav.core.errors import UserError, did_you_mean
-from fastav.core.external import is_external
+from fastav.core.plugin import is_external
 from fastav.media.spectrogram import PRESETS, Frontend
 from fastav.optim.schedule import Plateau
 from fastav.recipe.schema import Recipe

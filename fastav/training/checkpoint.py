@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from fastav.core.atomic_files import sha256, write_text
 from fastav.core.errors import FastavError, UserError
-from fastav.distributed.host_group import HostGroup
+from fastav.distributed.gloo_group import GlooGroup
 from fastav.recipe.parse import Table, differences, parse_recipe, renewed
 from fastav.recipe.schema import Recipe
 
@@ -125,15 +125,15 @@ class Checkpoints:
     Args:
         folder: Folder that holds one folder per checkpoint.
         keep: Number of newest checkpoints to keep, in addition to the best one.
-        host_group: Processes that read and write together; None for a single process.
+        gloo_group: Processes that read and write together; None for a single process.
 
     Example:
         checkpoint = Checkpoints(Path("runs/a/checkpoints")).newest()
         weights = checkpoint.tensors("model")
     """
 
-    def __init__(self, folder: Path, keep: int = 2, host_group: HostGroup | None = None) -> None:
-        self.folder, self.keep, self.host_group = folder, keep, host_group or HostGroup()
+    def __init__(self, folder: Path, keep: int = 2, gloo_group: GlooGroup | None = None) -> None:
+        self.folder, self.keep, self.gloo_group = folder, keep, gloo_group or GlooGroup()
 
     def steps(self) -> list[int]:
         """Returns the steps that have a checkpoint, ascending."""
@@ -152,7 +152,7 @@ class Checkpoints:
             FastavError: All checkpoints are damaged.
         """
         # The list of rank 0 counts: other ranks may have an older view of a shared folder.
-        steps = self.host_group.gather(self.steps())[0]
+        steps = self.gloo_group.gather(self.steps())[0]
         for step in reversed(steps):
             try:
                 return self.read(step)
@@ -173,7 +173,7 @@ class Checkpoints:
         """
         path = self.path(step)
         errors = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
-        checkpoint, reason = self.host_group.run_all(lambda: self._verify(path, step), errors)
+        checkpoint, reason = self.gloo_group.run_all(lambda: self._verify(path, step), errors)
         if checkpoint is None or reason:
             raise FastavError(f"{path}: damaged checkpoint: {reason}")
         if checkpoint.state["format"] > FORMAT:
@@ -188,7 +188,7 @@ class Checkpoints:
         for name in sums:
             if Path(name).name != name:
                 raise ValueError(f"{name} is outside the checkpoint")
-        for name in self.host_group.own_part(sorted(sums)):
+        for name in self.gloo_group.own_part(sorted(sums)):
             if sha256(path / name) != sums[name]:
                 raise ValueError(f"{name} does not match its checksum")
             if name.endswith(".safetensors"):

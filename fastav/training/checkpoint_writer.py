@@ -1,7 +1,7 @@
 """CheckpointWriter: writes checkpoints in the background while the training continues.
 
 `start` copies the tensors of this rank to host memory; the training waits for nothing else. A thread then writes them
-(torch.distributed.checkpoint, over the host group's own gloo group), flushes and checksums them. Rank 0 renames the
+(torch.distributed.checkpoint, over a gloo group of its own), flushes and checksums them. Rank 0 renames the
 folder when every rank has finished. The next `wait` raises an error of the thread, on every rank.
 """
 
@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 
 from fastav.core.atomic_files import flush, sha256
 from fastav.core.errors import FastavError
-from fastav.distributed.host_group import HostGroup
+from fastav.distributed.gloo_group import GlooGroup
 from fastav.training.checkpoint import FORMAT, STATE, SUMS, Checkpoints, write_best
 
 _WRITE_ERRORS = (OSError, SafetensorError, CheckpointException, RuntimeError)
@@ -46,7 +46,7 @@ class CheckpointWriter:
     """
 
     def __init__(self, checkpoints: Checkpoints, *, asynchronous: bool = True) -> None:
-        self._checkpoints, self._host_group, self._asynchronous = checkpoints, checkpoints.host_group, asynchronous
+        self._checkpoints, self._gloo_group, self._asynchronous = checkpoints, checkpoints.gloo_group, asynchronous
         self._thread: threading.Thread | None = None
         self._reason, self._step = "", 0
         self._mesh: DeviceMesh | None = None  # CPU mesh of the copies, made at the first save
@@ -140,8 +140,8 @@ class CheckpointWriter:
         self, step: int, tensors: dict[str, Tensor], state: Mapping[str, Any], best: Mapping[str, Any], order: str
     ) -> str:
         """Writes the parts of all ranks, then renames the folder on rank 0. Returns the reason of a failure, or ""."""
-        host_group, main = self._host_group, self._host_group.rank == 0
-        ids, orders = zip(*host_group.gather((uuid.uuid4().hex[:12], order)), strict=True)
+        gloo_group, main = self._gloo_group, self._gloo_group.rank == 0
+        ids, orders = zip(*gloo_group.gather((uuid.uuid4().hex[:12], order)), strict=True)
         if len(set(orders)) > 1:
             return "internal error: ranks disagree on the order of the tensors; please report it"
         temporary = self._checkpoints.folder / f".step_{step:08d}.{ids[0]}.tmp"
@@ -150,14 +150,14 @@ class CheckpointWriter:
             if main:
                 self._finish(step, temporary, sums, state)
 
-        _, reason = host_group.run_all(lambda: self._prepare(temporary) if main else None, _WRITE_ERRORS)
+        _, reason = gloo_group.run_all(lambda: self._prepare(temporary) if main else None, _WRITE_ERRORS)
         sums: list[dict[str, str] | None] = []
         if not reason:
-            own_sums, reason = host_group.run_all(lambda: _write_part(temporary, tensors, host_group), _WRITE_ERRORS)
-            sums = host_group.gather(own_sums)
+            own_sums, reason = gloo_group.run_all(lambda: _write_part(temporary, tensors, gloo_group), _WRITE_ERRORS)
+            sums = gloo_group.gather(own_sums)
         if not reason:
             all_sums = {name: digest for part in sums if part for name, digest in part.items()}
-            _, reason = host_group.run_all(lambda: finish(all_sums), _WRITE_ERRORS)
+            _, reason = gloo_group.run_all(lambda: finish(all_sums), _WRITE_ERRORS)
         if main:
             if reason:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -190,11 +190,11 @@ class CheckpointWriter:
         flush(self._checkpoints.folder)
 
 
-def _write_part(folder: Path, tensors: dict[str, Tensor], host_group: HostGroup) -> dict[str, str]:
+def _write_part(folder: Path, tensors: dict[str, Tensor], gloo_group: GlooGroup) -> dict[str, str]:
     """Writes and flushes this rank's tensors; returns file name -> checksum."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer, process_group=host_group.group, no_dist=host_group.world == 1)
-    return {file.name: sha256(file) for file in sorted(folder.glob(f"shard-{host_group.rank + 1:05d}-*"))}
+    dcp.save(tensors, storage_writer=writer, process_group=gloo_group.group, no_dist=gloo_group.world == 1)
+    return {file.name: sha256(file) for file in sorted(folder.glob(f"shard-{gloo_group.rank + 1:05d}-*"))}
 
 
 class TensorSplit:
@@ -204,11 +204,11 @@ class TensorSplit:
     order. `CheckpointWriter` compares `order` to verify that.
 
     Args:
-        host_group: Processes that write the checkpoint.
+        gloo_group: Processes that write the checkpoint.
     """
 
-    def __init__(self, host_group: HostGroup) -> None:
-        self._rank, self._loads, self._names = host_group.rank, [0] * host_group.world, hashlib.blake2b(digest_size=8)
+    def __init__(self, gloo_group: GlooGroup) -> None:
+        self._rank, self._loads, self._names = gloo_group.rank, [0] * gloo_group.world, hashlib.blake2b(digest_size=8)
 
     def select(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         """Selects the tensors that this rank writes: its pieces of DTensors, and a fair share of the whole tensors.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 from fastav.core.atomic_files import write_text
-from fastav.core.console import Console
 from fastav.core.errors import FastavError, listed
+from fastav.core.log_lines import Console
 from fastav.diagnostics.rank_check import MAX_RANKS_NAMED, SECONDS, Preflight, serious_faults
 from fastav.diagnostics.rank_verdicts import find_faults, summary, table
 from fastav.optim.loss_guard import GuardConfig
-from fastav.training.ranks import Ranks
+from fastav.training.process_setup import Ranks
 from fastav.training.run_folder import RunFolder
 
 
@@ -29,7 +29,7 @@ def before_training(ranks: Ranks, guard_config: GuardConfig, run: RunFolder, con
     """
     if guard_config.preflight == "never" or (guard_config.preflight == "auto" and ranks.world == 1):
         return
-    preflight = Preflight(ranks.host_group, ranks.device, SECONDS, guard_config.preflight_patience_s)
+    preflight = Preflight(ranks.gloo_group, ranks.device, SECONDS, guard_config.preflight_patience_s)
     if guard_config.preflight == "auto" and len(preflight.nodes) == 1:
         return
     found = preflight.run()

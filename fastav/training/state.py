@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fastav.core.atomic_files import sha256, write_text
-from fastav.core.console import Console
 from fastav.core.errors import MediaError, UserError, did_you_mean
+from fastav.core.log_lines import Console
 from fastav.core.machine import peak_flops
 from fastav.data.clip import Clip
-from fastav.distributed.launcher import Single, Strategy, WrapOptions, checkpoint_activations, wrap_model
 from fastav.distributed.rank_log import RankLog
+from fastav.distributed.strategy_choice import Single, Strategy, WrapOptions, checkpoint_activations, wrap_model
 from fastav.model.av_model import AVModel
 from fastav.optim.ema import Ema
 from fastav.optim.loss_guard import LossFault, LossGuard
@@ -35,7 +35,7 @@ from fastav.training.inputs import (
     training_source,
 )
 from fastav.training.preflight_gate import before_training
-from fastav.training.ranks import Ranks
+from fastav.training.process_setup import Ranks
 from fastav.training.run_folder import RunFolder
 from fastav.training.throughput import Meter
 
@@ -90,7 +90,7 @@ class TrainState:
     def _start(self, recipe: Recipe) -> None:
         """Builds the state; the cheap checks come before the expensive steps."""
         # 1. The checkpoint decides whether this is a start or a resume, which all later steps depend on.
-        self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep, self.ranks.host_group)
+        self.checkpoints = Checkpoints(self.run.checkpoints, recipe.saving.keep, self.ranks.gloo_group)
         self.checkpoint_writer = CheckpointWriter(self.checkpoints, asynchronous=recipe.saving.asynchronous)
         checkpoint = self.checkpoints.newest()
         # 2. A slow or broken device is found before data and model take memory and time on it.
@@ -277,7 +277,7 @@ class TrainState:
         kinds = {"model": self.strategy.tensors_to_save(self.strategy.model_shards()), "optimizer": optimizer}
         if self.ema:
             kinds["ema"] = self.strategy.tensors_to_save(self.ema.state_dict())
-        split, tensors = TensorSplit(self.ranks.host_group), dict[str, Tensor]()
+        split, tensors = TensorSplit(self.ranks.gloo_group), dict[str, Tensor]()
         for kind, named in kinds.items():
             tensors |= split.select((f"{kind}/{name}", tensor) for name, tensor in named)
         state = {

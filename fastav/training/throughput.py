@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastav.core.console import clock_time
+from fastav.core.log_lines import clock_time
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data.clips import PACKS, make
-from fastav.media.packed_clip import KeptDecoders
+from fastav.media.packed_clip_decoder import KeptDecoders
 from fastav.media.shards import ShardReader, ShardReading
 from tests.acceptance.rows import REALDATA, Failed, Result, call, fresh
 

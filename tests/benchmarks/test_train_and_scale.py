@@ -30,7 +30,7 @@ from benchmarks.train.bound import Parts, bound
 from fastav.core.errors import FastavError, UserError
 from fastav.loader.threads import StageStats
 from fastav.recipe.parse import load_recipe
-from fastav.training.ranks import shutdown
+from fastav.training.process_setup import shutdown
 from tests import ROOT
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from fastav.commands import index
-from fastav.core.cli import run
+from fastav.core.command_runner import run
 from fastav.core.errors import MediaError, UserError
 from fastav.core.progress import progress
 from fastav.data.clip import Clip

@@ -14,22 +14,22 @@ import pytest
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
 from fastav.datasets import folder
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.folder import rows
-from fastav.datasets.listing import Listing
 
 
 def tree(root: Path, *names: str) -> Path:
-    """Makes empty files; listing a folder opens none of them."""
+    """Makes empty files; listing the clips of a folder opens none of them."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
     return root
 
 
-def listed(root: Path, *words: str) -> Listing:
+def listed(root: Path, *words: str) -> ClipList:
     parser = argparse.ArgumentParser()
     folder.add_arguments(parser)
-    return folder.listing(parser.parse_args([str(root), *words]))
+    return folder.list_clips(parser.parse_args([str(root), *words]))
 
 
 def test_class_folders(tmp_path: Path) -> None:

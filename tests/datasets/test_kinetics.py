@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastav.core.cli import Parser
+from fastav.core.command_runner import Parser
 from fastav.core.errors import UserError
 from fastav.datasets import kinetics
 from tests.helpers.dataset_trees import indexed, kinds, listed, media, table, tree

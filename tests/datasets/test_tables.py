@@ -183,22 +183,22 @@ def test_rows_take_an_id_once() -> None:
         ("duplicate_row", "a", 't.csv, line 5: clip "a" is already listed (t.csv, line 2); left out', False),
         ("duplicate_row", "b", 't.csv: clip "b" is already listed (t.csv); left out', False),
     ]
-    listing = taken.listing([table], {"source": "test"}, notes=["a note"])
-    assert (listing.clips, listing.problems, listing.notes) == (taken.clips, taken.problems, ["a note"])
-    assert listing.published_splits
-    assert listing.metadata == {"source": "test"}
+    clip_list = taken.clip_list([table], {"source": "test"}, notes=["a note"])
+    assert (clip_list.clips, clip_list.problems, clip_list.notes) == (taken.clips, taken.problems, ["a note"])
+    assert clip_list.published_splits
+    assert clip_list.metadata == {"source": "test"}
 
 
 def test_a_listing_of_nothing_is_refused() -> None:
     taken = ClipRows()
     with pytest.raises(UserError, match=r"^t.csv: contains no clips; expected at least one$"):
-        taken.listing([Path("t.csv")], {})
+        taken.clip_list([Path("t.csv")], {})
     taken.add_missing("a", Path("x/a.wav"), Path("t.csv"), 2)
     assert taken.problems == [missing_file("a", Path("x/a.wav"), Path("t.csv"), 2)]
     assert taken.problems[0].message == "t.csv, line 2: no such file: x/a.wav"
     assert not taken.problems[0].fatal
     with pytest.raises(UserError) as error:
-        taken.listing([Path("t.csv")], {})
+        taken.clip_list([Path("t.csv")], {})
     expected = "t.csv: none of the listed files exists; the first: t.csv, line 2: no such file: x/a.wav"
     assert str(error.value) == expected
 

@@ -17,7 +17,7 @@ from fastav.core.errors import FastavError
 from fastav.diagnostics import device_tests
 from fastav.diagnostics.rank_check import Preflight, node_of
 from fastav.diagnostics.rank_verdicts import RankMeasurement, RankPlace, find_faults, medians, summary, table
-from fastav.distributed.host_group import HostGroup
+from fastav.distributed.gloo_group import GlooGroup
 from fastav.recipe.parse import CHANGEABLE, load_recipe, parse_recipe, to_table
 from tests import ROOT
 
@@ -346,7 +346,7 @@ def test_slurm_ranks_know_how_many_share_their_node(tmp_path, tasks, node, expec
 
 
 def test_a_node_without_a_gpu_among_others_is_named():
-    class Some(HostGroup):
+    class Some(GlooGroup):
         def gather(self, item):
             return [("0", "n1", "cuda:0", "NVIDIA H200", "GPU-1"), ("1", "n2", "cpu", "CPU", "")]
 
@@ -356,7 +356,7 @@ def test_a_node_without_a_gpu_among_others_is_named():
 
 def test_a_device_that_fails_for_good_is_still_told(monkeypatch):
     """After an illegal access every call into CUDA fails, that which frees memory too."""
-    preflight = Preflight(HostGroup(), torch.device("cpu"), 0.1, 5.0)
+    preflight = Preflight(GlooGroup(), torch.device("cpu"), 0.1, 5.0)
     preflight.device = torch.device("cuda", 0)
     broken = RuntimeError("CUDA error: an illegal memory access was encountered")
 

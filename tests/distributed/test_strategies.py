@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from fastav.core.errors import UserError
-from fastav.distributed.launcher import requested
+from fastav.distributed.strategy_choice import requested
 from fastav.distributed.zero import check_settings
 from tests import ROOT
 

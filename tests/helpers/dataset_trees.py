@@ -15,12 +15,12 @@ from rich.console import Console
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest, Problem
 from fastav.datasets.build_manifest import build_manifest
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from tests.helpers.media import write_media
 
 
 def tree(root: Path, *names: str) -> Path:
-    """Makes empty media files; listing opens none of them."""
+    """Makes empty media files; listing clips opens none of them."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).touch()
@@ -43,14 +43,14 @@ def media(path: Path, seconds: float = 2, *, sound: bool = True, fps: int = 10) 
     )
 
 
-def listed(module: ModuleType, root: Path, *words: str) -> Listing:
+def listed(module: ModuleType, root: Path, *words: str) -> ClipList:
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
-    return module.listing(parser.parse_args([str(root), *words]))
+    return module.list_clips(parser.parse_args([str(root), *words]))
 
 
-def indexed(made: Listing, out: Path) -> tuple[Manifest, dict[str, Clip], Counter[str]]:
-    """The manifest of a listing, its clips by id, and how many problems of which kind there are."""
+def indexed(made: ClipList, out: Path) -> tuple[Manifest, dict[str, Clip], Counter[str]]:
+    """The manifest of a clip list, its clips by id, and how many problems of which kind there are."""
     manifest, problems = build_manifest(
         made.clips, out, workers=1, console=Console(file=io.StringIO()), metadata=made.metadata, problems=made.problems
     )

@@ -32,8 +32,8 @@ from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
 from fastav.data.plan import Plan, Sampling
 from fastav.loader.loader import Loader, Loading
-from fastav.media.container import read_media
 from fastav.media.decoder import DecodeSpec
+from fastav.media.demux import read_media
 from fastav.media.pyav import PyAV, read_image
 from fastav.media.shards.format import table_place
 from fastav.media.spectrogram import Frontend

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fastav.__main__ import main
-from fastav.training.ranks import shutdown
+from fastav.training.process_setup import shutdown
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 

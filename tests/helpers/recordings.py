@@ -14,7 +14,7 @@ from rich.console import Console
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
 from fastav.datasets.build_manifest import build_manifest
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 
 
 def wav(
@@ -38,8 +38,8 @@ def picture(path: Path, width: int = 48, height: int = 32, seed: int = 0) -> Pat
     return path
 
 
-def probed(made: Listing, out: Path) -> tuple[Manifest, dict[str, Clip], Counter[str]]:
-    """The manifest of a listing, cut and split as it says; its clips by id; how many problems of which kind."""
+def probed(made: ClipList, out: Path) -> tuple[Manifest, dict[str, Clip], Counter[str]]:
+    """The manifest of a clip list, cut and split as it says; its clips by id; how many problems of which kind."""
     manifest, problems = build_manifest(
         made.clips, out, workers=1, metadata=made.metadata, console=Console(file=io.StringIO()),
         cut=made.cut, split=made.split, problems=made.problems,

@@ -18,7 +18,7 @@ import yaml
 
 from fastav.core.errors import UserError
 from fastav.recipe.parse import load_recipe
-from fastav.training.ranks import Ranks, shutdown
+from fastav.training.process_setup import Ranks, shutdown
 from tests import ROOT
 
 
@@ -177,7 +177,7 @@ def test_a_dead_rank_ends_the_job_at_once_and_is_named(tiny_packed, tmp_path):
 
 
 def test_activation_checkpointing_changes_no_number():
-    from fastav.distributed.launcher import checkpoint_activations
+    from fastav.distributed.strategy_choice import checkpoint_activations
     from fastav.media.spectrogram import Frontend
     from fastav.model.av_model import AVModel, Inputs, Model
     from fastav.model.fusion import Bottleneck

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import fastav.media.container as media_module
+import fastav.media.demux as media_module
 from fastav.core.errors import MediaError
 from fastav.media.audio import mix_down, resample
 from fastav.media.probe import probe

@@ -8,14 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
-import fastav.media.container as media_module
-import fastav.media.packets as frames_module
+import fastav.media.demux as media_module
+import fastav.media.frame_seek as frames_module
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.crop import resize_crop
 from fastav.media.decoder import DecodeSpec, UncertainSeek
 from fastav.media.decoder_choice import DecoderConfig
-from fastav.media.packets import PacketReader
+from fastav.media.frame_seek import PacketReader
 from fastav.media.probe import probe, probe_any
 from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import PRESETS

@@ -25,7 +25,7 @@ from fastav.__main__ import main
 from fastav.core.errors import MediaError, UserError
 from fastav.data.manifest import Manifest, check, write_manifest
 from fastav.media.decoder import DecodeSpec
-from fastav.media.packed_clip import decode_sound
+from fastav.media.packed_clip_decoder import decode_sound
 from fastav.media.pyav import PyAV
 from fastav.media.shards import ShardReader, ShardReading
 from fastav.media.spectrogram import Frontend
@@ -147,7 +147,7 @@ def test_packed_frames_and_sound_are_those_of_the_source(mixed, pack):
 def test_the_mel_of_a_splice_is_that_of_the_whole_clip(pack):
     clip, frontend = by_id(pack)["both.mp4"], Frontend()
     wave = ShardReader(ShardReading()).fetch(clip, None, (0, clip.num_samples)).sound
-    from fastav.media.packed_clip import wave_of
+    from fastav.media.packed_clip_decoder import wave_of
 
     whole = frontend.build().log_mel(wave_of(wave, clip, RATE))
     decoder = PyAV().build(DecodeSpec(("audio",), window=60))

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fastav.__main__ import main
 from fastav.data.manifest import Manifest
 from fastav.media.decoder import DecodeSpec
-from fastav.media.packed_clip import decode_sound
+from fastav.media.packed_clip_decoder import decode_sound
 from fastav.media.pyav import PyAV
 from fastav.media.shards import ShardReader, ShardReading
 from tests.helpers.plans import plan_of

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastav.distributed.host_group import HostGroup
-from fastav.distributed.launcher import Requested, WrapOptions, wrap_model
+from fastav.distributed.gloo_group import GlooGroup
+from fastav.distributed.strategy_choice import Requested, WrapOptions, wrap_model
 from fastav.optim.optimizer import Optim
 from fastav.training.checkpoint import Checkpoints
 from fastav.training.checkpoint_writer import CheckpointWriter, TensorSplit
@@ -35,8 +35,8 @@ def main(folder: Path) -> None:
     model.forward = model.blocks.forward
     wanted = Requested("fsdp" if world > 1 else "single", {"reshard": True})
     spread = wrap_model(wanted, model, lambda: Optim().build(model, 100)[0], WrapOptions(4))
-    host_group = HostGroup(rank, world, dist.new_group(backend="gloo") if world > 1 else None)
-    checkpoints = Checkpoints(folder, 2, host_group)
+    gloo_group = GlooGroup(rank, world, dist.new_group(backend="gloo") if world > 1 else None)
+    checkpoints = Checkpoints(folder, 2, gloo_group)
     savers = {name: CheckpointWriter(checkpoints, asynchronous=name == "async") for name in ("sync", "async")}
     blocked, steps, exact = {"sync": [], "async": []}, [], True
 
@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
         for name, checkpoint_writer in savers.items():
             step()
             optimizer, _ = spread.optimizer_to_save()
-            shares, tensors = TensorSplit(host_group), {}
+            shares, tensors = TensorSplit(gloo_group), {}
             for kind, named in (("model", spread.tensors_to_save(spread.model_shards())), ("optimizer", optimizer)):
                 tensors |= shares.select((f"{kind}/{key}", value) for key, value in named)
             before = {key: _local(value).clone() for key, value in tensors.items()}
@@ -62,15 +62,15 @@ def main(folder: Path) -> None:
                 step()
             checkpoint_writer.wait()
             if number > 1:  # buffers and files are new in the first
-                blocked[name].append(max(host_group.gather(took)))
+                blocked[name].append(max(gloo_group.gather(took)))
             read = checkpoints.read(2 * number + (name == "async"))
             targets = {key: torch.empty_like(value) for key, value in tensors.items()}
             for kind in ("model", "optimizer"):
                 part = {key.partition("/")[2]: value for key, value in targets.items() if key.startswith(f"{kind}/")}
                 read.load(kind, part)
             exact &= all(torch.equal(_local(targets[key]), before[key]) for key in targets)
-    megabytes = sum(host_group.gather(sum(_local(value).numel() * 4 for value in tensors.values()))) / 1e6
-    exact = all(host_group.gather(exact))
+    megabytes = sum(gloo_group.gather(sum(_local(value).numel() * 4 for value in tensors.values()))) / 1e6
+    exact = all(gloo_group.gather(exact))
     if rank == 0:
         found = {name: statistics.median(took) for name, took in blocked.items()}
         ratios = [a / s for a, s in zip(blocked["async"], blocked["sync"], strict=True)]

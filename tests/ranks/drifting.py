@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.train.bench import Bench
 from fastav.recipe.parse import load_recipe
-from fastav.training.ranks import shutdown
+from fastav.training.process_setup import shutdown
 
 
 def spread(bench):

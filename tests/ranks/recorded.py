@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from fastav import train
-from fastav.core.cli import run
+from fastav.core.command_runner import run
 
 _FOLDER = Path(os.environ["FASTAV_RECORD"])
 _STOP_AT = int(os.environ.get("FASTAV_STOP_AT", "-1"))

@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastav.distributed.host_group import HostGroup
-from fastav.distributed.launcher import Requested, WrapOptions, wrap_model
+from fastav.distributed.gloo_group import GlooGroup
+from fastav.distributed.strategy_choice import Requested, WrapOptions, wrap_model
 from fastav.optim.ema import Ema
 from fastav.optim.optimizer import Optim
 from fastav.training.checkpoint_writer import TensorSplit
@@ -103,7 +103,7 @@ def run(name, accumulation, clip_norm):
         ema.update()
     with ema.swap():
         averaged = model(inputs(0, 0, 1)).sum().item()
-    host_group = HostGroup(dist.get_rank(), 2, None)
+    gloo_group = GlooGroup(dist.get_rank(), 2, None)
     named, meta = spread.optimizer_to_save()
     optimizer = whole_of(named)
     states = {
@@ -111,7 +111,7 @@ def run(name, accumulation, clip_norm):
         "optimizer": optimizer,
         "ema": whole(spread, ema.state_dict()),
     }
-    shares = [len(TensorSplit(host_group).select(iter(states["model"].items())))]
+    shares = [len(TensorSplit(gloo_group).select(iter(states["model"].items())))]
     again = resumed(build, states, meta, accumulation, clip_norm, schedule)
     backward(spread, STEPS, accumulation)
     spread.step(clip_norm)
@@ -133,7 +133,7 @@ def whole_of(named):
 
 def check_order(spread):
     """What has been put back is listed in one order on all ranks, though each hashes its words in another way."""
-    shares, orders = TensorSplit(HostGroup(dist.get_rank(), 2, None)), [None] * 2
+    shares, orders = TensorSplit(GlooGroup(dist.get_rank(), 2, None)), [None] * 2
     shares.select(spread.optimizer_to_save()[0])
     dist.all_gather_object(orders, shares.order)
     assert orders[0] == orders[1], f"{spread.name}: ranks list the optimizer's tensors in different orders"

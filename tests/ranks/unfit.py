@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fastav.core.errors import FastavError
 from fastav.diagnostics.rank_check import Preflight
 from fastav.diagnostics.rank_verdicts import find_faults
-from fastav.distributed.host_group import HostGroup
+from fastav.distributed.gloo_group import GlooGroup
 
 PATIENCE_S = 5.0
 multiply, reduce = torch.mm, dist.all_reduce
@@ -63,13 +63,13 @@ CASES = {
 }
 
 
-def run(case, host_group):
+def run(case, gloo_group):
     """What the preflight says of a case, on this rank."""
     patience_s = PATIENCE_S if case in ("late", "failing sum", "gone") else 60.0
-    preflight = Preflight(host_group, torch.device("cpu"), 0.01, patience_s)
+    preflight = Preflight(gloo_group, torch.device("cpu"), 0.01, patience_s)
     begun = time.monotonic()
     try:
-        with CASES[case] if host_group.rank == 1 else contextlib.nullcontext():
+        with CASES[case] if gloo_group.rank == 1 else contextlib.nullcontext():
             found = preflight.run()
         told = [fault.text for fault in find_faults(found, 0.0)]
     except FastavError as error:
@@ -82,12 +82,12 @@ def run(case, host_group):
 if __name__ == "__main__":
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
-    host_group = HostGroup(dist.get_rank(), 2, dist.new_group(backend="gloo"))
-    processes = host_group.gather(os.getpid())
+    gloo_group = GlooGroup(dist.get_rank(), 2, dist.new_group(backend="gloo"))
+    processes = gloo_group.gather(os.getpid())
     for case in sys.argv[1:]:
-        line = json.dumps(run(case, host_group))
-        if host_group.rank == 0:
+        line = json.dumps(run(case, gloo_group))
+        if gloo_group.rank == 0:
             print("FOUND", line, flush=True)
-    if host_group.rank == 0 and "gone" in sys.argv:
+    if gloo_group.rank == 0 and "gone" in sys.argv:
         os.kill(processes[1], signal.SIGKILL)
     os._exit(0)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fastav.core.errors import FastavError, UserError
-from fastav.distributed.host_group import HostGroup
+from fastav.distributed.gloo_group import GlooGroup
 from fastav.model.av_model import AVModel
 from fastav.optim.ema import Ema
 from fastav.optim.optimizer_state import restore_optimizer
@@ -87,7 +87,7 @@ def test_what_is_asked_for_must_be_there(tmp_path):
 
 def test_ranks_share_out_what_all_of_them_have():
     named = [(f"t{n}", torch.full((size,), float(n))) for n, size in enumerate((50, 10, 20, 30, 5, 40))]
-    parts = [TensorSplit(HostGroup(rank, 3)).select(named) for rank in range(3)]
+    parts = [TensorSplit(GlooGroup(rank, 3)).select(named) for rank in range(3)]
     assert sorted(name for part in parts for name in part) == [name for name, _ in named]
     assert max(sum(t.numel() for t in part.values()) for part in parts) <= 70
 
@@ -97,16 +97,16 @@ def test_ranks_that_list_other_tensors_write_nothing(tmp_path):
     names = [("exp_avg", "exp_avg_sq"), ("exp_avg_sq", "exp_avg")]
     orders = []
     for listed in names:
-        shares = TensorSplit(HostGroup(0, 2))
+        shares = TensorSplit(GlooGroup(0, 2))
         shares.select((f"optimizer/a:{name}", torch.ones(3)) for name in listed)
         orders.append(shares.order)
     assert orders[0] != orders[1]
 
-    class Other(HostGroup):
+    class Other(GlooGroup):
         def gather(self, item):
             return [item, ("other", orders[1])] if orders[0] in item else [item]
 
-    checkpoint_writer = CheckpointWriter(Checkpoints(tmp_path, host_group=Other()))
+    checkpoint_writer = CheckpointWriter(Checkpoints(tmp_path, gloo_group=Other()))
     checkpoint_writer.start(3, tensors(3), {}, order=orders[1])
     checkpoint_writer.wait()
     checkpoint_writer.start(5, tensors(5), {}, order=orders[0])

@@ -7,7 +7,7 @@ import io
 import pytest
 
 from fastav.core import machine
-from fastav.core.console import Console, clock_time
+from fastav.core.log_lines import Console, clock_time
 from fastav.core.machine import num_cores, peak_flops
 from fastav.training.throughput import Meter, tracker_values
 

@@ -8,9 +8,9 @@ and merging, and `check` for validation.
 
 from fastav.data.manifest.check import Problem as Problem
 from fastav.data.manifest.check import check as check
+from fastav.data.manifest.reader import Manifest as Manifest
 from fastav.data.manifest.store import SCHEMA as SCHEMA
 from fastav.data.manifest.store import SCHEMA_VERSION as SCHEMA_VERSION
-from fastav.data.manifest.window import Manifest as Manifest
 from fastav.data.manifest.write import Extent as Extent
 from fastav.data.manifest.write import clips_table as clips_table
 from fastav.data.manifest.write import merge as merge

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from fastav.data.manifest.reader import Manifest
 from fastav.data.manifest.store import PATHS
-from fastav.data.manifest.window import Manifest
 
 OVERLAP_TOLERANCE_S = 1e-3
 """Spans that overlap by less than this, in seconds, count as adjacent: pieces are cut at rounded times."""

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from fastav.core.atomic_files import written_beside
 from fastav.core.errors import FastavError, UserError
 from fastav.data.clip import Clip
+from fastav.data.manifest.reader import Manifest
 from fastav.data.manifest.store import PATHS, SCHEMA, ManifestHeader, file_identity, open_parquet, write_copy
-from fastav.data.manifest.window import Manifest
 
 Extent = tuple[int, int]
 """Number of frames and of audio samples of a whole media file, 0 if it has none."""

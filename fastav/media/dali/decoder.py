@@ -8,8 +8,8 @@ batch is complete when `decode` returns. The consumer calls `DecodedBatch.adopt`
 
 What goes through DALI, and what does not:
 
-* Packed video, spliced: its access units in an MP4 made here (`fastav.media.mp4` says why). DALI opens bare streams of
-  MJPEG and of H.264 in Annex B as well, but parses them several times.
+* Packed video, spliced: its access units in an MP4 made here (`fastav.media.mp4_muxer` says why). DALI opens bare
+  streams of MJPEG and H.264 in Annex B as well, but parses them several times.
 * A media file whose span starts with the file, if DALI numbers its frames as the manifest does (every packet one frame
   with a timestamp of its own) and shows them as PyAV does (upright, 8-bit 4:2:0, BT.601, which DALI takes everything
   for). It decodes from the file's start up to the last planned frame: packing is what makes this fast.
@@ -63,8 +63,7 @@ from fastav.core.config import Kind, NonNegativeInt, PositiveInt
 from fastav.core.errors import FastavError, MediaError, UserError
 from fastav.core.machine import num_cores
 from fastav.data.clip import Clip, ClipPlan
-from fastav.media import mp4
-from fastav.media.container import read_media
+from fastav.media import mp4_muxer
 from fastav.media.crop import crop_box
 from fastav.media.dali.audio import AudioSpan, shortened, wav_of
 from fastav.media.dali.batch import DeviceBatch, PreparedClip
@@ -79,8 +78,9 @@ from fastav.media.dali.graph import (
     VideoSample,
 )
 from fastav.media.decoder import DecodedBatch, DecodeSpec
-from fastav.media.open import TIME_TOLERANCE_S, first_stream, frame_times_s, media_errors, open_media
-from fastav.media.packed_clip import wave_of
+from fastav.media.demux import read_media
+from fastav.media.open_file import TIME_TOLERANCE_S, first_stream, frame_times_s, media_errors, open_media
+from fastav.media.packed_clip_decoder import wave_of
 from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.media.shards import FetchedClip, ShardReader, SplicedAudio, SplicedFrames
 from fastav.media.x264 import SAME_BYTES
@@ -308,7 +308,7 @@ class DaliDecoder:
 
     def _fetch(self, clip: Clip, numbers_U: NDArray[np.int32] | None, cut: AudioSpan | None) -> FetchedClip:
         """Reads of a packed clip what DALI or `_wave` decodes."""
-        fits = clip.video_codec in mp4.FOURCC and can_decode(self.kind, clip.video_codec, clip.width, clip.height)
+        fits = clip.video_codec in mp4_muxer.FOURCC and can_decode(self.kind, clip.video_codec, clip.width, clip.height)
         numbers = numbers_U.tolist() if numbers_U is not None and fits else None
         samples = None
         if cut is not None:
@@ -321,7 +321,7 @@ class DaliDecoder:
         """A clip's video for DALI; None where PyAV must decode it."""
         if spliced is not None:
             check_size(spliced, clip)
-            data = mp4.wrap(spliced.codec, spliced.units, spliced.keys, clip.width, clip.height)
+            data = mp4_muxer.mux(spliced.codec, spliced.units, spliced.keys, clip.width, clip.height)
             frames_U = np.array(spliced.shown, np.int32)
         else:
             whole = _plain(clip, self.kind)
@@ -460,7 +460,7 @@ def check_size(spliced: SplicedFrames, clip: Clip) -> None:
 def _plain(clip: Clip, kind: str) -> bytes | None:
     """Returns a media file whole, if DALI is certain to number and show its frames as the manifest does.
 
-    Frame numbers are ranks of presentation times, as in `fastav.media.packets`; what is in doubt there is so here.
+    Frame numbers are ranks of presentation times, as in `fastav.media.frame_seek`; what is in doubt there is so here.
     """
     path = clip.video
     if path is None or clip.start_frame or clip.rotation:
@@ -514,7 +514,7 @@ def made_film(codec: str) -> VideoSample:
         units += [bytes(packet) for packet in context.encode(frame) if packet.size]
     units += [bytes(packet) for packet in context.encode(None) if packet.size]
     keys = [True, codec != "h264"] * 2
-    data = mp4.wrap(codec, [*units[:2], *units[4:]], keys, _TRIAL_SIDE, _TRIAL_SIDE)
+    data = mp4_muxer.mux(codec, [*units[:2], *units[4:]], keys, _TRIAL_SIDE, _TRIAL_SIDE)
     numbers = np.arange(len(keys), dtype=np.int32)
     return VideoSample(data, numbers, numbers, ((0, 0, _TRIAL_SIDE, _TRIAL_SIDE),), (False,), 3 * _TRIAL_SIDE**2)
 

@@ -1,9 +1,9 @@
 """Shards: tar files of packed clips, the splice that reads just what a plan needs of them, and where they are read."""
 
+from fastav.media.shards.byte_ranges import ReadStats as ReadStats
 from fastav.media.shards.format import FLAC_BLOCK as FLAC_BLOCK
-from fastav.media.shards.reading import ShardReading as ShardReading
-from fastav.media.shards.splice import FetchedClip as FetchedClip
-from fastav.media.shards.splice import ShardReader as ShardReader
-from fastav.media.shards.splice import SplicedAudio as SplicedAudio
-from fastav.media.shards.splice import SplicedFrames as SplicedFrames
-from fastav.media.shards.store import ReadStats as ReadStats
+from fastav.media.shards.gop_splice import FetchedClip as FetchedClip
+from fastav.media.shards.gop_splice import ShardReader as ShardReader
+from fastav.media.shards.gop_splice import SplicedAudio as SplicedAudio
+from fastav.media.shards.gop_splice import SplicedFrames as SplicedFrames
+from fastav.media.shards.store_config import ShardReading as ShardReading

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fastav.core.errors import MediaError
+from fastav.media.shards.byte_ranges import Range, ReadStats
 from fastav.media.shards.remote import Remote
-from fastav.media.shards.store import Range, ReadStats
 
 _LOCKS = 1024  # lock files; blocks share them
 _TOUCH_S = 60.0  # a block's time of use is noted no more often

@@ -12,7 +12,7 @@ from typing import Any
 import fsspec
 
 from fastav.core.errors import MediaError, UserError
-from fastav.media.shards.store import Range, ReadStats, merge_ranges
+from fastav.media.shards.byte_ranges import Range, ReadStats, merge_ranges
 
 _GAP_BYTES = 1 << 16
 """Ranges no further apart than this are one request: at 100 MB/s 64 KiB take less than a millisecond."""

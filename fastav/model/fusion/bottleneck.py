@@ -11,6 +11,7 @@ from typing_extensions import override
 from fastav.core.config import NonNegativeInt
 from fastav.core.errors import UserError
 from fastav.model.bottleneck_block import BottleneckBlock, check_attention, describe_attention, use_bottleneck_blocks
+from fastav.model.fusion.base import FusionKind
 from fastav.model.fusion.inputs import (
     FusionInputs,
     clip_sequence,
@@ -22,7 +23,6 @@ from fastav.model.fusion.inputs import (
     repeat_for_windows,
     require_both,
 )
-from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, block_flops, linear_flops
 from fastav_kernels.bottleneck_attention import Segments
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fastav.core.errors import UserError
+from fastav.model.fusion.base import FusionKind
 from fastav.model.fusion.inputs import (
     FusionInputs,
     clip_sequence,
@@ -16,7 +17,6 @@ from fastav.model.fusion.inputs import (
     repeat_for_windows,
     require_both,
 )
-from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, block_flops
 
 

@@ -9,9 +9,9 @@ from torch import nn
 from typing_extensions import override
 
 from fastav.core.errors import UserError
-from fastav.core.external import make_external
+from fastav.core.plugin import make_external
 from fastav.data.clip import Modality
-from fastav.model.fusion.kind import FusionKind
+from fastav.model.fusion.base import FusionKind
 from fastav.model.tower import TowerConfig
 
 
@@ -19,7 +19,7 @@ class ExternalFusion(FusionKind, frozen=True, tag="external"):
     """A fusion from outside this project. `kind = "module:attribute"` in a recipe is short for this kind.
 
     Attributes:
-        factory: `module:attribute` of a subclass of `fastav.model.fusion.kind.FusionKind`, or of a function that
+        factory: `module:attribute` of a subclass of `fastav.model.fusion.base.FusionKind`, or of a function that
             returns an instance of one.
         args: Settings of that fusion. A recipe may also write them directly beside `kind`.
     """
@@ -37,7 +37,7 @@ class ExternalFusion(FusionKind, frozen=True, tag="external"):
         if not isinstance(kind, FusionKind):
             raise UserError(
                 f'model.fusion.kind: "{self.factory}" returns a {type(kind).__name__}, expected a subclass of '
-                "fastav.model.fusion.kind.FusionKind"
+                "fastav.model.fusion.base.FusionKind"
             )
         return kind
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from typing_extensions import override
 
+from fastav.model.fusion.base import FusionKind
 from fastav.model.fusion.inputs import (
     FusionInputs,
     audio_features,
@@ -13,7 +14,6 @@ from fastav.model.fusion.inputs import (
     new_linear,
     video_features,
 )
-from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, linear_flops
 
 

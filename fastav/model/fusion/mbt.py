@@ -24,8 +24,8 @@ from fastav.core.config import NonNegativeInt, PositiveInt
 from fastav.core.errors import UserError
 from fastav.data.clip import Modality
 from fastav.model.bottleneck_block import BottleneckBlock, check_attention, describe_attention, use_bottleneck_blocks
+from fastav.model.fusion.base import FusionKind
 from fastav.model.fusion.inputs import FusionInputs, mean_over_windows, presence
-from fastav.model.fusion.kind import FusionKind
 from fastav.model.fusion.mbt_init import start_from_image_vit
 from fastav.model.tower import Tower, TowerConfig, block_flops, linear_flops
 from fastav_kernels.bottleneck_attention import Segments

@@ -14,8 +14,8 @@ from typing_extensions import override
 
 from fastav.core.errors import UserError
 from fastav.data.clip import Modality
+from fastav.model.fusion.base import FusionKind
 from fastav.model.fusion.inputs import FusionInputs, audio_features, mean_over_windows, modality_shares, video_features
-from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower, TowerConfig
 from fastav.model.weights import model_folder, read_description
 

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fastav.data.clip import Modality
+from fastav.model.fusion.base import FusionKind
 from fastav.model.fusion.inputs import FusionInputs, audio_features, mean_over_windows, video_features
-from fastav.model.fusion.kind import FusionKind
 from fastav.model.tower import Tower
 
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastav.core.errors import FastavError, MediaError, UserError
-from fastav.media import mp4
+from fastav.media import mp4_muxer
 from fastav.media.crop import crop_box, resize_crop
 from fastav.media.dali import decoder as dali
 from fastav.media.dali.decoder import Dali, missing_requirement
@@ -202,7 +202,7 @@ def test_packed_video_of_two_sizes_agrees_with_pyav(wide, tall):
 def test_crop_and_resize_are_those_of_resize_crop(size, flip):
     """Of the very frames that DALI decodes: what is left is rounding."""
     units, keys = coded("mjpeg", 3)
-    data = mp4.wrap("mjpeg", units, keys, 128, 96)
+    data = mp4_muxer.mux("mjpeg", units, keys, 128, 96)
     frames = np.array([0, 2], np.int32)
     crop = (37, 11, 81, 59)
 
@@ -473,7 +473,7 @@ def test_threads_share_pipelines_and_larger_batches_follow_smaller_ones(wide, ta
 @needs_dali
 def test_outputs_of_a_pipeline_outlive_later_runs_and_the_pipeline():
     units, keys = coded("mjpeg", 4)
-    data = mp4.wrap("mjpeg", units, keys, 128, 96)
+    data = mp4_muxer.mux("mjpeg", units, keys, 128, 96)
     engine = Engine(VideoGraph(PipelinePlace(None, 1), 64))
 
     def run(number):
@@ -495,7 +495,7 @@ def test_outputs_of_a_pipeline_outlive_later_runs_and_the_pipeline():
 @needs_dali
 def test_an_engine_keeps_batches_apart_and_takes_larger_ones():
     units, keys = coded("mjpeg", 4)
-    data, place = mp4.wrap("mjpeg", units, keys, 128, 96), np.zeros(1, np.int32)
+    data, place = mp4_muxer.mux("mjpeg", units, keys, 128, 96), np.zeros(1, np.int32)
 
     def film(number):
         return VideoSample(data, np.array([number], np.int32), place, ((0, 0, 128, 96),), (False,), 1)

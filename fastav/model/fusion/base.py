@@ -26,7 +26,7 @@ class FusionKind(Kind, frozen=True):
             from torch import nn
 
             from fastav.model.fusion.inputs import audio_features, mean_over_windows, video_features
-            from fastav.model.fusion.kind import FusionKind
+            from fastav.model.fusion.base import FusionKind
             from fastav.model.tower import linear_flops
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from fastav.core.errors import UserError
 from fastav.data.clip import Clip
-from fastav.datasets import annotated
-from fastav.datasets.annotated import (
+from fastav.datasets import annotation_tables
+from fastav.datasets.annotation_tables import (
     LONGEST_REMAINDER_S,
     Annotation,
     Windows,
@@ -23,7 +23,7 @@ from fastav.datasets.annotated import (
     table_kind,
     window_starts,
 )
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from tests.helpers.dataset_trees import kinds, listed, media, table, tree
 from tests.helpers.recordings import probed, wav
 
@@ -35,7 +35,7 @@ def row(begin_s: float, end_s: float, *more: str, number: int = 1, view: str = "
     return "\t".join((str(number), view, "1", str(begin_s), str(end_s), "1000", "3000", *more))
 
 
-def spans(made: Listing) -> list[tuple[str, float, float, tuple[str, ...]]]:
+def spans(made: ClipList) -> list[tuple[str, float, float, tuple[str, ...]]]:
     return [(c.id, c.start_s, round(c.duration_s, 6), c.labels) for c in made.clips]
 
 
@@ -43,7 +43,7 @@ def test_a_clip_for_each_annotation(tmp_path: Path) -> None:
     root = tree(tmp_path, "a.WAV", "deep/b.mp4", "c.flac")
     table(root / "a.Table.1.selections.txt", HEADER, row(2, 3.5, "owl, tawny"), row(0.5, 1, " wren "))
     table(root / "deep/b.txt", "1.5\t2.25\twren", "\\\t1000\t2000", "4,5\t5\towl, tawny")
-    made = listed(annotated, root)
+    made = listed(annotation_tables, root)
     assert spans(made) == [
         ("a.WAV#0", 0.5, 0.5, ("wren",)),
         ("a.WAV#1", 2, 1.5, ("owl, tawny",)),
@@ -72,13 +72,13 @@ def test_a_clip_for_each_annotation(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_the_recording_of_a_table(tmp_path: Path, name: str, recording: str) -> None:
     table(tmp_path / name, "1\t2\towl")
-    assert [c.id for c in listed(annotated, tree(tmp_path, recording)).clips] == [f"{recording}#0"]
+    assert [c.id for c in listed(annotation_tables, tree(tmp_path, recording)).clips] == [f"{recording}#0"]
 
 
 def test_a_recording_of_a_similar_name_is_not_taken(tmp_path: Path) -> None:
     table(tmp_path / "site.2020.txt", "1\t2\towl")
     table(tmp_path / "b.txt", "1\t2\towl")
-    made = listed(annotated, tree(tmp_path, "site.wav", "b.wav"))
+    made = listed(annotation_tables, tree(tmp_path, "site.wav", "b.wav"))
     assert [c.id for c in made.clips] == ["b.wav#0"]
     assert kinds(list(made.problems)) == [("missing_file", ""), ("no_table", "site.wav")]
     assert made.problems[0].message == (
@@ -92,7 +92,7 @@ def test_recordings_elsewhere_and_of_one_name(tmp_path: Path) -> None:
     table(root / "y/a.txt", "1\t2\twren")
     table(root / "b.txt", "1\t2\twren")
     tree(tmp_path / "media", "x/a.wav", "y/a.wav", "x/b.wav", "z/b.wav")
-    made = listed(annotated, root, "--media-root", str(tmp_path / "media"))
+    made = listed(annotation_tables, root, "--media-root", str(tmp_path / "media"))
     assert [(c.id, c.labels) for c in made.clips] == [("x/a.wav#0", ("owl",)), ("y/a.wav#0", ("wren",))]
     assert made.problems[0].kind == "ambiguous_recording"
     assert made.problems[0].message == (
@@ -111,7 +111,7 @@ def test_one_table_of_several_recordings(tmp_path: Path) -> None:
         row(70, 71, "owl", "gone.wav", "4"),
         row(1, 2, "lark"),
     )
-    made = listed(annotated, tree(tmp_path, "a.wav", "b.wav", "all.wav"))
+    made = listed(annotation_tables, tree(tmp_path, "a.wav", "b.wav", "all.wav"))
     assert spans(made) == [
         ("a.wav#0", 1, 1, ("owl",)),
         ("all.wav#0", 1, 1, ("lark",)),
@@ -126,7 +126,7 @@ def test_one_table_of_several_recordings(tmp_path: Path) -> None:
 def test_paths_of_another_machine(tmp_path: Path) -> None:
     header = NAMED.replace("Begin File", "Begin Path")
     table(tmp_path / "1.txt", header, row(1, 2, "owl", r"D:\field\SITE2\a.wav", ""), row(3, 4, "owl", "/x/site1/a.wav"))
-    made = listed(annotated, tree(tmp_path, "site1/a.wav", "site2/a.wav"))
+    made = listed(annotation_tables, tree(tmp_path, "site1/a.wav", "site2/a.wav"))
     assert spans(made) == [("site1/a.wav#0", 3, 1, ("owl",)), ("site2/a.wav#0", 1, 1, ("owl",))]
 
 
@@ -136,7 +136,7 @@ def test_what_is_there_twice_is_taken_once(tmp_path: Path) -> None:
         row(1, 2, "owl", view="Waveform 1"), row(1, 2, "owl"), row(1, 2, "wren", number=2),
     )  # fmt: skip
     table(tmp_path / "a.Table.2.selections.txt", HEADER, row(1, 2, "owl"), row(5, 6, "owl"))
-    made = listed(annotated, tree(tmp_path, "a.wav"))
+    made = listed(annotation_tables, tree(tmp_path, "a.wav"))
     assert spans(made) == [("a.wav#0", 1, 1, ("owl",)), ("a.wav#1", 1, 1, ("wren",)), ("a.wav#2", 5, 1, ("owl",))]
     assert made.notes[0] == "2 repeated annotations, each used once"
 
@@ -150,7 +150,7 @@ def test_encodings(tmp_path: Path, encoding: str, guessed: bool, end: str) -> No
     text = f"{HEADER}{end}{row(1, 2, 'Grünspecht')}{end}"
     mark = "\ufeff" if encoding == "utf-16-be" else ""
     (tmp_path / "a.txt").write_bytes((mark + text).encode(encoding))
-    made = listed(annotated, tree(tmp_path, "a.wav"))
+    made = listed(annotation_tables, tree(tmp_path, "a.wav"))
     assert [c.labels for c in made.clips] == [("Grünspecht",)]
     said = f"{tmp_path}/a.txt: neither UTF-8 nor UTF-16; read as Windows-1252"
     assert (said in made.notes) == guessed
@@ -159,26 +159,26 @@ def test_encodings(tmp_path: Path, encoding: str, guessed: bool, end: str) -> No
 def test_columns_of_labels(tmp_path: Path) -> None:
     path = table(tmp_path / "a.txt", HEADER.replace("Species", "Common Name\tKind"), row(1, 2, "Tawny Owl", "hoot"))
     tree(tmp_path, "a.wav")
-    assert listed(annotated, tmp_path).clips[0].labels == ("Tawny Owl",)
-    assert listed(annotated, tmp_path, "--label-column", "kind").clips[0].labels == ("hoot",)
+    assert listed(annotation_tables, tmp_path).clips[0].labels == ("Tawny Owl",)
+    assert listed(annotation_tables, tmp_path, "--label-column", "kind").clips[0].labels == ("hoot",)
     with pytest.raises(UserError) as error:
-        listed(annotated, tmp_path, "--label-column", "Kinds")
+        listed(annotation_tables, tmp_path, "--label-column", "Kinds")
     assert str(error.value) == f'{path}, line 1: no column "Kinds"; did you mean "Kind"?'
     table(path, HEADER.replace("Species", "Notes"), row(1, 2, "x"))
     with pytest.raises(UserError) as error:
-        listed(annotated, tmp_path)
+        listed(annotation_tables, tmp_path)
     assert str(error.value) == (
         f"{path}: no label column; use --label-column with one of Selection, View, Channel, Begin Time (s), "
         "End Time (s), Low Freq (Hz), High Freq (Hz), Notes, or --label NAME"
     )
-    assert listed(annotated, tmp_path, "--label", "call").clips[0].labels == ("call",)
+    assert listed(annotation_tables, tmp_path, "--label", "call").clips[0].labels == ("call",)
 
 
 def test_annotations_without_label_or_length(tmp_path: Path) -> None:
     table(
         tmp_path / "a.txt", HEADER, row(1, 2), row(3, 3, "owl"), row(5, 4, "owl"), row(-1, 4, "owl"), row(6, 7, "owl")
     )
-    made = listed(annotated, tree(tmp_path, "a.wav"))
+    made = listed(annotation_tables, tree(tmp_path, "a.wav"))
     assert spans(made) == [("a.wav#2", 6, 1, ("owl",))]
     path = tmp_path / "a.txt"
     assert [(p.kind, p.message) for p in made.problems] == [
@@ -188,14 +188,14 @@ def test_annotations_without_label_or_length(tmp_path: Path) -> None:
         ("bad_span", f"{path}, line 3: the annotation at 3 s has zero length; use --window-s"),
     ]
     assert not any(p.fatal for p in made.problems)
-    assert spans(listed(annotated, tmp_path, "--label", "?"))[0] == ("a.wav#0", 1, 1, ("?",))
+    assert spans(listed(annotation_tables, tmp_path, "--label", "?"))[0] == ("a.wav#0", 1, 1, ("?",))
 
 
 def test_other_text_is_left_out(tmp_path: Path) -> None:
     table(tmp_path / "README.txt", "Recorded in 2020.", "1\t2\towl")
     table(tmp_path / "none.txt")
     table(tmp_path / "a.txt", "1\t2\towl")
-    made = listed(annotated, tree(tmp_path, "a.wav"))
+    made = listed(annotation_tables, tree(tmp_path, "a.wav"))
     assert kinds(list(made.problems)) == [("not_annotations", "")] * 2
     assert made.problems[0].message == f"{tmp_path}/README.txt: neither a Raven nor an Audacity table; left out"
 
@@ -228,39 +228,39 @@ def test_mistakes_in_tables(tmp_path: Path, text: str, message: str) -> None:
     path = tree(tmp_path, "a.wav") / "a.txt"
     path.write_text(text)
     with pytest.raises(UserError) as error:
-        listed(annotated, tmp_path)
+        listed(annotation_tables, tmp_path)
     assert str(error.value).startswith(f"{path}, {message}")
 
 
 def test_a_table_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
     with pytest.raises(UserError, match=r"/a.txt: cannot be read \(No such file or directory\)"):
-        listed(annotated, tree(tmp_path, "a.wav"))
+        listed(annotation_tables, tree(tmp_path, "a.wav"))
 
 
 def test_nothing_to_list(tmp_path: Path) -> None:
     root = tree(tmp_path / "root", "a.wav", "b.md")
     with pytest.raises(UserError) as error:
-        listed(annotated, root)
+        listed(annotation_tables, root)
     assert str(error.value) == (
         f"{root}: no tables in this folder or its subfolders; expected Raven or Audacity files (.txt, .tsv)"
     )
     with pytest.raises(UserError, match=r'rot: no such file or folder; did you mean "root"\?'):
-        listed(annotated, tmp_path / "rot")
+        listed(annotation_tables, tmp_path / "rot")
     path = table(root / "b.txt", "1\t2\towl")
     with pytest.raises(UserError, match=r'--media-root .*/roof: no such folder; did you mean "root"\?'):
-        listed(annotated, root, "--media-root", str(tmp_path / "roof"))
+        listed(annotation_tables, root, "--media-root", str(tmp_path / "roof"))
     with pytest.raises(UserError) as error:
-        listed(annotated, root)
+        listed(annotation_tables, root)
     assert str(error.value) == (
         f"{root}: no annotations that could become clips in 1 tables; the first problem: {path}: "
         f"no recording b.* in {root} or its subfolders (1 annotations)"
     )
     with pytest.raises(UserError) as error:
-        listed(annotated, path)  # one table
+        listed(annotation_tables, path)  # one table
     assert str(error.value).startswith(f"{path}: no annotations that could")
     tree(root, "b.wav")
-    assert [c.id for c in listed(annotated, path).clips] == ["b.wav#0"]
+    assert [c.id for c in listed(annotation_tables, path).clips] == ["b.wav#0"]
 
 
 @pytest.mark.parametrize(
@@ -287,14 +287,14 @@ def test_nothing_to_list(tmp_path: Path) -> None:
 def test_options_that_make_no_sense(tmp_path: Path, words: list[str], message: str) -> None:
     table(tmp_path / "a.txt", "1\t2\towl")
     with pytest.raises(UserError) as error:
-        listed(annotated, tree(tmp_path, "a.wav"), *words)
+        listed(annotation_tables, tree(tmp_path, "a.wav"), *words)
     assert message in str(error.value)
 
 
 def test_labels_of_clips_that_overlap(tmp_path: Path) -> None:
     lines = ["0\t2\twren", "1\t3\towl", "1.9\t2.9\tlark", "0\t10\tcrow"]
     table(tmp_path / "a.txt", *lines)
-    made = listed(annotated, tree(tmp_path, "a.wav"), "--min-overlap", "0.5")
+    made = listed(annotation_tables, tree(tmp_path, "a.wav"), "--min-overlap", "0.5")
     assert [c.labels for c in made.clips] == [
         ("wren", "crow", "owl"),
         ("crow", "wren", "owl", "lark"),
@@ -405,14 +405,14 @@ def test_from_end_to_end(tmp_path: Path) -> None:
         table(root / f"{name}.txt", "0.25\t0.75\towl", "3\t4\twren", f"{5.5 + k}\t{6 + k}\tlate")
     media(root / "e.mp4", 4)
     table(root / "e.selections.txt", HEADER)
-    made = listed(annotated, root, "--hold-out", "fraction:0.5")
+    made = listed(annotation_tables, root, "--hold-out", "fraction:0.5")
     manifest, clips, problems = probed(made, tmp_path / "m.parquet")
     assert manifest.splits == {"train": 4, "test": 4}
     assert problems == {"bad_span": 4, "lost_class": 1}
     assert {(c.start_sample, c.num_samples) for c in clips.values()} == {(2000, 4000), (24000, 8000)}
 
     words = ["--window-s", "2", "--background", "noise", "--hold-out", "fraction:0.5"]
-    made = listed(annotated, root, *words)
+    made = listed(annotation_tables, root, *words)
     assert made.notes[-1] == (
         "windows of 2 s every 2 s with the labels of all annotations with at least 0.5 of their length in the window, "
         'or that cover at least 0.5 of it; windows without annotations are of class "noise"'
@@ -443,7 +443,7 @@ def test_real_tables(realdata: Path, tmp_path: Path) -> None:
     assert Counter(one.label for one in read_audacity(text, Path("t"))) == {"SP": 14, "CRER": 4}
 
     (tmp_path / "spinetail.txt").write_text(text)
-    made = listed(annotated, tmp_path, "--media-root", str(realdata / "audio"), "--window-s", "2")
+    made = listed(annotation_tables, tmp_path, "--media-root", str(realdata / "audio"), "--window-s", "2")
     manifest, clips, problems = probed(made, tmp_path / "m.parquet")
     assert manifest.classes == ("CRER", "SP")
     assert all(c.has_audio and c.audio and c.audio.name == "spinetail.wav" for c in clips.values())

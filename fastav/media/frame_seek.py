@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from fastav.data.clip import Clip
 from fastav.media.decoder import UncertainSeek
-from fastav.media.open import TIME_TOLERANCE_S, frame_times_s
+from fastav.media.open_file import TIME_TOLERANCE_S, frame_times_s
 
 # Containers whose packets carry the presentation times of their frames.
 _TIMED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"})

@@ -34,7 +34,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from fastav.core.errors import UserError, did_you_mean
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.datasets.splits import HoldOut
 from fastav.datasets.suffixes import AUDIO_SUFFIXES, VIDEO_SUFFIXES
 from fastav.datasets.tables import read_table
@@ -127,7 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def listing(args: argparse.Namespace) -> Listing:
+def list_clips(args: argparse.Namespace) -> ClipList:
     """Lists the annotations as clips, or with `--window-s` the recordings to cut into windows.
 
     Raises:
@@ -152,7 +152,7 @@ def listing(args: argparse.Namespace) -> Listing:
     if held_out:
         hold_out(clips, fraction=held_out)  # checks the rule now rather than after probing
     rule_text = _describe(rule, share)
-    return Listing(
+    return ClipList(
         clips,
         found.problems,
         [*found.notes, rule_text],

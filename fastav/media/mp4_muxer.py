@@ -34,7 +34,7 @@ _UNITY = struct.pack(">9I", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 _FTYP = struct.pack(">I4s4sI4s", 20, b"ftyp", b"isom", 512, b"isom")
 
 
-def wrap(codec: str, units: Sequence[bytes], keys: Sequence[bool], width: int, height: int) -> bytes:
+def mux(codec: str, units: Sequence[bytes], keys: Sequence[bool], width: int, height: int) -> bytes:
     """Returns a file whose frame number i is `units[i]`, shown at tick i.
 
     Args:

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
+from fastav.media.shards.byte_ranges import ShardStore
 from fastav.media.shards.format import FLAC_BLOCK, UnitKind, Units, decode_table, table_place, unit_crc
-from fastav.media.shards.reading import ShardReading
-from fastav.media.shards.store import ShardStore
+from fastav.media.shards.store_config import ShardReading
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import nn
 
 from fastav.core.errors import UserError
-from fastav.distributed.host_group import HostGroup
-from fastav.distributed.launcher import Requested, requested, without_wrappers
+from fastav.distributed.gloo_group import GlooGroup
 from fastav.distributed.rank_log import record_flights
+from fastav.distributed.strategy_choice import Requested, requested, without_wrappers
 from fastav.recipe.schema import Training
 from fastav.training.batch_split import BatchSplit
 
@@ -36,7 +36,7 @@ class Ranks:
 
     Attributes:
         requested: Strategy that the launcher requests.
-        host_group: The same processes in a separate gloo group, for agreement on files.
+        gloo_group: The same processes in a separate gloo group, for agreement on files.
     """
 
     requested: Requested
@@ -68,7 +68,7 @@ class Ranks:
         self.requested = requested(self.world)
         self._check(training)
         group = torch.distributed.new_group(backend="gloo", timeout=timeout) if self.world > 1 else None
-        self.host_group = HostGroup(self.rank, self.world, group)
+        self.gloo_group = GlooGroup(self.rank, self.world, group)
 
     @property
     def rank(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from av.bitstream import BitStreamFilterContext
 
-from fastav.media import mp4
+from fastav.media import mp4_muxer
 from fastav.media.shards.format import UnitKind
 from fastav.pack.encode import VideoEncoder
 from fastav.pack.settings import PackSettings
@@ -34,7 +34,7 @@ def opened(data):
 def test_units_times_and_keys_come_out_as_they_went_in(codec):
     units, keys = coded(codec)
     assert keys.count(True) == (3 if codec == "h264" else 12)
-    data = mp4.wrap(codec, units, keys, 128, 96)
+    data = mp4_muxer.mux(codec, units, keys, 128, 96)
     key_numbers = np.array([0, 3, 1, 5, 9], ">u4").tobytes()  # version and flags, count, from 1
     assert (b"stss" + key_numbers in data) == (codec == "h264")
     with opened(data) as container:
@@ -50,7 +50,7 @@ def test_units_times_and_keys_come_out_as_they_went_in(codec):
 
 def test_h264_passes_the_filter_in_front_of_nvdec_untouched():
     units, keys = coded("h264")
-    with opened(mp4.wrap("h264", units, keys, 128, 96)) as container:
+    with opened(mp4_muxer.mux("h264", units, keys, 128, 96)) as container:
         stream = container.streams.video[0]
         to_annex_b = BitStreamFilterContext("h264_mp4toannexb", stream)
         packets = [packet for packet in container.demux(stream) if packet.size]
@@ -60,7 +60,7 @@ def test_h264_passes_the_filter_in_front_of_nvdec_untouched():
 def test_a_splice_with_gaps_is_a_file_of_its_own():
     units, keys = coded("h264")
     picked = [0, 1, 8, 9, 10]
-    data = mp4.wrap("h264", [units[i] for i in picked], [keys[i] for i in picked], 128, 96)
+    data = mp4_muxer.mux("h264", [units[i] for i in picked], [keys[i] for i in picked], 128, 96)
     with opened(data) as container:
         assert [number_of(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)] == picked
 
@@ -69,6 +69,6 @@ def test_one_unit_and_large_units_are_fine():
     units, keys = coded("mjpeg", 1, 640, 480)
     padded = [units[0] + bytes(np.random.default_rng(0).integers(0, 255, 1 << 20, np.uint8))]
     for several in (units, padded):
-        with opened(mp4.wrap("mjpeg", several, keys, 640, 480)) as container:
+        with opened(mp4_muxer.mux("mjpeg", several, keys, 640, 480)) as container:
             stream = container.streams.video[0]
             assert [bytes(packet) for packet in container.demux(stream) if packet.size] == several

@@ -18,9 +18,9 @@ import pytest
 
 from fastav.core.errors import MediaError, UserError
 from fastav.media.shards import ShardReading
+from fastav.media.shards.byte_ranges import LocalFiles, merge_ranges
 from fastav.media.shards.cache import Cached
 from fastav.media.shards.remote import Remote
-from fastav.media.shards.store import LocalFiles, merge_ranges
 from tests.helpers.range_server import serving
 
 SIZE = 300_000

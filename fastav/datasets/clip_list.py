@@ -1,4 +1,4 @@
-"""Listing: the clips of a data set according to its published files, before probing."""
+"""ClipList: the clips of a data set according to its published files, before probing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastav.data.manifest import Problem
 
 
 @dataclass(frozen=True, slots=True)
-class Listing:
+class ClipList:
     """The clips of a data set according to its published files, before probing.
 
     Attributes:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fastav.core.config import Config, NonNegativeInt, PositiveFloat, PositiveInt
 from fastav.core.errors import UserError
-from fastav.media.shards.store import LocalFiles, Range, ReadStats, ShardStore
+from fastav.media.shards.byte_ranges import LocalFiles, Range, ReadStats, ShardStore
 
 
 class ShardReading(Config, frozen=True):

@@ -14,7 +14,7 @@ import pytest
 
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
-from fastav.media.packed_clip import KeptDecoders, decode_sound
+from fastav.media.packed_clip_decoder import KeptDecoders, decode_sound
 from fastav.media.shards import ShardReader, ShardReading
 from fastav.media.shards.format import (
     FLAC_BLOCK,
@@ -26,7 +26,7 @@ from fastav.media.shards.format import (
     num_units,
     table_place,
 )
-from fastav.media.shards.splice import needed_audio, needed_units
+from fastav.media.shards.gop_splice import needed_audio, needed_units
 from fastav.pack.settings import PackSettings
 from fastav.pack.transcode import PackJob, pack_clip
 from tests.helpers.media import clicks, write_media

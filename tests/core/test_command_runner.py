@@ -10,7 +10,7 @@ import types
 import pytest
 
 from fastav import __main__ as entry
-from fastav.core.cli import run
+from fastav.core.command_runner import run
 from fastav.core.errors import FastavError, MediaError, Stopped, TooManyBroken, UserError, did_you_mean
 
 

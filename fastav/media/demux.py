@@ -2,7 +2,7 @@
 
 A container is opened once per clip and read once for both modalities, except for pieces of long files, where each
 stream is sought for itself. Where a planned frame cannot be told from the packets for certain, the file is opened again
-and its frames are counted from the start (`fastav.media.packets` has the reasons).
+and its frames are counted from the start (`fastav.media.frame_seek` has the reasons).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from fastav.core.errors import MediaError
 from fastav.data.clip import Clip, Modality
 from fastav.media.audio import EXACT_SEEK, PREROLL_S, Sound
 from fastav.media.decoder import UncertainSeek
-from fastav.media.open import explain_error, first_stream, media_errors, open_media
-from fastav.media.packets import PacketReader, count_frames, seek_packets
+from fastav.media.frame_seek import PacketReader, count_frames, seek_packets
+from fastav.media.open_file import explain_error, first_stream, media_errors, open_media
 
 _SEEK_FROM_S = 2.0
 """Spans that start later than this are sought: about where decoding up to them costs more than the seek."""

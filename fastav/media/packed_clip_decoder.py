@@ -19,8 +19,8 @@ from torch import Tensor
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 from fastav.media.audio import mix_down, resample
-from fastav.media.container import FrameSink
-from fastav.media.open import load_mel
+from fastav.media.demux import FrameSink
+from fastav.media.open_file import load_mel
 from fastav.media.shards import FLAC_BLOCK, SplicedAudio, SplicedFrames
 
 _STREAMINFO = slice(8, 42)  # after `fLaC` and the header of the first metadata block

@@ -11,12 +11,12 @@ import torch
 
 from fastav.__main__ import main
 from fastav.core.errors import UserError
-from fastav.core.external import load_external
+from fastav.core.plugin import load_external
 from fastav.data.plan import Sampling
 from fastav.media.spectrogram import Frontend
 from fastav.model.av_model import AVModel, Model
 from fastav.model.fusion import ExternalFusion
-from fastav.model.fusion.kind import FusionKind
+from fastav.model.fusion.base import FusionKind
 from fastav.model.tower import TowerConfig
 from fastav.recipe.parse import load_recipe, to_toml
 
@@ -27,9 +27,9 @@ from torch import nn
 
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
-from fastav.datasets.listing import Listing
+from fastav.datasets.clip_list import ClipList
 from fastav.media.pyav import PyAV
-from fastav.model.fusion.kind import FusionKind
+from fastav.model.fusion.base import FusionKind
 from fastav.model.fusion.inputs import audio_features, mean_over_windows, video_features
 
 
@@ -102,10 +102,10 @@ class Birds:
         parser.add_argument("root")
 
     @staticmethod
-    def listing(args):
+    def list_clips(args):
         manifest = Manifest.open(args.root)
         rows = manifest.clips(range(4))
-        return Listing([Clip(c.id, video=c.video, audio=c.audio, labels=c.labels, split=c.split) for c in rows])
+        return ClipList([Clip(c.id, video=c.video, audio=c.audio, labels=c.labels, split=c.split) for c in rows])
 '''
 
 

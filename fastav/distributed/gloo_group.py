@@ -1,4 +1,4 @@
-"""HostGroup: processes that coordinate work on files, over a process group of their own.
+"""GlooGroup: processes that coordinate work on files, over a process group of their own.
 
 It communicates through a separate gloo group, so that the thread that writes a checkpoint cannot interfere with the
 collectives of the training.
@@ -18,7 +18,7 @@ Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
-class HostGroup:
+class GlooGroup:
     """One process of a group.
 
     Attributes:
