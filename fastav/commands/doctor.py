@@ -270,7 +270,10 @@ def advice(
             "many times faster (figures in README.md)"
         )
     elif raw == 0 and any(clip.has_video for clip in clips):
-        yield "packed already: preset `fast` decodes faster at 1.5 times the bytes; `small` suits slow disks"
+        yield (
+            "packed already: preset `fast` decodes 1.5 times faster and takes 1.7 times the bytes (figures in "
+            "README.md); `small` suits slow disks"
+        )
     rates = {clip.sample_rate for clip in clips if clip.num_samples}
     if rates - {recipe.frontend.sample_rate} and "audio" in modalities(recipe):
         listed = ", ".join(str(rate) for rate in sorted(rates))

@@ -17,7 +17,7 @@ from fastav.core.errors import UserError
 from fastav.core.log_lines import Console
 from fastav.data.manifest import Manifest
 from fastav.model.av_model import AVModel
-from fastav.recipe.parse import parse_recipe, renewed
+from fastav.recipe.parse import parse_recipe, with_renamed_keys
 from fastav.training.checkpoint import Checkpoint, Checkpoints
 from fastav.training.run_folder import RunFolder
 
@@ -67,7 +67,7 @@ def load(found: Checkpoint, *, averaged: bool = True) -> AVModel:
     Raises:
         UserError: The checkpoint has format 1, which does not store the classes, and its manifest is missing.
     """
-    recipe = parse_recipe(renewed(found.state["recipe"]), {}, str(found.path))
+    recipe = parse_recipe(with_renamed_keys(found.state["recipe"]), {}, str(found.path))
     classes = found.state.get("classes") or Manifest.open(recipe.data.manifest).classes
     model = AVModel.empty(recipe.model, classes, recipe.sampling, recipe.frontend)
     state = model.state_dict()

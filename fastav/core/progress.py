@@ -42,7 +42,7 @@ def progress(console: Console, doing: str, total: int, things: str) -> Iterator[
         nonlocal first_done, done, first, printed
         done += num
         now = time.monotonic()
-        if done == num:
+        if not first_done:
             # The time of the first items includes the start of the worker processes: leave it out of the rate.
             first, first_done = now, done
         if done == total or (done > first_done and now - printed >= PLAIN_EVERY_S):

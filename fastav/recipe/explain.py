@@ -69,7 +69,10 @@ def explain(names: Sequence[str]) -> str:
         hits = [key for key in known if not name or key.name == name or key.name.startswith(f"{name}.")]
         hits = hits or [key for key in known if key.name.rpartition(".")[2] == name]
         if not hits:
-            raise UserError(f'no recipe has a key "{word}"{did_you_mean(name, {key.name for key in known})}')
+            # A key of the same name in another table is nearer than a similar name.
+            same = {key.name for key in known if key.name.rpartition(".")[2] == name.rpartition(".")[2]}
+            nearest = did_you_mean(name, same or {key.name for key in known})
+            raise UserError(f'no recipe has a key "{word}"{nearest}')
         found += [key for key in hits if key not in found]
     return "\n".join(map(str, found)) + "\n"
 

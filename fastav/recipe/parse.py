@@ -63,7 +63,7 @@ CHANGEABLE = (
 RENAMED = {"train.max_bad_steps": "guard.limit"}
 
 
-def renewed(table: Table) -> Table:
+def with_renamed_keys(table: Table) -> Table:
     """Returns the table of a recipe saved by an older version with renamed keys replaced."""
     table = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
     for old, new in RENAMED.items():
@@ -287,7 +287,7 @@ def _merge(node: Any, base: Any, over: Any, key: str, fail: Any) -> Any:
         elif name not in fields:
             options = {(f"{key}." if key else "") + f for f in fields}
             of_kind = f' (kind "{struct.tag}")' if struct.tag_field else ""
-            every = [] if key else _dotted_keys(to_table(Recipe()), "")
+            every = _dotted_keys(to_table(Recipe()), "")
             nested = [long for long in every if long.endswith(f".{name}")]
             near = f'; did you mean "{min(nested, key=len)}"?' if nested else did_you_mean(path, options)
             raise fail(path, f'unknown key "{path}"{of_kind}{near}')

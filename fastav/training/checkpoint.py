@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from fastav.core.atomic_files import sha256, write_text
 from fastav.core.errors import FastavError, UserError
 from fastav.distributed.gloo_group import GlooGroup
-from fastav.recipe.parse import Table, differences, parse_recipe, renewed
+from fastav.recipe.parse import Table, differences, parse_recipe, with_renamed_keys
 from fastav.recipe.schema import Recipe
 
 # torch warns about every run of a single process, although `no_dist` is set.
@@ -220,7 +220,7 @@ def check_resumable(saved: Table, recipe: Recipe, path: Path) -> None:
     Raises:
         UserError: A key outside `recipe.parse.CHANGEABLE` differs; the message names each with both values.
     """
-    changed = differences(parse_recipe(renewed(saved), {}, str(path)), recipe)
+    changed = differences(parse_recipe(with_renamed_keys(saved), {}, str(path)), recipe)
     if changed:
         text = ", ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
         raise UserError(

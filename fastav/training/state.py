@@ -21,7 +21,7 @@ from fastav.distributed.strategy_choice import Single, Strategy, WrapOptions, ch
 from fastav.model.av_model import AVModel
 from fastav.optim.ema import Ema
 from fastav.optim.loss_guard import LossFault, LossGuard
-from fastav.recipe.parse import parse_recipe, renewed, to_table, to_toml
+from fastav.recipe.parse import parse_recipe, to_table, to_toml, with_renamed_keys
 from fastav.recipe.schema import Recipe
 from fastav.task.metrics import RANKING
 from fastav.training.checkpoint import Checkpoint, Checkpoints, check_resumable
@@ -117,7 +117,7 @@ class TrainState:
         """Fills in mean and standard deviation of the spectrogram: those of the resumed run, or measured ones."""
         if not checkpoint:
             return msgspec.structs.replace(recipe, frontend=measured_frontend(recipe, self.source))
-        saved = parse_recipe(renewed(checkpoint.state["recipe"]), {}, str(self.run.path)).frontend
+        saved = parse_recipe(with_renamed_keys(checkpoint.state["recipe"]), {}, str(self.run.path)).frontend
         given = recipe.frontend
         statistics = {name: getattr(saved, name) for name in ("mean", "std") if getattr(given, name) is None}
         recipe = msgspec.structs.replace(recipe, frontend=msgspec.structs.replace(given, **statistics))

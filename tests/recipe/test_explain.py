@@ -46,6 +46,8 @@ def test_a_table_a_last_word_and_an_option_are_explained() -> None:
 
 
 def test_an_unknown_key_names_the_nearest() -> None:
+    with pytest.raises(UserError, match=r'no recipe has a key "train.best"; did you mean "saving.best"\?'):
+        explain(["train.best"])
     with pytest.raises(UserError, match=r'no recipe has a key "optim.lrr"; did you mean "optim.lr"\?'):
         explain(["optim.lrr"])
 

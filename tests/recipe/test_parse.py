@@ -90,6 +90,7 @@ def test_values_of_the_command_line_take_the_type_of_their_key():
 MISTAKES = [
     ("[optim]\nlrr = 1\n", [], ["r.toml", '"optim.lrr"', 'did you mean "optim.lr"?']),
     ("", ["--optim.lrr", "1"], ["--optim.lrr", 'did you mean "optim.lr"?']),
+    ("[train]\nbest = true\n", [], ["r.toml", '"train.best"', 'did you mean "saving.best"?']),  # in another table
     ("[optims]\nlr = 1\n", [], ['"optims"', 'did you mean "optim"?']),
     ('[model.fusion]\nkind = "bottelneck"\n', [], ["r.toml", 'did you mean "bottleneck"?']),
     ("", ["--model.fusion.kind", "lates"], ["--model.fusion.kind", 'did you mean "late"?']),

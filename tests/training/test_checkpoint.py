@@ -18,7 +18,7 @@ from fastav.distributed.gloo_group import GlooGroup
 from fastav.model.av_model import AVModel
 from fastav.optim.ema import Ema
 from fastav.optim.optimizer_state import restore_optimizer
-from fastav.recipe.parse import parse_recipe, renewed, to_table
+from fastav.recipe.parse import parse_recipe, to_table, with_renamed_keys
 from fastav.recipe.schema import Recipe
 from fastav.training.checkpoint import Checkpoints, check_resumable
 from fastav.training.checkpoint_writer import CheckpointWriter, TensorSplit
@@ -121,7 +121,7 @@ def test_checkpoints_of_every_format_load(number):
     read = Checkpoints(OLD / f"format_{number}").newest()
     assert read is not None
     assert (read.step, read.state["format"]) == (2, number)
-    recipe = parse_recipe(renewed(read.state["recipe"]), {}, "old")
+    recipe = parse_recipe(with_renamed_keys(read.state["recipe"]), {}, "old")
     model = AVModel.build(recipe.model, [f"class {n}" for n in range(8)], recipe.sampling, recipe.frontend)
     read.load("model", model.state_dict())
     total = sum(float(value.double().sum()) for value in model.state_dict().values())
