@@ -48,7 +48,7 @@ from tests.helpers.dali_media import (  # fixtures
 )
 from tests.helpers.media import number_of, remux, write_media
 from tests.helpers.plans import clip_of, plan_of
-from tests.media.test_mp4 import coded
+from tests.media.test_mp4_muxer import coded
 
 # What is there
 
