@@ -1,1 +1,1 @@
-"""Transcodes clips once into shards that decode many times faster."""
+"""Transcodes clips once into shards that decode many times faster than the original media."""

@@ -1,7 +1,7 @@
-"""Encoders of what a pack holds: video as access units, sound as FLAC frames, stills as JPEG.
+"""Encoders for the contents of a pack: video as access units, audio as FLAC frames, still pictures as JPEG.
 
-All of them run in one thread and give the same bytes for the same input, on every x86-64 machine
-(`fastav.media.x264`); many clips are packed side by side instead.
+Each encoder runs in one thread and gives the same bytes for the same input on every x86-64 machine
+(`fastav.media.x264`). For speed, many clips are packed in parallel instead.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ _FLAC_LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "quad", 5: "5.0", 6: "5.1"
 _CHUNK = 1 << 16
 
 MOST_CHANNELS = max(_FLAC_LAYOUTS)
-"""That a FLAC stream can have."""
+"""Maximum number of channels of a FLAC stream."""
 
 
 class VideoEncoder:
-    """Encodes upright frames of one size, BT.601 in limited range (JPEG: in full range), into access units.
+    """Encodes upright frames of one size into access units. Frames are BT.601 in limited range (JPEG: full range).
 
-    H.264 as facts and a standard decoder like it best: 8-bit 4:2:0, no B-frames, one reference, closed groups of
-    fixed length, no CABAC and no deblocking (`fastdecode`), a delimiter before every picture and the parameter sets
-    before every keyframe.
+    The H.264 settings are chosen for fast decoding with any standard decoder: 8-bit 4:2:0, no B-frames, one reference
+    frame, closed GOPs of fixed length, no CABAC and no deblocking (`fastdecode`). An access unit delimiter precedes
+    every picture, and the parameter sets precede every keyframe.
 
     Args:
-        settings: Codec and preset.
-        width: Pixels, a multiple of 16.
-        height: Pixels, a multiple of 16.
+        settings: Settings of the pack; codec and preset are used.
+        width: Frame width, pixels, a multiple of 16.
+        height: Frame height, pixels, a multiple of 16.
         fps: Constant frame rate, Hz.
     """
 
@@ -67,18 +67,18 @@ class VideoEncoder:
 
     @property
     def pixel_format(self) -> str:
-        """FFmpeg's name of what `add` takes."""
+        """FFmpeg's name of the pixel format that `add` expects."""
         return str(self._context.pix_fmt)
 
     def add(self, frame: av.VideoFrame) -> list[Unit]:
-        """Takes the next frame; returns what is ready."""
+        """Encodes the next frame and returns the access units that are ready."""
         frame.pts, frame.time_base = self._count, self._context.time_base
-        frame.pict_type = 0  # the source's own would be taken for a wish
+        frame.pict_type = 0  # otherwise the encoder forces the picture type of the source frame
         self._count += 1
         return self._units(self._context.encode(frame))
 
     def finish(self) -> list[Unit]:
-        """Returns the rest."""
+        """Flushes the encoder and returns the remaining access units."""
         return self._units(self._context.encode(None))
 
     def _units(self, packets: Any) -> list[Unit]:
@@ -90,21 +90,21 @@ class VideoEncoder:
 
 
 def encode_flac(wave_CS: NDArray[np.float32], rate: int, bits: int) -> list[Unit]:
-    """Encodes sound losslessly but for its rounding to whole numbers.
+    """Encodes audio as FLAC, lossless except for rounding to integers.
 
     Args:
-        wave_CS: float32 in -1 to 1; beyond is cut off.
-        rate: Hz.
-        bits: 16 or 24 a sample.
+        wave_CS: Samples, float32 in -1 to 1; values outside this range are clipped.
+        rate: Sample rate, Hz.
+        bits: Bits per sample, 16 or 24.
 
     Returns:
-        The stream's header, then one unit a frame of `FLAC_BLOCK` samples.
+        The stream header, then one unit per FLAC frame of `FLAC_BLOCK` samples.
     """
     channels, total = wave_CS.shape
     scale = 1 << (bits - 1)
-    whole_SC = np.rint(np.clip(wave_CS.T * np.float64(scale), -scale, scale - 1)).astype(np.int32)
+    integer_SC = np.rint(np.clip(wave_CS.T * np.float64(scale), -scale, scale - 1)).astype(np.int32)
     format_name, dtype, shift = ("s16", np.int16, 0) if bits == 16 else ("s32", np.int32, 8)
-    packed = (whole_SC << shift).astype(dtype)
+    packed = (integer_SC << shift).astype(dtype)
     out = io.BytesIO()
     sizes = []
     with av.open(out, "w", format="flac", options={"metadata_header_padding": "0", "fflags": "+bitexact"}) as container:
@@ -122,10 +122,11 @@ def encode_flac(wave_CS: NDArray[np.float32], rate: int, bits: int) -> list[Unit
             if packet.size:
                 sizes.append(packet.size)
             container.mux(packet)
-    return list(_cut(out.getvalue(), sizes))
+    return list(_split(out.getvalue(), sizes))
 
 
-def _cut(data: bytes, sizes: list[int]) -> Iterator[Unit]:
+def _split(data: bytes, sizes: list[int]) -> Iterator[Unit]:
+    """Splits a FLAC stream into its header and its frames of the given sizes."""
     at = len(data) - sum(sizes)
     yield data[:at], UnitKind.SOUND
     for size in sizes:
@@ -134,7 +135,7 @@ def _cut(data: bytes, sizes: list[int]) -> Iterator[Unit]:
 
 
 def encode_jpeg(rgb_HWC: NDArray[np.uint8], size: tuple[int, int]) -> bytes:
-    """Resizes a picture to width and height, where they are others, and encodes it."""
+    """Resizes a picture to `size`, (width, height), if needed, and encodes it as JPEG."""
     picture = Image.fromarray(np.ascontiguousarray(rgb_HWC))
     if picture.size != size:
         picture = picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=None)
