@@ -1,4 +1,4 @@
-"""Builds a pack: transcodes a manifest's clips in worker processes, shard by shard, and continues where it stopped."""
+"""Builds a pack: transcodes the clips of a manifest in worker processes, shard by shard. A killed run can resume."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from fastav.pack.folder import PackFolder, Shard, ShardBuild, plan_shards
 from fastav.pack.settings import PackSettings
 from fastav.pack.transcode import MISSING, PackedClip, PackJob, pack_clip
 
-_SAMPLED_CLIPS = 64
-_SLOWEST_FRAME_S = 0.5  # to decode, resize and encode
-_AHEAD = 32  # packed clips a worker that may wait for their turn
+_SAMPLED_CLIPS = 64  # number of clips whose quality is measured, at most twice as many
+_SLOWEST_FRAME_S = 0.5  # upper bound on the time to decode, resize and encode one frame
+_AHEAD = 32  # packed clips per worker that may wait to be written in order
 
 
 def build_pack(
@@ -32,41 +32,41 @@ def build_pack(
     skip_missing: bool = False,
     console: Console | None = None,
 ) -> Manifest:
-    """Packs all clips of a manifest, or goes on with it; returns the manifest of the pack.
+    """Packs all clips of a manifest, or resumes an interrupted run. Returns the manifest of the pack.
 
     Args:
-        manifest: Of raw media.
-        out: Folder of the pack: new, empty, or the same pack begun before.
-        settings: What to make.
-        workers: Processes; 0 for one a core.
-        skip_missing: Whether clips whose files are gone are left out like broken ones.
-        console: Where the progress goes; standard output by default.
+        manifest: Manifest of the original media.
+        out: Folder of the pack: new, empty, or containing the same pack from an earlier run.
+        settings: Settings of the pack.
+        workers: Number of worker processes; 0 starts one per core.
+        skip_missing: If True, clips whose files cannot be opened are skipped like broken clips.
+        console: Console for messages and progress; standard output by default.
 
     Raises:
-        UserError: The folder holds something else, none of the clips can be read, or files are gone.
+        UserError: The folder contains something else, no clip can be read, or files cannot be opened.
     """
     if len(manifest) and all(clip.shard for clip in manifest.clips(range(min(len(manifest), 16)))):
-        raise UserError(f"{manifest.path}: is the manifest of a pack; pack the media that it was made of")
+        raise UserError(f"{manifest.path}: is the manifest of a pack; pack the manifest of the original media instead")
     console, folder = console or Console(), PackFolder(Path(out))
     with folder.locked():
         if folder.begin(manifest, settings):
-            console.print(f"{escape(str(out))} is packed already", highlight=False, soft_wrap=True)
+            console.print(f"{escape(str(out))} is already packed", highlight=False, soft_wrap=True)
             return Manifest.open(folder.path / "manifest.parquet")
         shards = plan_shards(manifest, settings)
-        left = [shard for shard in shards if not folder.has(shard)]
-        kept = len(shards) - len(left)
-        if kept:
-            console.print(f"{kept} of {len(shards)} shards were packed before", highlight=False)
-        total = sum(len(shard.rows) for shard in left)
+        remaining = [shard for shard in shards if not folder.has(shard)]
+        num_finished = len(shards) - len(remaining)
+        if num_finished:
+            console.print(f"{num_finished} of {len(shards)} shards were already packed", highlight=False)
+        total = sum(len(shard.rows) for shard in remaining)
         with progress(console, "packing", total, "clips") as advance:
-            for shard in left:
+            for shard in remaining:
                 shard.rows.setflags(write=False)
-            gone = _pack_shards(manifest, folder, left, settings, workers or num_cores(), advance, skip_missing)
-        if gone:
+            missing = _pack_shards(manifest, folder, remaining, settings, workers or num_cores(), advance, skip_missing)
+        if missing:
             raise UserError(
-                f"{len(gone)} of the media files of {manifest.path} cannot be opened now, the first: {gone[0]}. Their "
-                "shards are left open: put the files back and run the same command again, or leave them out by "
-                "--skip-missing"
+                f"{manifest.path}: media files cannot be opened (first: {missing[0]}, affected clips: {len(missing)}). "
+                "The shards of these clips are not finished. Restore the files and run the same command again, or skip "
+                "the clips with --skip-missing"
             )
         return folder.finish(manifest, settings, shards)
 
@@ -80,41 +80,45 @@ def _pack_shards(
     advance: Any,
     skip_missing: bool,
 ) -> list[str]:
-    """Packs clips in processes and writes them in their order; returns files that are gone, which leave shards open."""
+    """Packs clips in worker processes and writes them in order.
+
+    Returns:
+        The files that cannot be opened, one per clip. Their shards are not finished.
+    """
     stride = max(1, len(manifest) // _SAMPLED_CLIPS)
     places = ((shard, int(row)) for shard in shards for row in shard.rows)
-    orders = (
+    jobs = (
         PackJob(clip, settings, manifest.root, clip.row % stride == 0)
         for shard in shards
         for clip in _clips(manifest, shard)
     )
     waiting: dict[int, Any] = {}
-    gone: list[str] = []
-    turn, build = 0, None
+    all_missing: list[str] = []
+    next_number, build = 0, None
     longest = max((int(manifest.whole("num_frames").max()) if len(manifest) else 0), 0)
     patience_s = max(PATIENCE_S, longest * _SLOWEST_FRAME_S)
     workers = max(1, min(workers, len(manifest)))
     try:
-        for done in run_jobs(orders, pack_clip, workers, ahead=_AHEAD * workers, patience_s=patience_s):
+        for done in run_jobs(jobs, pack_clip, workers, ahead=_AHEAD * workers, patience_s=patience_s):
             waiting[done.number] = done
             advance()
-            while turn in waiting:
+            while next_number in waiting:
                 shard, row = next(places)
-                ready = waiting.pop(turn)
-                turn += 1
+                ready = waiting.pop(next_number)
+                next_number += 1
                 if build is None:
                     build = ShardBuild(folder, shard)
                 _write(build, row, ready)
                 if row == shard.rows[-1]:
                     missing = [] if skip_missing else [path for _, path, stage, _ in build.skipped if stage == MISSING]
-                    gone += missing
+                    all_missing += missing
                     build.abandon() if missing else build.close()
                     build = None
     except BaseException:
         if build is not None:
             build.abandon()
         raise
-    return gone
+    return all_missing
 
 
 def _clips(manifest: Manifest, shard: Shard) -> Iterator[Any]:
@@ -123,12 +127,12 @@ def _clips(manifest: Manifest, shard: Shard) -> Iterator[Any]:
 
 
 def _write(build: ShardBuild, row: int, done: Any) -> None:
-    """Writes one clip, or notes why there is none."""
+    """Writes one clip, or records why it was skipped."""
     clip, result = done.job.clip, done.result
     if isinstance(result, PackedClip):
         build.add(row, result)
     elif done.died or result is None:
-        build.skipped.append((clip.id, clip.source, "pack", "the decoder crashed on it, or hung"))
+        build.skipped.append((clip.id, clip.source, "pack", "the decoder crashed or hung on this clip"))
     else:
         path, reason, stage = result
         build.skipped.append((clip.id, path or clip.source, stage, reason))

@@ -1,16 +1,17 @@
-"""The folder of a pack: planned shards, each finished on its own, so that a killed run goes on where it was.
+"""The folder of a pack. Each shard is finished on its own, so a killed run can resume.
 
-    pack.json          what the pack is made of, written first; totals and quality are added when it is finished
-    shards/000000.tar  clips; `fastav.media.shards.format` has the format
+    pack.json          settings, source manifest and encoders, written first; totals and quality are added at the end
+    shards/000000.tar  clips, in the format described in `fastav.media.shards.format`
     parts/             rows and index of each finished shard; merged and removed at the end
-    manifest.parquet   the packed clips, to train on
-    index.parquet      byte offsets of every member and every unit of every clip, and the digests of the sources
-    skipped.csv        what could not be read, and why
+    manifest.parquet   the packed clips, for training
+    index.parquet      byte offsets of every member and every unit of every clip, and the digests of the source files
+    skipped.csv        clips that could not be read, with the reasons
 
-Which clips go into which shard follows from the manifest's numbers alone, before anything is decoded, and encoders give
-the same bytes each time, on every x86-64 machine; so a run that was killed ends with the bytes of one that was not. (It
-may go on on another machine if both have AVX2: without it, FFmpeg decodes AAC and resamples sound to other last bits.)
-One begun with other encoders, or with x264 as it was before it was held to that, is refused and not continued.
+The numbers in the manifest alone decide which clips go into which shard, before any clip is decoded. The encoders give
+the same bytes each time, on every x86-64 machine. A killed run that resumes therefore gives the same bytes as a run
+that was not interrupted. A run may resume on another machine if both have AVX2; without AVX2, FFmpeg decodes AAC and
+resamples audio with differences in the last bits. A run does not resume a pack that was begun with other encoder
+versions, or before x264 was configured for the same output on every CPU; it raises an error instead.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import fcntl
 import io
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -46,7 +46,7 @@ from fastav.pack.settings import PackSettings
 from fastav.pack.transcode import PackedClip
 
 PACK_FILE, MANIFEST_FILE, INDEX_FILE, SKIPPED_FILE = "pack.json", "manifest.parquet", "index.parquet", "skipped.csv"
-_SHUFFLE_KEY = 0x5EED_0F_9AC4  # any fixed number
+_SHUFFLE_KEY = 0x5EED_0F_9AC4  # arbitrary but fixed
 _ESTIMATED = (
     "num_frames", "fps", "num_samples", "channels", "sample_rate", "duration_s", "num_mel_frames",
 )  # fmt: skip
@@ -66,7 +66,7 @@ INDEX_SCHEMA = pa.schema(
         ("sources", pa.list_(_SOURCE)),
     ]
 )
-"""Columns of the index; offsets count from the start of the shard, `UnitKind` names the kinds."""
+"""Columns of the index. Offsets count from the start of the shard; `unit_kind` contains values of `UnitKind`."""
 
 Skipped = tuple[str, str, str, str]
 """Clip id, file, stage, reason."""
@@ -74,33 +74,33 @@ Skipped = tuple[str, str, str, str]
 
 @dataclass
 class Shard:
-    """One shard to be: its number and the manifest rows that go into it, in order."""
+    """A planned shard: its number and the manifest rows that go into it, in order."""
 
     number: int
     rows: NDArray[np.int64]
 
     @property
     def name(self) -> str:
-        """File name within the pack's folder."""
+        """Path of the tar file relative to the folder of the pack."""
         return f"shards/{self.number:06d}.tar"
 
 
 @dataclass
 class PackFolder:
-    """A pack being made or looked at.
+    """The folder of a pack that is being written or read.
 
     Args:
-        path: Its folder.
+        path: The folder.
     """
 
     path: Path
 
     def part(self, shard: Shard) -> Path:
-        """Where a finished shard's rows are kept until the end."""
+        """Returns the path of a finished shard's rows and index, which is removed when the pack is finished."""
         return self.path / "parts" / f"{shard.number:06d}.parquet"
 
     def has(self, shard: Shard) -> bool:
-        """Whether a shard was finished before and is still there, to the byte."""
+        """Returns True if a shard is already finished and its tar file still has the recorded size."""
         try:
             note = _note(pq.read_schema(self.part(shard)))
             return (self.path / shard.name).stat().st_size == note["bytes"]
@@ -109,13 +109,13 @@ class PackFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps a second process from packing into the same folder.
+        """Creates the folder if needed, and prevents a second process from packing into it.
 
         Raises:
-            UserError: One is at it.
+            UserError: Another process is packing into the folder, or the path is a file.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path}: is a file; give a folder that is new or empty")
+            raise UserError(f"{self.path}: expected a new or empty folder, got a file")
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
             try:
@@ -125,53 +125,65 @@ class PackFolder:
             yield
 
     def description(self) -> dict[str, Any] | None:
-        """What `pack.json` says; None where there is none.
+        """Returns the content of `pack.json`, or None if the file does not exist.
 
         Raises:
-            UserError: It is damaged or of another version.
+            UserError: The file is damaged or has another format version.
         """
         file = self.path / PACK_FILE
         try:
-            told = json.loads(file.read_text(encoding="utf-8"))
-            if told["format"] != FORMAT_VERSION:
-                raise UserError(f"{file}: pack version {told['format']}, this fastav reads and writes {FORMAT_VERSION}")
-            return dict(told)
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT_VERSION:
+                raise UserError(
+                    f"{file}: expected pack format {FORMAT_VERSION}, got {content['format']}; the pack was written by "
+                    "another version of fastav"
+                )
+            return dict(content)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: not the description of a pack ({error})") from None
+            raise UserError(f"{file}: is not a valid description of a pack ({error})") from None
 
     def begin(self, manifest: Manifest, settings: PackSettings) -> bool:
-        """Claims the folder for a pack, or finds that it is the same one, begun before; returns whether it is finished.
+        """Starts a pack in a new or empty folder, or checks that the folder contains the same pack.
+
+        Returns:
+            True if the pack is already finished.
 
         Raises:
-            UserError: It holds something else.
+            UserError: The folder contains something else.
         """
-        asked = _described(manifest, settings)
-        there = self.description()
-        if there is None:
+        requested = _description(manifest, settings)
+        existing = self.description()
+        if existing is None:
             others = sorted(p.name for p in self.path.iterdir() if p.name != ".lock")
             if others:
-                raise UserError(f"{self.path}: holds {others[0]} and is no pack; give a folder that is new or empty")
-            write_text(self.path / PACK_FILE, json.dumps(asked, indent=1))
+                raise UserError(f"{self.path}: expected a new or empty folder, found {others[0]}")
+            write_text(self.path / PACK_FILE, json.dumps(requested, indent=1))
             return False
         differing = [
-            f"{key} = {one.get(key)!r} there, {two.get(key)!r} asked"
+            f"{key} is {found.get(key)!r}, requested {wanted.get(key)!r}"
             for part in ("settings", "source", "encoders")
-            for one, two in [(there.get(part, {}), asked[part])]
-            for key in sorted(one.keys() | two.keys())
-            if one.get(key) != two.get(key) and (part, key) != ("source", "manifest")
+            for found, wanted in [(existing.get(part, {}), requested[part])]
+            for key in sorted(found.keys() | wanted.keys())
+            if found.get(key) != wanted.get(key) and (part, key) != ("source", "manifest")
         ]
         if differing:
             raise UserError(
-                f"{self.path}: holds another pack ({'; '.join(differing)}); give another folder, or delete that one"
+                f"{self.path}: contains a different pack ({'; '.join(differing)}); use another folder or delete it"
             )
-        return bool(there.get("finished"))
+        return bool(existing.get("finished"))
 
     def finish(self, manifest: Manifest, settings: PackSettings, shards: Sequence[Shard]) -> Manifest:
-        """Merges what the shards' parts say into manifest, index, skipped clips and totals.
+        """Merges the parts of all shards into the manifest, the index, the list of skipped clips and the totals.
 
-        The index is many times the manifest's size, so that it goes through part by part.
+        The index is many times larger than the manifest, so it is written part by part.
+
+        Returns:
+            The manifest of the pack.
+
+        Raises:
+            UserError: No clip could be packed.
         """
         notes = [_note(pq.read_schema(self.part(shard))) for shard in shards]
         skipped = [tuple(entry) for note in notes for entry in note["skipped"]]
@@ -191,25 +203,25 @@ class PackFolder:
                     writer.write_table(index, row_group_size=4096)
         whole = pa.concat_tables(rows)
         if not whole.num_rows:
-            shutil.rmtree(self.path / "parts")  # whoever has put the files right wants them tried again
+            shutil.rmtree(self.path / "parts")  # so that the next run tries all clips again
             raise UserError(
-                f"none of the {len(manifest)} clips of {manifest.path} could be packed (see {self.path / SKIPPED_FILE})"
+                f"{manifest.path}: none of the {len(manifest)} clips could be packed (see {self.path / SKIPPED_FILE})"
             )
         metadata = {**manifest.metadata, "pack": json.dumps(msgspec.to_builtins(settings))}
-        made = write_table(self.path / MANIFEST_FILE, whole, manifest.classes, metadata)
-        told = _described(manifest, settings) | {"finished": True}
-        told["totals"] = {
+        packed = write_table(self.path / MANIFEST_FILE, whole, manifest.classes, metadata)
+        description = _description(manifest, settings) | {"finished": True}
+        description["totals"] = {
             "clips": whole.num_rows, "skipped": len(skipped), "shards": len(shards),
             "bytes": sum(note["bytes"] for note in notes), **totals.describe(),
         }  # fmt: skip
-        told["quality"] = _quality(notes)
-        told["shards"] = {
+        description["quality"] = _quality(notes)
+        description["shards"] = {
             shard.name: {"bytes": note["bytes"], "sha256": note["sha256"]}
             for shard, note in zip(shards, notes, strict=True)
         }
-        write_text(self.path / PACK_FILE, json.dumps(told, indent=1))
+        write_text(self.path / PACK_FILE, json.dumps(description, indent=1))
         shutil.rmtree(self.path / "parts")
-        return made
+        return packed
 
     def _write_skipped(self, skipped: Sequence[Any]) -> None:
         text = io.StringIO()
@@ -221,7 +233,7 @@ class PackFolder:
 
 @dataclass
 class ShardBuild:
-    """Writes the clips of one shard as they come, in order; `close` makes it a finished one."""
+    """Writes the clips of one shard in order. `close` finishes the shard; `abandon` deletes it."""
 
     folder: PackFolder
     shard: Shard
@@ -237,7 +249,7 @@ class ShardBuild:
         self._writer = ShardWriter(self._file)
 
     def add(self, row: int, packed: PackedClip) -> None:
-        """Appends one clip."""
+        """Appends the clip of manifest row `row`."""
         key = f"{row:09d}"
         at, size = self._writer.add(key, packed.members)
         clip = replace(packed.clip, shard=str((self.folder.path / self.shard.name).absolute()))
@@ -260,7 +272,7 @@ class ShardBuild:
             self.qualities.append(packed.quality)
 
     def close(self) -> None:
-        """Ends the tar, makes it durable and puts it in its place, and then its part."""
+        """Closes the tar, flushes it to disk, moves it to its final path, and then writes its rows and index."""
         self._writer.close()
         self._file.close()
         flush(self._beside)
@@ -282,13 +294,13 @@ class ShardBuild:
             pq.write_table(table, beside, compression="zstd")
 
     def abandon(self) -> None:
-        """Removes the unfinished tar."""
+        """Deletes the unfinished tar."""
         self._file.close()
         self._beside.unlink(missing_ok=True)
 
 
 def plan_shards(manifest: Manifest, settings: PackSettings) -> list[Shard]:
-    """Decides which rows go into which shard, from the manifest's numbers alone; no shard spans two splits."""
+    """Decides which rows go into which shard, from the numbers in the manifest alone. No shard spans two splits."""
     column = {name: manifest.whole(name) for name in _ESTIMATED}
     estimate_N = settings.estimated_bytes(column)
     most = settings.shard_mib * 2**20
@@ -306,8 +318,8 @@ def plan_shards(manifest: Manifest, settings: PackSettings) -> list[Shard]:
     return shards
 
 
-def _described(manifest: Manifest, settings: PackSettings) -> dict[str, Any]:
-    """The identity of a pack."""
+def _description(manifest: Manifest, settings: PackSettings) -> dict[str, Any]:
+    """Returns the content of `pack.json` for an unfinished pack. It identifies the pack."""
     return {
         "format": FORMAT_VERSION,
         "settings": msgspec.to_builtins(settings),
@@ -318,12 +330,12 @@ def _described(manifest: Manifest, settings: PackSettings) -> dict[str, Any]:
 
 
 def _note(schema: pa.Schema) -> dict[str, Any]:
-    """What a part says of its shard besides its rows."""
+    """Returns the metadata of a part: size and digest of its shard, skipped clips and quality."""
     return dict(json.loads((schema.metadata or {})[b"fastav.part"]))
 
 
 class _Totals:
-    """Adds up bytes by kind, and those of the sources, each file once."""
+    """Sums the bytes of members by kind, and of source files. Each source file counts once."""
 
     _kinds: ClassVar = {"h264": "video", "mjpeg": "video", "flac": "sound", "jpg": "picture", "npy": "mel"}
 
@@ -332,7 +344,7 @@ class _Totals:
         self._sources: dict[str, int] = {}
 
     def add(self, index: pa.Table) -> None:
-        """Takes some clips' entries of the index."""
+        """Adds the index entries of some clips."""
         for members in index.column("members").to_pylist():
             for member in members:
                 kind = self._kinds.get(member["name"].split(".", 1)[1])
@@ -342,13 +354,13 @@ class _Totals:
             self._sources.update((source["path"], source["bytes"]) for source in sources)
 
     def describe(self) -> dict[str, int]:
-        """The sums."""
+        """Returns the sums by name."""
         sizes = {f"{kind}_bytes": size for kind, size in self._sizes.items()}
         return {"source_bytes": sum(self._sources.values()), **sizes}
 
 
 def _quality(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean over the sampled frames; the PSNR is that of the mean error, and that of the worst clip is beside it."""
+    """Returns the mean quality over the sampled frames. The PSNR is that of the mean squared error."""
     found = [Quality(*entry) for note in notes for entry in note["quality"]]
     if not found:
         return {"num_clips": 0}
@@ -362,11 +374,9 @@ def _quality(notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def count_reasons(skipped: Sequence[Skipped]) -> Counter[str]:
-    """How many clips were skipped at each stage."""
-    return Counter(stage for _, _, stage, _ in skipped)
-
-
 def no_pack(path: Path) -> FastavError:
-    """The error for a folder that holds no finished pack."""
-    return UserError(f"{path}: no finished pack (no {PACK_FILE} that says so); `fastav pack MANIFEST {path}` makes one")
+    """Returns the error for a folder without a finished pack."""
+    return UserError(
+        f"{path}: is not a finished pack ({PACK_FILE} is missing or not marked as finished); create it with "
+        f"`fastav pack MANIFEST {path}`"
+    )

@@ -1,4 +1,4 @@
-"""From one manifest row to the members of a packed clip: every frame and sample decoded, checked, brought to size."""
+"""Packs one manifest row: decodes and checks every frame and sample, and encodes them at the pack's size and rate."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ from fastav.pack.encode import MOST_CHANNELS, Unit, VideoEncoder, encode_flac, e
 from fastav.pack.quality import Quality, compare
 from fastav.pack.settings import PackSettings
 
-_SAMPLED_FRAMES = 4  # of a clip whose quality is looked at
+_SAMPLED_FRAMES = 4  # number of compared frames of a clip whose quality is measured
 
 MISSING = "missing"
-"""Stage of a clip whose file cannot be opened now, and may be later: the file is gone, or its disk is."""
+"""Stage of a skipped clip whose file cannot be read now but may be readable later: the file or its disk is missing."""
 
-_LATER = frozenset({errno.ENOENT, errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN, errno.EMFILE, errno.ENOMEM})
+_RETRY = frozenset({errno.ENOENT, errno.EIO, errno.ESTALE, errno.EACCES, errno.ENOTCONN, errno.EMFILE, errno.ENOMEM})
 
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file that went into a clip.
+    """A source file of a clip.
 
     Attributes:
-        path: As the manifest names it, or absolute.
-        sha256: Of its content when it was read.
-        num_bytes: Its size.
+        path: Path relative to the root of the manifest, or absolute for a file outside it.
+        sha256: SHA-256 of the file when the clip was packed.
+        num_bytes: Size of the file, bytes.
     """
 
     path: str
@@ -55,11 +55,11 @@ class PackedClip:
     """A clip ready to be written.
 
     Attributes:
-        clip: Its row, but for the place in a shard.
-        members: Its files, in the format's order.
-        units: All units in storage order, kinds only; the table has the rest.
-        sources: What it was made of.
-        quality: Of the re-encoded frames; None where it was not sampled or there are none.
+        clip: Manifest row of the packed clip, without its position in a shard.
+        members: Files of the clip, in the order of the shard format.
+        units: Size in bytes and kind of all units, in storage order.
+        sources: Source files of the clip.
+        quality: Quality of the re-encoded frames; None if it was not measured or the clip has no video.
     """
 
     clip: Clip
@@ -71,13 +71,13 @@ class PackedClip:
 
 @dataclass(frozen=True, slots=True)
 class PackJob:
-    """What is to be packed.
+    """A clip to pack.
 
     Attributes:
-        clip: The row.
-        settings: Of the pack.
-        root: Folder that recorded paths are relative to.
-        sampled: Whether to compare the result with its source.
+        clip: Manifest row of the source clip.
+        settings: Settings of the pack.
+        root: Root of the manifest; recorded paths are relative to it.
+        sampled: Whether to measure the quality of the re-encoded frames.
     """
 
     clip: Clip
@@ -87,21 +87,22 @@ class PackJob:
 
 
 def pack_clip(order: PackJob) -> PackedClip | tuple[str, str, str]:
-    """Packs one clip; returns path, reason and stage where it cannot be read, as errors are not sent to processes."""
+    """Packs one clip. On an error, returns path, reason and stage: an exception would end the whole run."""
     try:
         return pack_readable(order)
     except MediaError as error:
         cause = error.__cause__
-        later = isinstance(cause, OSError) and cause.errno in _LATER
+        temporary = isinstance(cause, OSError) and cause.errno in _RETRY
         if isinstance(cause, OSError) and cause.errno == errno.EIO:
-            later = not _readable(error.path)  # FFmpeg says EIO of damage, too: only the file itself can tell
-        return error.path, error.reason, MISSING if later else error.stage
-    except Exception as error:  # whatever it is, it is about this clip, and the others must go on
+            # FFmpeg also reports EIO for a damaged file, so check the file itself.
+            temporary = not _readable(error.path)
+        return error.path, error.reason, MISSING if temporary else error.stage
+    except Exception as error:  # an error in one clip must not stop the others
         return order.clip.source, f"{type(error).__name__}: {error}", "pack"
 
 
 def _readable(path: str) -> bool:
-    """Returns whether every byte of a file can be read."""
+    """Returns True if every byte of a file can be read."""
     try:
         with Path(path).open("rb") as file:
             while file.read(1 << 20):
@@ -115,47 +116,48 @@ def pack_readable(order: PackJob) -> PackedClip:
     """Packs one clip.
 
     Raises:
-        MediaError: It cannot be read.
+        MediaError: The clip cannot be read.
     """
     clip, settings = order.clip, order.settings
     if clip.shard:
-        raise MediaError(clip.source, f'clip "{clip.id}" is packed already; pack the media it was made of', "pack")
-    film = _VideoTranscoder(clip, settings, order.sampled) if clip.video is not None and clip.num_frames else None
-    heard = clip.audio is not None and clip.num_samples > 0
+        raise MediaError(clip.source, f'clip "{clip.id}" is already packed; pack the original media instead', "pack")
+    video = _VideoTranscoder(clip, settings, order.sampled) if clip.video is not None and clip.num_frames else None
+    with_audio = clip.audio is not None and clip.num_samples > 0
     sound = None
-    if film is not None or heard:
-        sound = read_media(clip, film, heard, mixed=settings.audio == "mono")
+    if video is not None or with_audio:
+        sound = read_media(clip, video, with_audio, mixed=settings.audio == "mono")
     out = replace(
         clip, video=None, audio=None, image=None, mel=None, start_s=0.0, start_frame=0, start_sample=0, rotation=0,
         audio_offset_s=0.0, num_frames=0, num_samples=0, num_mel_frames=0,
     )  # fmt: skip
-    seen: list[Unit] = []
-    units: list[Unit] = []
+    video_units: list[Unit] = []
+    audio_units: list[Unit] = []
     quality = None
-    if film is not None:
-        out, seen, quality = film.finish(out)
+    if video is not None:
+        out, video_units, quality = video.finish(out)
     elif clip.image is not None:
-        out, seen = _still(clip, out, settings)
+        out, video_units = _still(clip, out, settings)
     if sound is not None:
-        out, units = _flac(sound, out, settings)
+        out, audio_units = _flac(sound, out, settings)
     elif clip.mel is not None:
-        out, units = _mel(clip.mel, out)
+        out, audio_units = _mel(clip.mel, out)
     sources = [
-        SourceFile(_named(path, order.root), *_digest(path))
+        SourceFile(_recorded_path(path, order.root), *_digest(path))
         for path in dict.fromkeys((clip.video, clip.audio, clip.image, clip.mel))
         if path is not None
     ]
-    members = [Member(TABLE_EXTENSION, encode_table([*seen, *units]))]
-    if seen:
-        members.append(Member(VIDEO_EXTENSIONS[out.video_codec], b"".join(data for data, _ in seen)))
-    if units:
-        members.append(Member("flac" if sound is not None else "npy", b"".join(data for data, _ in units)))
-    members.append(Member("json", _described(clip, out, sources)))
-    return PackedClip(out, members, [(len(data), kind) for data, kind in (*seen, *units)], sources, quality)
+    units = [*video_units, *audio_units]
+    members = [Member(TABLE_EXTENSION, encode_table(units))]
+    if video_units:
+        members.append(Member(VIDEO_EXTENSIONS[out.video_codec], b"".join(data for data, _ in video_units)))
+    if audio_units:
+        members.append(Member("flac" if sound is not None else "npy", b"".join(data for data, _ in audio_units)))
+    members.append(Member("json", _clip_json(clip, out, sources)))
+    return PackedClip(out, members, [(len(data), kind) for data, kind in units], sources, quality)
 
 
 class _VideoTranscoder:
-    """Takes a clip's frames as they are decoded, brings them to a constant rate and a fixed size, and encodes them."""
+    """Converts the decoded frames of a clip to a constant frame rate and a fixed size, and encodes them."""
 
     def __init__(self, clip: Clip, settings: PackSettings, sampled: bool) -> None:
         self.clip, self.settings, self.sampled = clip, settings, sampled
@@ -171,45 +173,45 @@ class _VideoTranscoder:
         self._encoder = VideoEncoder(self.settings, *self.size, self.fps)
         self._units: list[Unit] = []
         self._kept: dict[int, Any] = {}
-        self._waiting: av.VideoFrame | None = None
+        self._pending: av.VideoFrame | None = None
         self._first_s: float | None = None
         self._last, self._next = -1, 0
-        places = (np.arange(_SAMPLED_FRAMES) + 0.5) / _SAMPLED_FRAMES * self.total
-        self._samples = set(places.astype(int).tolist()) if self.sampled else set()
+        ticks = (np.arange(_SAMPLED_FRAMES) + 0.5) / _SAMPLED_FRAMES * self.total
+        self._compared = set(ticks.astype(int).tolist()) if self.sampled else set()
 
     def take(self, number: int, frame: av.VideoFrame) -> None:
-        """Takes the next frame of the clip; frame 0 begins anew."""
+        """Accepts the next frame of the clip. Frame 0 restarts the clip."""
         if number <= self._last:
             self._restart()
         if number != self._last + 1:
             raise MediaError(self.clip.source, f"frame {self._last + 1} is missing", "video")
         width, height = (self.clip.width, self.clip.height)[:: -1 if self.clip.rotation % 180 else 1]
         if (frame.width, frame.height) != (width, height):
-            size = f"frame {number} is {frame.width}x{frame.height}, its row says {width}x{height}"
+            size = f"frame {number} is {frame.width}x{frame.height}, expected {width}x{height} as in the manifest"
             raise MediaError(self.clip.source, size, "video")
         if frame.is_corrupt:
             raise MediaError(self.clip.source, f"frame {number} is damaged", "video")
         self._last = number
         time_s = number / self._own_fps if frame.time is None else float(frame.time)
         self._first_s = time_s if self._first_s is None else self._first_s
-        if self._waiting is not None:
-            # The frame before is shown until half a tick before this one comes: the nearest frame for every tick.
-            self._show(math.ceil((time_s - self._first_s) * self.fps - 0.5))
-        self._waiting = frame
+        if self._pending is not None:
+            # The previous frame fills all ticks up to half a tick before this one, so each tick gets the nearest frame.
+            self._encode_until(math.ceil((time_s - self._first_s) * self.fps - 0.5))
+        self._pending = frame
 
-    def _show(self, until: int) -> None:
-        """Encodes the waiting frame for every tick before `until`."""
-        if self._waiting is None or self._next >= min(until, self.total):
+    def _encode_until(self, until: int) -> None:
+        """Encodes the pending frame for every tick before `until`."""
+        if self._pending is None or self._next >= min(until, self.total):
             return
-        upright = self._upright(self._waiting)
+        upright = self._upright(self._pending)
         while self._next < min(until, self.total):
-            if self._next in self._samples:
+            if self._next in self._compared:
                 self._kept[self._next] = upright.to_ndarray()
             self._units += self._encoder.add(upright)
             self._next += 1
 
     def _upright(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """The frame in the pack's size, orientation, colour matrix and range."""
+        """Returns the frame upright, in the size, color matrix and color range of the pack."""
         width, height = self.size
         turned = self.clip.rotation % 180
         full = self._encoder.pixel_format == "yuvj420p"
@@ -236,11 +238,11 @@ class _VideoTranscoder:
         return made
 
     def finish(self, out: Clip) -> tuple[Clip, list[Unit], Quality | None]:
-        """Returns the row with what the video has become, its units, and how near they are to the source."""
-        self._show(self.total)
+        """Returns the row updated with the packed video, its units, and their quality if it was measured."""
+        self._encode_until(self.total)
         units = self._units + self._encoder.finish()
         if self._last + 1 != self.clip.num_frames or len(units) != self.total:
-            found = f"{self._last + 1} of {self.clip.num_frames} frames were decoded, {len(units)} encoded"
+            found = f"decoded {self._last + 1} of {self.clip.num_frames} frames, encoded {len(units)} of {self.total}"
             raise MediaError(self.clip.source, found, "video")
         width, height = self.size
         out = replace(
@@ -251,7 +253,7 @@ class _VideoTranscoder:
 
 
 def _still(clip: Clip, out: Clip, settings: PackSettings) -> tuple[Clip, list[Unit]]:
-    assert clip.image is not None, "the caller looked"
+    assert clip.image is not None, "checked by the caller"
     rgb_HWC = read_image(clip.image)
     size = settings.picture_size(rgb_HWC.shape[1], rgb_HWC.shape[0])
     out = replace(out, num_frames=1, width=size[0], height=size[1], video_codec="jpeg", fps=0.0)
@@ -263,8 +265,9 @@ def _flac(sound: Sound, out: Clip, settings: PackSettings) -> tuple[Clip, list[U
     rate = out.sample_rate if keep else settings.sample_rate
     wave_CS = sound.wave(rate).numpy()
     if len(wave_CS) > MOST_CHANNELS:
-        raise MediaError(out.source, f"has {len(wave_CS)} channels, FLAC keeps up to {MOST_CHANNELS}", "audio")
-    units = encode_flac(wave_CS, rate, sound.bits)  # of quiet recordings, 16 bits would keep little
+        raise MediaError(out.source, f"has {len(wave_CS)} channels, FLAC supports at most {MOST_CHANNELS}", "audio")
+    # `bits` is 24 for sources with more than 16 bits, because 16 bits keep little of a quiet recording.
+    units = encode_flac(wave_CS, rate, sound.bits)
     channels, samples = wave_CS.shape
     return replace(out, num_samples=samples, sample_rate=rate, channels=channels, audio_codec="flac"), units
 
@@ -277,23 +280,23 @@ def _mel(path: Path, out: Clip) -> tuple[Clip, list[Unit]]:
     return out, [(data.getvalue(), UnitKind.MEL)]
 
 
-def _named(path: Path, root: Path) -> str:
+def _recorded_path(path: Path, root: Path) -> str:
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 
 @functools.lru_cache(maxsize=1024)
 def _digest(path: Path) -> tuple[str, int]:
-    """Digest and size of a file; pieces of one file share them."""
+    """Returns SHA-256 and size of a file. Cached, because many clips may be pieces of one file."""
     return sha256(path), path.stat().st_size
 
 
-def _described(clip: Clip, out: Clip, sources: list[SourceFile]) -> bytes:
-    """The clip's JSON member."""
+def _clip_json(clip: Clip, out: Clip, sources: list[SourceFile]) -> bytes:
+    """Returns the content of the clip's JSON member."""
 
     def known(value: float) -> float | None:
         return None if math.isnan(value) else value
 
-    told = {
+    description = {
         "id": out.id,
         "labels": list(out.labels),
         "split": out.split,
@@ -320,4 +323,4 @@ def _described(clip: Clip, out: Clip, sources: list[SourceFile]) -> bytes:
             "files": [{"path": s.path, "sha256": s.sha256, "bytes": s.num_bytes} for s in sources],
         },
     }
-    return json.dumps(told, ensure_ascii=False).encode()
+    return json.dumps(description, ensure_ascii=False).encode()

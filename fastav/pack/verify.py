@@ -1,4 +1,4 @@
-"""Checks a finished pack: every byte of the shards, index, tables, and that all decodes to what the rows say."""
+"""Verifies a finished pack: checks every byte of its shards, the index and the tables, and decodes every clip."""
 
 from __future__ import annotations
 
@@ -26,60 +26,61 @@ _CHUNK = 64
 
 @dataclass(frozen=True, slots=True)
 class _Check:
-    """Clips of one shard to look at, with their index entries."""
+    """Consecutive clips to verify, with their index entries."""
 
     clips: list[Clip]
     entries: list[dict[str, Any]]
 
 
 def verify(out: Path, workers: int, console: Console) -> tuple[list[str], int]:
-    """Reads a whole pack again.
+    """Verifies a pack.
 
     Returns:
-        What is wrong, one line each, and the number of clips.
+        The faults, one line each, and the number of clips.
 
     Raises:
-        UserError: There is no finished pack.
+        UserError: The folder does not contain a finished pack.
     """
     folder = PackFolder(Path(out))
-    told = folder.description()
-    if told is None or not told.get("finished"):
+    description = folder.description()
+    if description is None or not description.get("finished"):
         raise no_pack(out)
     manifest = Manifest.open(folder.path / MANIFEST_FILE)
-    faults = list(_tars(folder.path, told["shards"]))
+    faults = list(_check_tars(folder.path, description["shards"]))
     with progress(console, "verifying", len(manifest), "clips") as advance:
-        for done in run_jobs(_checks(manifest, folder.path / INDEX_FILE), _look, max(1, workers)):
+        for done in run_jobs(_checks(manifest, folder.path / INDEX_FILE), _verify_clips, max(1, workers)):
             clips = done.job.clips
-            faults += [f"{clips[0].shard}: the decoder crashed on one of its clips"] if done.died else done.result or []
+            crash = f'clips "{clips[0].id}" to "{clips[-1].id}": the decoder crashed or hung on one of them'
+            faults += [crash] if done.died else done.result or []
             for _ in clips:
                 advance()
     return faults, len(manifest)
 
 
-def _tars(out: Path, told: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """Faults of the archives as such, for any reader of tars: each must be what was written, to the byte."""
+def _check_tars(out: Path, expected: dict[str, dict[str, Any]]) -> Iterator[str]:
+    """Yields the faults of the tar files: each must exist with the recorded size and SHA-256."""
     shards = sorted((out / "shards").glob("*.tar"))
-    names = {Path(name).name for name in told}
+    names = {Path(name).name for name in expected}
     for stray in sorted({path.name for path in shards} - names):
         yield f"{out / 'shards' / stray}: is not one of the pack's shards"
     for lost in sorted(names - {path.name for path in shards}):
-        yield f"{out / 'shards' / lost}: missing"
+        yield f"{out / 'shards' / lost}: is missing"
     for path in shards:
-        entry = told.get(f"shards/{path.name}")
+        entry = expected.get(f"shards/{path.name}")
         if entry is None:
             continue
         try:
             size = path.stat().st_size
             if size != entry["bytes"]:
-                yield f"{path}: has {size} bytes, was packed with {entry['bytes']}"
+                yield f"{path}: expected {entry['bytes']} bytes, got {size}"
             elif sha256(path) != entry["sha256"]:
-                yield f"{path}: its content was altered since it was packed (SHA-256)"
+                yield f"{path}: content has changed since it was packed (SHA-256 differs)"
         except OSError as error:
             yield f"{path}: cannot be read ({error.strerror})"
 
 
 def _checks(manifest: Manifest, index: Path) -> Iterator[_Check]:
-    """The clips in pieces, run_jobs with what the index says of it."""
+    """Yields the clips in chunks, with their index entries."""
     rows = 0
     by_id: dict[str, dict[str, Any]] = {}
     for batch in pq.ParquetFile(index).iter_batches(batch_size=1024):
@@ -95,8 +96,8 @@ def _checks(manifest: Manifest, index: Path) -> Iterator[_Check]:
         yield _Check(clips, [by_id.get(clip.id, {}) for clip in clips])
 
 
-def _look(check: _Check) -> list[str]:
-    """Decodes clips whole and holds them against their index entries."""
+def _verify_clips(check: _Check) -> list[str]:
+    """Decodes whole clips and compares them with their manifest rows and index entries. Returns the faults."""
     shards, decoders = ShardReader(ShardReading()), KeptDecoders()
     faults = []
     for clip, entry in zip(check.clips, check.entries, strict=True):
@@ -108,32 +109,37 @@ def _look(check: _Check) -> list[str]:
 
 
 @dataclass
-class _Counter:
-    """Counts frames and looks at their size."""
+class _FrameCounter:
+    """Counts the frames that have the size given in the manifest."""
 
     clip: Clip
     numbers: list[int]
-    seen: int = 0
+    count: int = 0
 
     def take(self, number: int, frame: Any) -> None:
         if (frame.width, frame.height) == (self.clip.width, self.clip.height):
-            self.seen += 1
+            self.count += 1
 
 
 def _faults(clip: Clip, entry: dict[str, Any], shards: ShardReader, decoders: KeptDecoders) -> Iterator[str]:
     numbers = list(range(clip.num_frames))
     packed = shards.fetch(clip, numbers, (0, clip.num_samples))
     if packed.frames is not None:
-        counter = _Counter(clip, numbers)
+        counter = _FrameCounter(clip, numbers)
         decoders.watch(packed.frames, counter, clip)
-        if counter.seen != clip.num_frames:
-            yield f"{counter.seen} of {clip.num_frames} frames have the size of its row"
-    if packed.picture is not None and decode_jpeg(packed.picture).shape[:2] != (clip.height, clip.width):
-        yield "its picture has not the size of its row"
+        if counter.count != clip.num_frames:
+            size = f"{clip.width}x{clip.height}"
+            yield f"only {counter.count} of {clip.num_frames} frames have the size in the manifest, {size}"
+    if packed.picture is not None:
+        height, width = decode_jpeg(packed.picture).shape[:2]
+        if (height, width) != (clip.height, clip.width):
+            yield f"picture is {width}x{height}, expected {clip.width}x{clip.height} as in the manifest"
     if packed.sound is not None:
         decode_sound(packed.sound, clip)
-    if packed.mel is not None and decode_mel(packed.mel, clip).shape[2] != clip.num_mel_frames:
-        yield "its spectrogram has not the length of its row"
+    if packed.mel is not None:
+        length = decode_mel(packed.mel, clip).shape[2]
+        if length != clip.num_mel_frames:
+            yield f"spectrogram has {length} frames, expected {clip.num_mel_frames} as in the manifest"
     units = shards.units(clip)
     same = (
         entry.get("unit_offset") == units.at_U.tolist()
@@ -141,4 +147,4 @@ def _faults(clip: Clip, entry: dict[str, Any], shards: ShardReader, decoders: Ke
         and entry.get("unit_crc32") == units.crc_U.tolist()
     )
     if not same:
-        yield f"the index ({INDEX_FILE}) says otherwise than its table"
+        yield f"entry in {INDEX_FILE} differs from the unit table in the shard"

@@ -132,7 +132,7 @@ def refuses_half_pack(case: Case) -> None:
     words = ["pack", case.made / "synth" / "manifest.parquet", half, *PACKING]
     process = case.new.start(*words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     error = process.communicate(timeout=300)[1]
-    if process.returncode != 2 or "holds another pack (x264 = " not in error or error.count("\n") != 1:
+    if process.returncode != 2 or "contains a different pack (x264 is " not in error or error.count("\n") != 1:
         raise Failed(f"exit code {process.returncode}, expected 2 and one line that names x264: {error[-800:]}")
     after = {file.relative_to(half): digest(file) for file in sorted(half.rglob("*")) if file.is_file()}
     equal("files of the half pack", before, {name: value for name, value in after.items() if name in before})

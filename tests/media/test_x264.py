@@ -124,5 +124,5 @@ def test_packs_of_before_are_read_but_not_gone_on_with(tmp_path):
     assert Manifest.open(tmp_path / "pack" / "manifest.parquet").clip(0).num_frames == 8
     for finished in (True, False):
         file.write_text(json.dumps(told | {"finished": finished}))
-        with pytest.raises(UserError, match=r"holds another pack \(x264 = None there, 'cpu-independent' asked\)"):
+        with pytest.raises(UserError, match=r"contains a different pack \(x264 is None, requested 'cpu-independent'\)"):
             build_pack(manifest, tmp_path / "pack", PackSettings(), workers=1)

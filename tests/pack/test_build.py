@@ -327,12 +327,12 @@ def test_a_killed_pack_takes_its_workers_along_and_goes_on_to_the_same_bytes(mad
     assert len(kept) >= 2
     assert not (killed / "manifest.parquet").exists()
     assert main(words) == 0
-    assert "shards were packed before" in capsys.readouterr().out
+    assert "shards were already packed" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert digests(killed) == digests(straight)
     assert sorted(p.name for p in killed.rglob(".*.tmp")) == []
     assert main(words) == 0
-    assert "is packed already" in capsys.readouterr().out
+    assert "is already packed" in capsys.readouterr().out
 
 
 def test_a_shard_that_was_lost_is_packed_again(made, straight, tmp_path, capsys, monkeypatch):
@@ -369,8 +369,8 @@ def test_files_that_are_gone_leave_their_shards_open(tmp_path, capsys):
     pack = ["pack", str(tmp_path / "m.parquet"), str(tmp_path / "p"), "--workers", "1"]
     assert main(pack) == 2
     told = capsys.readouterr().err
-    assert "1 of the media files of" in told
-    assert "b.mp4" in told
+    assert "media files cannot be opened (first: " in told
+    assert "b.mp4, affected clips: 1)" in told
     assert "--skip-missing" in told
     (tmp_path / "b.mp4").rename(here / "b.mp4")
     assert main(pack) == 0
@@ -403,17 +403,19 @@ def refused(manifest, out, settings):
 def test_another_pack_is_never_overwritten(mixed, pack, tmp_path):
     before = digests(pack.root)
     message = refused(mixed, pack.root, PackSettings(preset="fast", fps=5.0))
-    assert "holds another pack (fps = 0.0 there, 5.0 asked; preset = 'balanced' there, 'fast' asked)" in message
+    assert "contains a different pack (fps is 0.0, requested 5.0; preset is 'balanced', requested 'fast')" in message
     other = write_manifest(tmp_path / "m.parquet", [by_id(mixed)["both.mp4"]])
-    assert "sha256 = " in refused(other, pack.root, PackSettings())
+    assert "sha256 is " in refused(other, pack.root, PackSettings())
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
-    assert "holds thesis.txt and is no pack" in refused(mixed, tmp_path / "full", PackSettings())
+    assert "expected a new or empty folder, found thesis.txt" in refused(mixed, tmp_path / "full", PackSettings())
     assert digests(pack.root) == before
 
 
 def test_packed_clips_are_not_packed_again(pack, tmp_path):
-    assert "is the manifest of a pack; pack the media" in refused(pack, tmp_path / "twice", PackSettings())
+    assert "is the manifest of a pack; pack the manifest of the original media" in refused(
+        pack, tmp_path / "twice", PackSettings()
+    )
     assert not (tmp_path / "twice").exists()
 
 
@@ -427,7 +429,7 @@ def test_two_at_once_are_refused(mixed, tmp_path):
     [
         (["a.parquet"], "got 1 path, expected two: MANIFEST OUT"),
         (["--verify", "a", "b"], "got 2 paths, expected one"),
-        (["--verify", "nowhere"], "no finished pack"),
+        (["--verify", "nowhere"], "is not a finished pack"),
         (["a.parquet", "o", "--preset", "fats"], 'did you mean "fast"'),
         (["a.parquet", "o", "--workers", "-1"], "--workers -1"),
         (["a.parquet", "o", "--short-side", "8"], "fastav pack --short-side 8: expected int >= 48"),
@@ -451,12 +453,12 @@ def test_verify_finds_what_only_other_readers_see(mixed, tmp_path, capsys):
         shard.write_bytes(altered)
         capsys.readouterr()
         assert main(["pack", "--verify", str(tmp_path / "p")]) == 1
-        assert "000000.tar: its content was altered since it was packed" in capsys.readouterr().out
+        assert "000000.tar: content has changed since it was packed" in capsys.readouterr().out
 
 
 def test_odd_folders_and_manifests_are_refused(mixed, pack, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
-    assert "is a file; give a folder" in refused(mixed, tmp_path / "file", PackSettings())
+    assert "expected a new or empty folder, got a file" in refused(mixed, tmp_path / "file", PackSettings())
     shutil.copytree(pack.root, tmp_path / "p")
     (tmp_path / "p" / "manifest.arrow").unlink()
     data = bytearray((tmp_path / "p" / "manifest.parquet").read_bytes())
@@ -517,7 +519,7 @@ def test_a_clip_that_kills_its_process_is_skipped(mixed, tmp_path, monkeypatch):
     monkeypatch.setattr("fastav.pack.build.pack_clip", __import__("deadly").pack_clip)
     made = build_pack(mixed, tmp_path / "p", PackSettings(), workers=1)
     assert "piece" not in by_id(made)
-    assert "the decoder crashed on it" in (tmp_path / "p" / "skipped.csv").read_text()
+    assert "the decoder crashed or hung on this clip" in (tmp_path / "p" / "skipped.csv").read_text()
 
 
 def test_a_fault_of_ours_is_named_and_not_fatal(mixed, monkeypatch):
