@@ -1,4 +1,4 @@
-"""Where shards are read: byte ranges of local files, of any URL, and of a cache between the two."""
+"""Byte ranges of shards: the protocol of shard stores, and the store for local files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Range = tuple[int, int]
 """Byte offset and size."""
 
 _GAP_BYTES = 4096
-"""Ranges of a local file that are no further apart than this are read at once: a page costs less than a call."""
+"""Ranges of a local file with gaps up to this size are read in one call: reading a page costs less than a call."""
 
 
 @dataclass(slots=True)
 class ReadStats:
-    """What a store did so far; counted without a lock, for statistics.
+    """Statistics of a store since it was opened. Counted without a lock, so threads may lose counts.
 
     Attributes:
-        requests: Reads of a file, or requests over the network.
-        num_bytes: Bytes that came of them.
-        cache_hits: Blocks that were there already.
-        cache_misses: Blocks that had to be fetched.
+        requests: Number of file reads, or of network requests.
+        num_bytes: Number of bytes read.
+        cache_hits: Number of blocks found in the cache.
+        cache_misses: Number of blocks that had to be fetched.
     """
 
     requests: int = 0
@@ -37,29 +37,29 @@ class ReadStats:
 
 
 class ShardStore(Protocol):
-    """Reads byte ranges of shards; called from many threads at once."""
+    """Reads byte ranges of shards. Must be thread-safe."""
 
     @property
     def read_stats(self) -> ReadStats:
-        """What it did so far."""
+        """Statistics since the store was opened."""
         ...
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """Returns the bytes of each range, whole.
+        """Returns all bytes of each range.
 
         Raises:
-            MediaError: They cannot be had; stage `shard`.
+            MediaError: A range cannot be read; the stage is `shard`.
         """
         ...
 
     def forget(self, name: str, part: Range) -> None:
-        """Drops what is kept of a part of a shard, as it may be wrong."""
+        """Discards cached data of a part of a shard, because it may be wrong."""
         ...
 
 
 @dataclass(eq=False)
-class _Open:
-    """A descriptor and how many readers it has; it is closed by the last one after it was let go."""
+class _OpenFile:
+    """An open file and its number of readers. Once `dropped` is set, the last reader closes the file."""
 
     descriptor: int
     readers: int = 0
@@ -68,10 +68,11 @@ class _Open:
 
 @dataclass
 class LocalFiles:
-    """Files of this machine; some are kept open.
+    """Store for local files. Recently read files are kept open.
 
     Args:
-        most: How many.
+        most: Maximum number of files kept open.
+        read_stats: Statistics, updated by every read.
     """
 
     most: int = 64
@@ -79,31 +80,31 @@ class LocalFiles:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._open: OrderedDict[str, _OpenFile] = OrderedDict()
 
     def __del__(self) -> None:
-        for file in self._open.values():  # without readers: they would hold us
+        for file in self._open.values():  # no readers are left: each holds a reference to self
             os.close(file.descriptor)
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """See `ShardStore.read`."""
+        """Returns all bytes of each range, as specified by `ShardStore.read`."""
         try:
             try:
                 return self._read(name, ranges)
             except OSError as error:
                 if error.errno != errno.ESTALE:
                     raise
-                self.forget(name, (0, 0))  # a network file system has replaced it
+                self.forget(name, (0, 0))  # the file was replaced on a network file system
                 return self._read(name, ranges)
         except OSError as error:
             raise MediaError(name, (error.strerror or "cannot be read").lower(), "shard") from error
 
     def _read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        file = self._take(name)
+        file = self._acquire(name)
         try:
             return self._ranges(name, file.descriptor, ranges)
         finally:
-            self._give_back(file)
+            self._release(file)
 
     def _ranges(self, name: str, descriptor: int, ranges: Sequence[Range]) -> list[bytes]:
         found: list[bytes] = [b""] * len(ranges)
@@ -114,36 +115,37 @@ class LocalFiles:
             self.read_stats.requests += 1
             self.read_stats.num_bytes += len(data)
             if len(data) < size:
-                raise MediaError(name, f"ends at byte {begin + len(data)}, its clips go on to {begin + size}", "shard")
+                end = begin + len(data)
+                raise MediaError(name, f"ends at byte {end}, expected at least {begin + size} bytes", "shard")
             for i in members:
                 at, length = ranges[i]
                 found[i] = data if length == size else data[at - begin : at - begin + length]
         return found
 
     def forget(self, name: str, part: Range) -> None:
-        """Opens the file anew at the next read: it may have been replaced."""
+        """Makes the next read open the file again, because it may have been replaced."""
         with self._lock:
             self._drop(self._open.pop(name, None))
 
-    def _take(self, name: str) -> _Open:
+    def _acquire(self, name: str) -> _OpenFile:
         with self._lock:
             file = self._open.get(name)
             if file is None:
-                file = self._open[name] = _Open(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
+                file = self._open[name] = _OpenFile(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
                 if len(self._open) > self.most:
                     self._drop(self._open.popitem(last=False)[1])
             self._open.move_to_end(name)
             file.readers += 1
             return file
 
-    def _give_back(self, file: _Open) -> None:
+    def _release(self, file: _OpenFile) -> None:
         with self._lock:
             file.readers -= 1
             if file.dropped and not file.readers:
                 os.close(file.descriptor)
 
-    def _drop(self, file: _Open | None) -> None:
-        """Closes a file, or has its last reader do it."""
+    def _drop(self, file: _OpenFile | None) -> None:
+        """Closes a file now if it has no readers; otherwise its last reader closes it."""
         if file is not None:
             file.dropped = True
             if not file.readers:
@@ -151,7 +153,7 @@ class LocalFiles:
 
 
 def merge_ranges(ranges: Sequence[Range], gap: int) -> list[tuple[int, int, list[int]]]:
-    """Returns runs of ranges that touch or nearly do: begin, size, and which ranges are in it."""
+    """Merges ranges with gaps up to `gap` bytes. Returns offset, size and range indices of each merged range."""
     runs: list[tuple[int, int, list[int]]] = []
     for i in sorted(range(len(ranges)), key=lambda i: ranges[i][0]):
         at, size = ranges[i]

@@ -1,17 +1,18 @@
-"""A cache of this machine between shards at URLs and the processes that read them.
+"""A local disk cache of remote shards, shared by all processes of a machine.
 
-Shards are fetched in coarse blocks, one file a block, so that a clip and its neighbours come with one request. All
+Shards are fetched in large blocks, one file per block, so that one request fetches a clip and its neighbours. All
 processes of the machine share the folder:
 
-* A block is fetched by the process that holds its lock (`flock`, which the kernel lets go of when a process dies); the
-  others wait for it and find it there.
-* A block is written beside and renamed, so a block file is whole or not there. Its name tells the shard, as its server
-  identified it, and its place; its size is checked at every use, its content by the clips' checksums.
-* `used` says how many bytes the blocks take. It is raised, and the block written, by one process at a time, so it is
-  never too low; it is counted anew whenever it says that the cache is full; then the blocks that were used longest ago
-  go first.
+* A block is fetched by the process that holds its lock (`flock`, which the kernel releases when a process dies). The
+  other processes wait for the lock and then find the block in the cache.
+* A block is written to a temporary file and renamed, so a block file is either complete or absent. Its name identifies
+  the shard, as reported by its server, and the position of the block. The size of the file is checked at every use, and
+  its content is checked with the checksums of the clips.
+* The file `used` contains the total size of the blocks in bytes. One process at a time increases it and writes the
+  block, so it is never too low. Whenever it indicates that the cache is full, the blocks are counted again and the
+  least recently used blocks are deleted.
 
-Where the cache cannot be written (a full disk, a folder that may only be read), shards are read through it.
+If the cache cannot be written (full disk, read-only folder), shards are read without it.
 """
 
 from __future__ import annotations
@@ -32,47 +33,47 @@ from fastav.core.errors import MediaError
 from fastav.media.shards.byte_ranges import Range, ReadStats
 from fastav.media.shards.remote import Remote
 
-_LOCKS = 1024  # lock files; blocks share them
-_TOUCH_S = 60.0  # a block's time of use is noted no more often
-_STALE_S = 3600.0  # what was being written that long ago never will be
+_LOCKS = 1024  # number of lock files, shared by all blocks
+_TOUCH_S = 60.0  # minimum time between updates of the last use of a block
+_STALE_S = 3600.0  # age at which a temporary file counts as abandoned
 
 log = logging.getLogger("fastav.media.shards")
 
 
 class Cached:
-    """Blocks of shards, kept in a folder.
+    """Store for remote shards that caches their blocks in a folder.
 
     Args:
-        remote: Where they come from.
-        folder: Of the cache.
-        most: Bytes that the blocks may take.
-        block: Bytes of a block.
+        remote: Store from which blocks are fetched.
+        folder: Folder of the cache.
+        most: Maximum total size of the cached blocks, bytes.
+        block: Size of a block, bytes.
     """
 
     def __init__(self, remote: Remote, folder: Path, most: int, block: int) -> None:
         self._remote, self._folder, self._most, self._block = remote, folder / "fastav-blocks-1", most, block
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[int, str]] = {}
-        self._own = ReadStats()
+        self._identities: dict[str, tuple[int, str]] = {}
+        self._block_stats = ReadStats()
         self._warned = False
-        self._passed: set[str] = set()  # shards whose wrong blocks cannot be deleted
+        self._uncached: set[str] = set()  # shards with wrong blocks that cannot be deleted
 
     @property
     def read_stats(self) -> ReadStats:
-        """Requests and bytes of the network, hits and misses of the cache."""
-        far = self._remote.read_stats
-        return ReadStats(far.requests, far.num_bytes, self._own.cache_hits, self._own.cache_misses)
+        """Requests and bytes of the network, and hits and misses of the cache."""
+        remote, blocks = self._remote.read_stats, self._block_stats
+        return ReadStats(remote.requests, remote.num_bytes, blocks.cache_hits, blocks.cache_misses)
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """See `Store.read`."""
-        if name in self._passed:
+        """Returns all bytes of each range, as specified by `ShardStore.read`."""
+        if name in self._uncached:
             return self._remote.read(name, ranges)
         size, digest = self._identity(name)
         for at, length in ranges:
             if at + length > size:
                 with self._lock:
-                    self._known.pop(name, None)  # it may be growing, or another one by now
-                raise MediaError(name, f"ends at byte {size}, its clips go on to {at + length}", "shard")
+                    self._identities.pop(name, None)  # the shard may have grown or been replaced
+                raise MediaError(name, f"ends at byte {size}, expected at least {at + length} bytes", "shard")
         numbers = sorted(
             {n for at, length in ranges for n in range(at // self._block, (at + length - 1) // self._block + 1)}
         )
@@ -80,16 +81,16 @@ class Cached:
         try:
             missing = []
             for number in numbers:
-                file = self._opened(digest, number, self._size_of(number, size))
+                file = self._open_block(digest, number, self._size_of(number, size))
                 if file is None:
                     missing.append(number)
                 else:
                     blocks[number] = file
-            self._own.cache_hits += len(blocks)
-            self._own.cache_misses += len(missing)
+            self._block_stats.cache_hits += len(blocks)
+            self._block_stats.cache_misses += len(missing)
             if missing:
-                blocks |= self._filled(name, digest, size, missing)
-            return [self._cut(blocks, at, length) for at, length in ranges]
+                blocks |= self._fill(name, digest, size, missing)
+            return [self._assemble(blocks, at, length) for at, length in ranges]
         except OSError as error:  # a failing disk, or a block that another machine deleted
             self._warn(error)
             return self._remote.read(name, ranges)
@@ -99,27 +100,27 @@ class Cached:
                     block.close()
 
     def forget(self, name: str, part: Range) -> None:
-        """Deletes the blocks of a part of a shard, and asks its server again for its identity."""
+        """Deletes the cached blocks of a part of a shard. The next read requests the identity of the shard again."""
         with self._lock:
-            known = self._known.pop(name, None)
-        if known is not None:
+            identity = self._identities.pop(name, None)
+        if identity is not None:
             try:
                 for number in range(part[0] // self._block, sum(part) // self._block + 1):
-                    self._path(known[1], number).unlink(missing_ok=True)
+                    self._path(identity[1], number).unlink(missing_ok=True)
             except OSError as error:
                 self._warn(error)
-                self._passed.add(name)
+                self._uncached.add(name)
 
     def _identity(self, name: str) -> tuple[int, str]:
         with self._lock:
-            known = self._known.get(name)
-        if known is None:
-            size, mark = self._remote.identity(name)
-            text = f"{name}\0{size}\0{mark}\0{self._block}"
-            known = (size, hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
+            identity = self._identities.get(name)
+        if identity is None:
+            size, version = self._remote.identity(name)
+            text = f"{name}\0{size}\0{version}\0{self._block}"
+            identity = (size, hashlib.blake2b(text.encode(), digest_size=16).hexdigest())
             with self._lock:
-                self._known[name] = known
-        return known
+                self._identities[name] = identity
+        return identity
 
     def _size_of(self, number: int, size: int) -> int:
         return min(self._block, size - number * self._block)
@@ -127,8 +128,8 @@ class Cached:
     def _path(self, digest: str, number: int) -> Path:
         return self._folder / digest[:2] / f"{digest}-{number:08d}.block"
 
-    def _opened(self, digest: str, number: int, size: int) -> BinaryIO | None:
-        """An open block of the right size; None where there is none. It stays readable when it is deleted."""
+    def _open_block(self, digest: str, number: int, size: int) -> BinaryIO | None:
+        """Opens a cached block of the given size; None if there is none. The file stays readable if it is deleted."""
         path = self._path(digest, number)
         try:
             file = path.open("rb")
@@ -145,41 +146,41 @@ class Cached:
                 os.utime(path)
         return file
 
-    def _filled(self, name: str, digest: str, size: int, missing: list[int]) -> dict[int, bytes | BinaryIO]:
-        """Fetches blocks, those at least that no other process has fetched by the time of our turn."""
+    def _fill(self, name: str, digest: str, size: int, missing: list[int]) -> dict[int, bytes | BinaryIO]:
+        """Fetches missing blocks under their locks, except those that another process fetched in the meantime."""
         blocks: dict[int, bytes | BinaryIO] = {}
         try:
             with self._locked(digest, missing):
-                left = []
+                still_missing = []
                 for number in missing:
-                    file = self._opened(digest, number, self._size_of(number, size))
+                    file = self._open_block(digest, number, self._size_of(number, size))
                     if file is None:
-                        left.append(number)
+                        still_missing.append(number)
                     else:
                         blocks[number] = file
-                fetched = self._fetched(name, size, left)
+                fetched = self._fetch(name, size, still_missing)
                 blocks |= fetched
                 for number, data in fetched.items():
-                    self._keep(self._path(digest, number), data)
+                    self._store_block(self._path(digest, number), data)
         except OSError as error:
             self._warn(error)
-            left = [number for number in missing if number not in blocks]
-            blocks |= self._fetched(name, size, left)
+            still_missing = [number for number in missing if number not in blocks]
+            blocks |= self._fetch(name, size, still_missing)
         return blocks
 
-    def _fetched(self, name: str, size: int, numbers: list[int]) -> dict[int, bytes]:
+    def _fetch(self, name: str, size: int, numbers: list[int]) -> dict[int, bytes]:
         if not numbers:
             return {}
         ranges = [(number * self._block, self._size_of(number, size)) for number in numbers]
         return dict(zip(numbers, self._remote.read(name, ranges), strict=True))
 
-    def _keep(self, path: Path, data: bytes) -> None:
-        """Writes a block where there is room for it."""
+    def _store_block(self, path: Path, data: bytes) -> None:
+        """Writes a block into the cache, unless it is larger than the whole cache."""
         if len(data) > self._most:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
-        # Room is made and taken under one lock: a count by another process in between would miss this block.
+        # Space is freed and the block is written under one lock: a count by another process in between would miss it.
         with self.flocked(self._folder / "used.lock"):
             self._make_room(len(data))
             try:
@@ -189,12 +190,12 @@ class Cached:
                 beside.unlink(missing_ok=True)
 
     def _make_room(self, size: int) -> None:
-        """Counts bytes as used, after deleting the blocks that were used longest ago until they fit."""
+        """Adds `size` to the bytes in `used`. Before that, deletes least recently used blocks if space is needed."""
         used_file = self._folder / "used"
         try:
             used = int(used_file.read_text())
         except (OSError, ValueError):
-            used = self._most  # not known: count
+            used = self._most  # unknown, so count the blocks
         if used + size > self._most:
             used = self._evict(self._most - size)
         beside = used_file.with_name(".used.tmp")
@@ -202,7 +203,13 @@ class Cached:
         beside.replace(used_file)
 
     def _evict(self, most: int) -> int:
-        """Deletes the oldest blocks, a tenth more than is needed, until `most` bytes are left; returns what is left."""
+        """Counts the blocks and, if they exceed `most` bytes, deletes the least recently used ones.
+
+        To avoid frequent counts, it then frees an additional tenth of the cache.
+
+        Returns:
+            The total size of the blocks that are left, bytes.
+        """
         found = []
         for path in self._folder.glob("??/*"):
             with contextlib.suppress(OSError):
@@ -222,7 +229,7 @@ class Cached:
 
     @contextlib.contextmanager
     def _locked(self, digest: str, numbers: list[int]) -> Iterator[None]:
-        """Holds the locks of some blocks, always taken in the same order."""
+        """Holds the locks of some blocks. All processes acquire them in the same order, which avoids deadlocks."""
         places = sorted({int(digest[:8], 16) + number for number in numbers}, key=lambda place: place % _LOCKS)
         with contextlib.ExitStack() as stack:
             for place in dict.fromkeys(place % _LOCKS for place in places):
@@ -231,17 +238,17 @@ class Cached:
 
     @contextlib.contextmanager
     def flocked(self, path: Path) -> Iterator[None]:
-        """Holds a lock file against all processes of the node; a child that is forked meanwhile keeps nothing."""
+        """Holds an exclusive lock on a file. A child process that is forked in the meantime does not keep the lock."""
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 yield
-            finally:  # not left to close(): a child forked meanwhile has the file open, too
+            finally:  # close() is not enough: a child forked in the meantime also has the file open
                 fcntl.flock(file, fcntl.LOCK_UN)
 
-    def _cut(self, blocks: dict[int, bytes | BinaryIO], at: int, length: int) -> bytes:
-        """Puts a range together out of blocks."""
+    def _assemble(self, blocks: dict[int, bytes | BinaryIO], at: int, length: int) -> bytes:
+        """Assembles a byte range from blocks."""
         parts = []
         while length:
             number, begin = divmod(at, self._block)
@@ -252,7 +259,7 @@ class Cached:
             else:
                 parts.append(os.pread(block.fileno(), size, begin))
                 if len(parts[-1]) < size:
-                    raise OSError(errno.EIO, "a block ends early")
+                    raise OSError(errno.EIO, "a cached block is too short")
             at, length = at + size, length - size
         return b"".join(parts)
 
@@ -260,4 +267,4 @@ class Cached:
         if not self._warned:
             self._warned = True
             full = " (the disk is full)" if error.errno == errno.ENOSPC else ""
-            log.warning("%s: the cache cannot be used%s, shards are read through: %s", self._folder, full, error)
+            log.warning("%s: cannot use the cache%s, reading shards without it: %s", self._folder, full, error)

@@ -1,4 +1,4 @@
-"""How shards are read: settings, and the store that they make: local files, and URLs by way of a cache."""
+"""Settings for reading shards, and the store that they create for local files and URLs."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from fastav.media.shards.byte_ranges import LocalFiles, Range, ReadStats, ShardS
 
 
 class ShardReading(Config, frozen=True):
-    """How shards are read.
+    """Settings for reading shards.
 
     Attributes:
-        cache: Folder of this machine for blocks of shards at URLs, shared by all its processes; empty for none.
-        cache_gib: Most that the cache may hold, GiB.
-        fill_mib: Blocks that are fetched at once into the cache, MiB: a few clips' worth.
-        concurrency: Requests at a time, of one decoding thread.
-        retries: Further tries after a failure that may pass, such as a time-out; they are up to 5 s apart.
-        open_files: Local shards that are kept open.
+        cache: Local folder in which blocks of remote shards are cached for all processes of the machine. If "", remote
+            shards are not cached.
+        cache_gib: Maximum size of the cache of remote shards, GiB.
+        fill_mib: Size of the blocks in which remote shards are fetched into the cache, MiB. A block contains a few
+            clips.
+        concurrency: Maximum number of parallel requests to remote shards, per decoding thread.
+        retries: Number of retries if reading a remote shard fails for a temporary reason, such as a time-out. Retries
+            are up to 5 s apart.
+        open_files: Maximum number of local shards that a process keeps open.
     """
 
     cache: str = ""
@@ -31,51 +34,51 @@ class ShardReading(Config, frozen=True):
     open_files: PositiveInt = 64
 
     def build(self) -> ShardStore:
-        """Returns a store that takes paths and URLs alike.
+        """Returns a store that reads both paths and URLs.
 
         Raises:
-            UserError: The cache has no room for a few blocks.
+            UserError: The cache is smaller than four blocks.
         """
         if self.cache and self.cache_gib * 1024 < 4 * self.fill_mib:
             raise UserError(
-                f"loading.shards.cache_gib {self.cache_gib:g} holds less than four blocks of loading.shards.fill_mib "
-                f"{self.fill_mib}: raise the one or lower the other"
+                f"loading.shards.cache_gib: expected at least {4 * self.fill_mib / 1024:g} (four blocks of "
+                f"loading.shards.fill_mib {self.fill_mib}), got {self.cache_gib:g}"
             )
         return AnyStore(self)
 
 
 class AnyStore:
-    """Local files, and URLs by way of the cache where there is one."""
+    """Store for local files and URLs. URLs are read through the cache if there is one."""
 
     def __init__(self, reading: ShardReading) -> None:
         self._reading, self._local = reading, LocalFiles(reading.open_files)
         self._lock = threading.Lock()
-        self._far: ShardStore | None = None
+        self._remote: ShardStore | None = None
 
     @property
     def read_stats(self) -> ReadStats:
-        """Of both together."""
-        near, far = self._local.read_stats, self._far.read_stats if self._far else ReadStats()
-        return ReadStats(*(getattr(near, f) + getattr(far, f) for f in ReadStats.__slots__))
+        """Sum of the statistics for local files and for URLs."""
+        local, remote = self._local.read_stats, self._remote.read_stats if self._remote else ReadStats()
+        return ReadStats(*(getattr(local, f) + getattr(remote, f) for f in ReadStats.__slots__))
 
     def read(self, name: str, ranges: Sequence[Range]) -> list[bytes]:
-        """See `ShardStore.read`."""
-        return self._of(name).read(name, ranges)
+        """Returns all bytes of each range, as specified by `ShardStore.read`."""
+        return self._store(name).read(name, ranges)
 
     def forget(self, name: str, part: Range) -> None:
-        """See `ShardStore.forget`."""
-        self._of(name).forget(name, part)
+        """Discards cached data of a part of a shard, as specified by `ShardStore.forget`."""
+        self._store(name).forget(name, part)
 
-    def _of(self, name: str) -> ShardStore:
+    def _store(self, name: str) -> ShardStore:
         if "://" not in name:
             return self._local
         with self._lock:
-            if self._far is None:
-                self._far = self._open_far()
-            return self._far
+            if self._remote is None:
+                self._remote = self._open_remote()
+            return self._remote
 
-    def _open_far(self) -> ShardStore:
-        # Imported here: fsspec takes a tenth of a second, and most runs read local files.
+    def _open_remote(self) -> ShardStore:
+        # Imported here because importing fsspec takes a tenth of a second, and most runs read only local files.
         from fastav.media.shards.cache import Cached
         from fastav.media.shards.remote import Remote
 
