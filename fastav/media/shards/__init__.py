@@ -1,4 +1,4 @@
-"""Shards: tar files of packed clips, the splice that reads just what a plan needs of them, and where they are read."""
+"""Shards: tar files of packed clips, read from local files, URLs or a cache. Only the needed byte ranges are read."""
 
 from fastav.media.shards.byte_ranges import ReadStats as ReadStats
 from fastav.media.shards.format import FLAC_BLOCK as FLAC_BLOCK

@@ -1,17 +1,19 @@
-"""The shard format: tar files that any WebDataset reader takes as they are, and a table of units in front of each clip.
+"""The shard format: tar files that any WebDataset reader can read, with a table of units at the start of each clip.
 
-A clip is a run of members that share a key (a zero-padded number), in this order, those that it has:
+A clip is a run of members that share a key, a zero-padded number. The members come in this order; a clip contains only
+the members that apply to it:
 
-    KEY.idx.npy   uint32 [U, 3]: the clip's units in storage order: size in bytes, kind, CRC-32 begun at the kind
-    KEY.h264      the video as access units one after the other (Annex B: delimiter, parameter sets at keyframes);
-                  or KEY.mjpeg, JPEG pictures one after the other; or KEY.jpg, a still picture
-    KEY.flac      the sound; its first unit is the stream's header, each other one a FLAC frame of `FLAC_BLOCK` samples;
+    KEY.idx.npy   uint32 [U, 3]: size in bytes, kind and CRC-32 (initialized with the kind) of each unit, in order
+    KEY.h264      the video as consecutive access units (Annex B: each has a delimiter, keyframes have parameter sets);
+                  or KEY.mjpeg, consecutive JPEG pictures; or KEY.jpg, a still picture
+    KEY.flac      the audio; the first unit is the stream header, each other unit a FLAC frame of `FLAC_BLOCK` samples;
                   or KEY.npy, a stored spectrogram
-    KEY.json      what the clip is: id, labels, split, source files with digests, sizes and rates
+    KEY.json      description of the clip: id, labels, split, source files with digests, sizes and rates
 
-A manifest row tells the shard, where in it the clip's first member begins, and how many frames and samples there are.
-From these follows how long the table is, and from the table where every frame of video and sound is, so one small read
-finds any frame of any clip of any number of clips, with no index to load. Headers are plain USTAR: 512 bytes a member.
+A manifest row gives the shard, the offset of the clip's first member, and the number of frames and samples. These
+numbers determine the length of the table, and the table gives the position of every frame of video and audio. One small
+read therefore locates any frame of any clip, for any number of clips, without an index in memory. Headers are plain
+USTAR, 512 bytes per member.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
 
 FORMAT_VERSION = 2
-"""Version of the members and the table; noted in every pack."""
+"""Version of the members and the table; recorded in every pack."""
 
 FLAC_BLOCK = 4096
-"""Samples per channel of a FLAC frame, the last of a clip apart."""
+"""Samples per channel in a FLAC frame. The last frame of a clip may be shorter."""
 
 TAR_BLOCK = 512
 VIDEO_EXTENSIONS = {"h264": "h264", "mjpeg": "mjpeg", "jpeg": "jpg"}
@@ -43,10 +45,10 @@ TABLE_EXTENSION = "idx.npy"
 
 
 class UnitKind(IntEnum):
-    """What a unit is; the numbers are part of the format."""
+    """Kind of a unit. The numbers are part of the format."""
 
-    FRAME = 0  # decodes after the frame before it
-    KEYFRAME = 1  # decodes alone
+    FRAME = 0  # needs the previous frame to decode
+    KEYFRAME = 1  # decodes without other frames
     SOUND = 2
     PICTURE = 3
     MEL = 4
@@ -57,8 +59,8 @@ class Member:
     """One file of a clip in the tar.
 
     Attributes:
-        extension: Without the leading dot, such as `h264`.
-        data: Its bytes.
+        extension: File name extension without the leading dot, such as `h264`.
+        data: Content of the file.
     """
 
     extension: str
@@ -67,13 +69,13 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """A clip's table: where each unit is in the shard.
+    """The units of a clip in storage order, from its table.
 
     Attributes:
-        size_U: Bytes, int64.
-        kind_U: `UnitKind`, int64.
-        crc_U: `unit_crc`, int64.
-        at_U: Byte offset in the shard, int64.
+        size_U: Size of each unit in bytes, int64.
+        kind_U: `UnitKind` of each unit, int64.
+        crc_U: `unit_crc` of each unit, int64.
+        at_U: Byte offset of each unit in the shard, int64.
     """
 
     size_U: NDArray[np.int64]
@@ -86,67 +88,68 @@ class Units:
 
 
 def num_sound_units(clip: Clip) -> int:
-    """Returns the units of a clip's sound: a header and its FLAC frames, or one stored spectrogram, or none."""
+    """Returns the number of audio units of a clip: header and FLAC frames, or one for a stored spectrogram, or 0."""
     if clip.num_samples:
         return 1 + -(-clip.num_samples // FLAC_BLOCK)
     return 1 if clip.num_mel_frames else 0
 
 
 def num_units(clip: Clip) -> int:
-    """Returns how many units a packed clip has, from what its row says."""
+    """Returns the number of units of a packed clip, computed from its manifest row."""
     return clip.num_frames + num_sound_units(clip)
 
 
 def table_place(clip: Clip) -> tuple[int, int]:
-    """Returns byte offset and size of a clip's table in its shard, the `.npy` header included."""
+    """Returns byte offset and size of a clip's table in its shard, including the `.npy` header."""
     count = num_units(clip)
     return clip.shard_at + TAR_BLOCK, len(_npy_header(count)) + 12 * count
 
 
 def unit_crc(data: bytes, kind: int) -> int:
-    """Returns CRC-32 of a unit's bytes, begun at its kind: a kind that was altered is as wrong as a byte."""
+    """Returns the CRC-32 of a unit's bytes, initialized with its kind so that a changed kind is detected, too."""
     return zlib.crc32(data, kind)
 
 
 def encode_table(units: Sequence[tuple[bytes, UnitKind]]) -> bytes:
-    """Returns the `.npy` of a clip's table."""
+    """Returns a clip's table as the content of a `.npy` file."""
     table_U3 = np.array([(len(data), kind, unit_crc(data, kind)) for data, kind in units], dtype="<u4").reshape(-1, 3)
     return _npy_header(len(units)) + table_U3.tobytes()
 
 
 def decode_table(clip: Clip, raw: bytes) -> Units:
-    """Reads a clip's table.
+    """Decodes a clip's table.
 
     Args:
-        clip: A packed row.
+        clip: Manifest row of a packed clip.
         raw: The bytes at `table_place`.
 
     Raises:
-        MediaError: They are not the table of such a clip.
+        MediaError: The bytes are not a valid table for this clip.
     """
     count = num_units(clip)
     header = _npy_header(count)
     if not raw.startswith(header) or len(raw) != len(header) + 12 * count:
-        raise MediaError(clip.shard, f'no table of {count} units at byte {clip.shard_at} (clip "{clip.id}")', "shard")
+        raise MediaError(clip.shard, f'clip "{clip.id}" has no table of {count} units at byte {clip.shard_at}', "shard")
     table_3U = np.frombuffer(raw, dtype="<u4", offset=len(header)).reshape(-1, 3).T.astype(np.int64)
     size_U, kind_U, crc_U = table_3U
-    seen = clip.num_frames
+    frames = clip.num_frames
     at = clip.shard_at + TAR_BLOCK + _padded(len(raw)) + TAR_BLOCK
     at_U = at + np.cumsum(size_U) - size_U
-    if 0 < seen < count:  # the sound is a member of its own
-        end = int(at_U[seen])
-        at_U[seen:] += at + _padded(end - at) + TAR_BLOCK - end
+    if 0 < frames < count:  # the audio is a separate member
+        end = int(at_U[frames])
+        at_U[frames:] += at + _padded(end - at) + TAR_BLOCK - end
     end = int(at_U[-1] + size_U[-1]) if count else 0
-    if end > clip.shard_at + clip.shard_size or not size_U.all():  # zeros agree with their own CRC
+    # Zero sizes are checked because a table of zeros matches its checksums: the CRC-32 of no bytes is 0.
+    if end > clip.shard_at + clip.shard_size or not size_U.all():
         raise MediaError(clip.shard, f'the table of clip "{clip.id}" at byte {clip.shard_at} is damaged', "shard")
     return Units(size_U, kind_U, crc_U, at_U)
 
 
 class ShardWriter:
-    """Writes clips into a tar; the same clips give the same bytes.
+    """Writes clips into a tar file. The same clips give the same bytes.
 
     Args:
-        file: Open for writing, at its start.
+        file: File opened for writing, positioned at its start.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -154,7 +157,7 @@ class ShardWriter:
         self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
 
     def add(self, key: str, members: Sequence[Member]) -> tuple[int, int]:
-        """Appends a clip; returns the offset of its first member's header and the bytes it takes."""
+        """Appends a clip. Returns the offset of its first member's header and the number of bytes written."""
         at = self._file.tell()
         for member in members:
             info = tarfile.TarInfo(f"{key}.{member.extension}")
@@ -163,7 +166,7 @@ class ShardWriter:
         return at, self._file.tell() - at
 
     def close(self) -> None:
-        """Ends the archive; the file stays open."""
+        """Writes the end of the archive. The file stays open."""
         self._tar.close()
 
 
@@ -173,7 +176,7 @@ def _padded(size: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _npy_header(count: int) -> bytes:
-    """The header of an array of so many units, as NumPy writes it."""
+    """Returns the `.npy` header of a table of `count` units, as NumPy writes it."""
     raw = io.BytesIO()
     np.lib.format.write_array_header_1_0(raw, {"descr": "<u4", "fortran_order": False, "shape": (count, 3)})
     return raw.getvalue()

@@ -1,4 +1,4 @@
-"""GOP splice: the few groups of pictures, and the few seconds of sound, that a plan needs."""
+"""GOP splice: reads only the groups of pictures (GOPs) and the audio frames of a packed clip that a plan needs."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from fastav.media.shards.store_config import ShardReading
 
 @dataclass(frozen=True, slots=True)
 class SplicedFrames:
-    """A stream that decodes to the wanted frames, and to those between them and their keyframes.
+    """A video stream that decodes to the requested frames, and to the frames between each of them and its keyframe.
 
     Attributes:
         codec: `h264` or `mjpeg`.
-        units: Access units in decoding order, which is presentation order; every run begins with a keyframe.
-        keys: Which of them are keyframes.
-        shown: Place among `units` of each wanted frame, ascending.
+        units: Access units in decoding order, which is presentation order. Each run of consecutive frames begins with
+            a keyframe.
+        keys: For each unit, True if it is a keyframe.
+        shown: Index in `units` of each requested frame, ascending.
     """
 
     codec: str
@@ -35,18 +36,18 @@ class SplicedFrames:
 
     @property
     def stream(self) -> bytes:
-        """The units as one stream."""
+        """All units as one byte stream."""
         return b"".join(self.units)
 
 
 @dataclass(frozen=True, slots=True)
 class SplicedAudio:
-    """FLAC frames that cover the wanted samples.
+    """FLAC frames that contain the requested samples.
 
     Attributes:
-        header: `fLaC` and STREAMINFO, of the whole clip.
-        frames: FLAC frames, neighbours in the clip.
-        start: Number in the clip of the first frame's first sample.
+        header: `fLaC` and STREAMINFO of the whole clip.
+        frames: Consecutive FLAC frames of the clip.
+        start: Index in the clip of the first sample of `frames`.
     """
 
     header: bytes
@@ -55,20 +56,20 @@ class SplicedAudio:
 
     @property
     def stream(self) -> bytes:
-        """Header and frames as one stream."""
+        """Header and frames as one byte stream."""
         return self.header + b"".join(self.frames)
 
 
 @dataclass(frozen=True, slots=True)
 class FetchedClip:
-    """What was read of a packed clip; every unit agrees with its CRC.
+    """Data read from a packed clip. The CRC of every unit has been checked.
 
     Attributes:
-        frames: The video's splice; None where none was asked for or the clip is a picture.
-        sound: The sound's splice; None where none was asked for or stored.
-        picture: A JPEG.
-        mel: A `.npy` of float32 [C, M, L].
-        num_bytes: Bytes read, the table included.
+        frames: Splice of the video; None if no video was requested or the clip is a picture.
+        sound: Splice of the audio; None if no audio was requested or stored.
+        picture: Content of a JPEG file; None if the clip is not a picture or no frame was requested.
+        mel: Content of a `.npy` file, float32 [C, M, L]; None if no spectrogram was requested or stored.
+        num_bytes: Number of bytes read, including the table.
     """
 
     frames: SplicedFrames | None = None
@@ -79,10 +80,10 @@ class FetchedClip:
 
 
 class ShardReader:
-    """Reads packed clips; one for a process, for any number of threads.
+    """Reads packed clips. Each process needs one reader for all its threads.
 
     Args:
-        reading: Where from and through which cache.
+        reading: Settings for reading shards, including the cache.
     """
 
     def __init__(self, reading: ShardReading) -> None:
@@ -92,7 +93,7 @@ class ShardReader:
 
     @property
     def store(self) -> ShardStore:
-        """The store behind it, opened when first used."""
+        """Store of the shards, opened at first use."""
         with self._lock:
             if self._opened is None:
                 self._opened = self.reading.build()
@@ -102,21 +103,21 @@ class ShardReader:
         return ShardReader, (self.reading,)
 
     def fetch(self, clip: Clip, numbers: Sequence[int] | None, samples: tuple[int, int] | None) -> FetchedClip:
-        """Reads what decoding some frames and samples needs, and nothing else but the clip's table.
+        """Reads the clip's table and the units needed to decode some frames and samples.
 
         Args:
-            clip: A packed row.
-            numbers: Distinct ascending frame numbers; None for no video. A picture has the number 0.
-            samples: First sample and the one after the last, at the packed rate; None for no sound. A stored
-                spectrogram comes whole.
+            clip: Manifest row of a packed clip.
+            numbers: Distinct frame numbers, ascending; None for no video. A picture has frame number 0.
+            samples: First sample and end (exclusive), at the packed sample rate; None for no audio. A stored
+                spectrogram is read completely.
 
         Raises:
-            MediaError: The shard cannot be read, or holds other bytes than were packed.
+            MediaError: The shard cannot be read, or its content has changed since it was packed.
         """
         try:
             return self._fetch(clip, numbers, samples)
         except _Altered as first:
-            # A cache may have kept, or a network delivered, something else than there is.
+            # The cache or the network may have delivered wrong bytes, so discard them and read again.
             self.store.forget(clip.shard, (clip.shard_at, clip.shard_size))
             try:
                 return self._fetch(clip, numbers, samples)
@@ -124,7 +125,11 @@ class ShardReader:
                 raise MediaError(clip.shard, str(again), "shard") from first
 
     def units(self, clip: Clip) -> Units:
-        """Reads a clip's table; `MediaError` where it cannot be read or is another clip's."""
+        """Reads the table of a clip.
+
+        Raises:
+            MediaError: The table cannot be read or does not match the clip.
+        """
         return decode_table(clip, self.store.read(clip.shard, [table_place(clip)])[0])
 
     def _fetch(self, clip: Clip, numbers: Sequence[int] | None, samples: tuple[int, int] | None) -> FetchedClip:
@@ -133,27 +138,27 @@ class ShardReader:
             units = decode_table(clip, raw)
         except MediaError as error:
             raise _Altered(error.reason) from error
-        wanted_V = needed_units(units.kind_U[: clip.num_frames], numbers or [])
-        wanted_A = clip.num_frames + needed_audio(clip, samples)
-        chosen = np.concatenate([wanted_V, wanted_A]).astype(np.int64)
+        needed_V = needed_units(units.kind_U[: clip.num_frames], numbers or [])
+        needed_A = clip.num_frames + needed_audio(clip, samples)
+        chosen = np.concatenate([needed_V, needed_A]).astype(np.int64)
         data = self._read_units(clip, units, chosen)
-        seen, heard = data[: len(wanted_V)], data[len(wanted_V) :]
+        video, audio = data[: len(needed_V)], data[len(needed_V) :]
         frames = sound = picture = mel = None
-        if seen and clip.video_codec == "jpeg":
-            picture = seen[0]
-        elif seen:
-            keys = (units.kind_U[wanted_V] == UnitKind.KEYFRAME).tolist()
-            shown = np.searchsorted(wanted_V, np.asarray(numbers)).tolist()
-            frames = SplicedFrames(clip.video_codec, seen, keys, shown)
-        if heard and clip.num_samples:
-            first = int(wanted_A[1]) - clip.num_frames - 1 if len(wanted_A) > 1 else 0
-            sound = SplicedAudio(heard[0], heard[1:], first * FLAC_BLOCK)
-        elif heard:
-            mel = heard[0]
+        if video and clip.video_codec == "jpeg":
+            picture = video[0]
+        elif video:
+            keys = (units.kind_U[needed_V] == UnitKind.KEYFRAME).tolist()
+            shown = np.searchsorted(needed_V, np.asarray(numbers)).tolist()
+            frames = SplicedFrames(clip.video_codec, video, keys, shown)
+        if audio and clip.num_samples:
+            first = int(needed_A[1]) - clip.num_frames - 1 if len(needed_A) > 1 else 0
+            sound = SplicedAudio(audio[0], audio[1:], first * FLAC_BLOCK)
+        elif audio:
+            mel = audio[0]
         return FetchedClip(frames, sound, picture, mel, len(raw) + sum(map(len, data)))
 
     def _read_units(self, clip: Clip, units: Units, chosen: NDArray[np.int64]) -> list[bytes]:
-        """Reads units, one contiguous range a run of neighbours, and checks each."""
+        """Reads units, with one byte range per contiguous run, and checks the CRC of each."""
         if not len(chosen):
             return []
         at, size = units.at_U[chosen], units.size_U[chosen]
@@ -170,42 +175,42 @@ class ShardReader:
         kinds, crcs = units.kind_U[chosen].tolist(), units.crc_U[chosen].tolist()
         for number, unit, kind, crc in zip(chosen.tolist(), data, kinds, crcs, strict=True):
             if unit_crc(unit, kind) != crc:
-                raise _Altered(f'unit {number} of clip "{clip.id}" at byte {units.at_U[number]} was altered')
+                raise _Altered(f'unit {number} of clip "{clip.id}" at byte {units.at_U[number]} is damaged')
         return data
 
 
 class _Altered(Exception):
-    """The shard's bytes are not those that were packed."""
+    """The bytes of the shard differ from the bytes that were packed."""
 
 
 def needed_units(kind_N: NDArray[np.int64], numbers: Sequence[int]) -> NDArray[np.int64]:
-    """Returns the frames to decode, ascending: from the keyframe of each wanted frame up to that frame.
+    """Returns the frames to decode, ascending: for each requested frame, its keyframe and all frames up to itself.
 
     Args:
         kind_N: `UnitKind` of each frame of the clip.
-        numbers: Wanted frames, ascending.
+        numbers: Requested frames, ascending.
 
     Raises:
-        ValueError: A number outside of the clip.
+        ValueError: A number is outside the clip.
     """
     if not len(numbers):
         return np.zeros(0, np.int64)
-    wanted = np.asarray(numbers, np.int64)
-    if wanted[0] < 0 or wanted[-1] >= len(kind_N):
-        raise ValueError(f"frames {list(numbers)} wanted of {len(kind_N)}")
+    requested = np.asarray(numbers, np.int64)
+    if requested[0] < 0 or requested[-1] >= len(kind_N):
+        raise ValueError(f"frames must be 0 to {len(kind_N) - 1}, got {list(numbers)}")
     keys_K = np.flatnonzero(kind_N != UnitKind.FRAME)
     if not len(keys_K) or keys_K[0]:
         keys_K = np.concatenate([[0], keys_K])
     needed: list[int] = []
     last = -1
-    for begin, end in zip(keys_K[np.searchsorted(keys_K, wanted, side="right") - 1].tolist(), numbers, strict=True):
+    for begin, end in zip(keys_K[np.searchsorted(keys_K, requested, side="right") - 1].tolist(), numbers, strict=True):
         needed += range(max(begin, last + 1), end + 1)
         last = end
     return np.array(needed, np.int64)
 
 
 def needed_audio(clip: Clip, samples: tuple[int, int] | None) -> NDArray[np.int64]:
-    """Returns the sound's units that hold the samples: the header and some frames, or the stored spectrogram."""
+    """Returns which audio units contain the samples, counted from 0: header and FLAC frames, or the spectrogram."""
     if samples is None or not clip.has_audio:
         return np.zeros(0, np.int64)
     if not clip.num_samples:

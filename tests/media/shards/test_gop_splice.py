@@ -185,7 +185,7 @@ def test_altered_bytes_are_named(packs, tmp_path):
     copy = tmp_path / "x.tar"
     copy.write_bytes(raw)
     moved, shards = replace(clip, shard=str(copy)), ShardReader(ShardReading())
-    with pytest.raises(MediaError, match=rf"x.tar: shard: unit 20 of clip .* at byte {units.at_U[20]} was altered"):
+    with pytest.raises(MediaError, match=rf"x.tar: shard: unit 20 of clip .* at byte {units.at_U[20]} is damaged"):
         shards.fetch(moved, [21], None)
     assert shards.fetch(moved, [24], None).frames is not None  # its neighbours are still good
 
@@ -211,7 +211,7 @@ def test_an_altered_kind_is_named(packs, tmp_path):
     assert data[row + 4] == UnitKind.FRAME
     data[row + 4] = UnitKind.KEYFRAME
     (tmp_path / "kind.tar").write_bytes(data)
-    with pytest.raises(MediaError, match=r"unit 6 of clip .* was altered"):
+    with pytest.raises(MediaError, match=r"unit 6 of clip .* is damaged"):
         ShardReader(ShardReading()).fetch(replace(clip, shard=str(tmp_path / "kind.tar")), [2, 6], None)
 
 
