@@ -82,11 +82,11 @@ class VideoEncoder:
         return self._units(self._context.encode(None))
 
     def _units(self, packets: Any) -> list[Unit]:
-        made = []
+        units = []
         for packet in packets:
             key = self.intra or packet.is_keyframe
-            made.append((bytes(packet), UnitKind.KEYFRAME if key else UnitKind.FRAME))
-        return made
+            units.append((bytes(packet), UnitKind.KEYFRAME if key else UnitKind.FRAME))
+        return units
 
 
 def encode_flac(wave_CS: NDArray[np.float32], rate: int, bits: int) -> list[Unit]:

@@ -162,15 +162,15 @@ class PackFolder:
             write_text(self.path / PACK_FILE, json.dumps(requested, indent=1))
             return False
         differing = [
-            f"{key} is {found.get(key)!r}, requested {wanted.get(key)!r}"
+            f"{key} is {found.get(key)!r}, requested {expected.get(key)!r}"
             for part in ("settings", "source", "encoders")
-            for found, wanted in [(existing.get(part, {}), requested[part])]
-            for key in sorted(found.keys() | wanted.keys())
-            if found.get(key) != wanted.get(key) and (part, key) != ("source", "manifest")
+            for found, expected in [(existing.get(part, {}), requested[part])]
+            for key in sorted(found.keys() | expected.keys())
+            if found.get(key) != expected.get(key) and (part, key) != ("source", "manifest")
         ]
         if differing:
             raise UserError(
-                f"{self.path}: contains a different pack ({'; '.join(differing)}); use another folder or delete it"
+                f"{self.path}: contains a different pack ({'; '.join(differing)}); delete it or use another folder"
             )
         return bool(existing.get("finished"))
 

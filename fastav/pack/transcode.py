@@ -233,9 +233,9 @@ class _VideoTranscoder:
         quarters = -self.clip.rotation // 90
         rotated = [np.rot90(part.reshape(shape), quarters).ravel() for part, shape in zip(parts, shapes, strict=True)]
         whole = np.concatenate(rotated).reshape(height * 3 // 2, width)
-        made = av.VideoFrame.from_ndarray(whole, self._encoder.pixel_format)
-        made.colorspace, made.color_range = scaled.colorspace, scaled.color_range
-        return made
+        upright = av.VideoFrame.from_ndarray(whole, self._encoder.pixel_format)
+        upright.colorspace, upright.color_range = scaled.colorspace, scaled.color_range
+        return upright
 
     def finish(self, out: Clip) -> tuple[Clip, list[Unit], Quality | None]:
         """Returns the row updated with the packed video, its units, and their quality if it was measured."""
