@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -97,3 +98,27 @@ def test_the_import_law_names_rooms_only():
         path.name for path in (ROOT / "fastav").iterdir() if (path / "__init__.py").exists()
     }
     assert named == own - {"__init__"}
+
+
+def texts(place: Path) -> Iterator[str]:
+    """The text of a page, or the texts within a Python file."""
+    text = place.read_text(encoding="utf-8")
+    if place.suffix != ".py":
+        yield text
+        return
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def import_lines() -> list[str]:
+    """The imports of this project in programs that are texts, and in pages: no linter and no import reads those."""
+    places = [path for folder in ("tests", "benchmarks", "kernels") for path in (ROOT / folder).rglob("*.py")]
+    places += [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels" / "README.md"]
+    form = re.compile(r"^\s*(from (?:fastav|fastav_kernels|benchmarks)(?:\.\w+)* import \w+(?:, \w+)*)$", re.MULTILINE)
+    return sorted({line for place in places for text in texts(place) for line in form.findall(text)})
+
+
+@pytest.mark.parametrize("line", import_lines())
+def test_imports_in_programs_and_pages_exist(line):
+    exec(line, {})

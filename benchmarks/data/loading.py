@@ -41,8 +41,8 @@ class Feed:
         frontend, sampling = Frontend(), Sampling(image_size=size, repeat=repeat)
         modalities: Any = ("video", "audio") if audio else ("video",)
         plan = Plan([(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
-        read = DecodeSpec(modalities, size, frontend, sampling.window)
-        self._decoder = (kind or PyAV()).build(read)
+        spec = DecodeSpec(modalities, size, frontend, sampling.window)
+        self._decoder = (kind or PyAV()).build(spec)
         self.loader = Loader(
             plan, self._decoder, Loading(workers=workers, worker=worker), modalities=modalities, classes=("a",),
             on_broken=_refuse,

@@ -136,7 +136,7 @@ class Collator:
         self._decoder = decoder if not isinstance(decoder, BatchDecoder) else None
         self.batch_decoder = decoder if isinstance(decoder, BatchDecoder) else None
         self._modalities, self._classes, self._aliases = tuple(modalities), tuple(classes), aliases
-        self._frontend = decoder.read.frontend
+        self._frontend = decoder.spec.frontend
         self._floor = self._frontend.floor_db
         self._reported: set[tuple[int, str]] = set()
         self._reasons: list[str] = []

@@ -53,7 +53,7 @@ class DecoderProcesses:
     def __init__(self, decoder: ClipDecoder, count: int) -> None:
         if not hasattr(os, "memfd_create"):
             raise UserError('loading.worker = "process" needs Linux; use "thread"')
-        self.name, self.read = decoder.name, decoder.read
+        self.name, self.spec = decoder.name, decoder.spec
         self._decoder = decoder
         # SimpleQueue is re-entrant: the garbage collector may return a process in the middle of another call.
         self._idle: queue.SimpleQueue[_Process | None] = queue.SimpleQueue()

@@ -36,15 +36,15 @@ class DecodeSpec:
     reading: ShardReading = field(default_factory=ShardReading)
 
 
-def needed_samples(clip: Clip, plans: Sequence[ClipPlan], read: DecodeSpec) -> tuple[int, int]:
+def needed_samples(clip: Clip, plans: Sequence[ClipPlan], spec: DecodeSpec) -> tuple[int, int]:
     """Returns first sample and the one after the last that some plans of a packed clip look at, at its packed rate.
 
     Where it is resampled first, every sample counts: the filter's length is not this function's to know.
     """
-    if clip.sample_rate != read.frontend.sample_rate:
+    if clip.sample_rate != spec.frontend.sample_rate:
         return 0, clip.num_samples
     starts_W = np.concatenate([plan.windows_W for plan in plans])
-    return read.frontend.needed_samples(starts_W, read.window, clip.num_samples)
+    return spec.frontend.needed_samples(starts_W, spec.window, clip.num_samples)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Decoder(Protocol):
 class ClipDecoder(Decoder, Protocol):
     """A decoder that says what it reads: the shape and the floor of a spectrogram that is missing."""
 
-    read: DecodeSpec
+    spec: DecodeSpec
 
 
 @runtime_checkable
@@ -125,7 +125,7 @@ class BatchDecoder(Protocol):
     """
 
     name: str
-    read: DecodeSpec
+    spec: DecodeSpec
 
     @property
     def batches_at_once(self) -> int:

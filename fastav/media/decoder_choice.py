@@ -32,7 +32,7 @@ class ExternalDecoder(Kind, frozen=True, tag="external"):
     """A decoder from outside this project; `kind = "module:attribute"` is short for it.
 
     Attributes:
-        factory: `module:attribute` of a config class or function; what it returns has `build(read)`, which takes a
+        factory: `module:attribute` of a config class or function; what it returns has `build(spec)`, which takes a
             `fastav.media.decoder.DecodeSpec` and returns a `fastav.media.decoder.ClipDecoder`.
         args: Its settings; a recipe may also write them beside `kind`.
     """
@@ -40,14 +40,14 @@ class ExternalDecoder(Kind, frozen=True, tag="external"):
     factory: str = ""
     args: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
 
-    def build(self, read: DecodeSpec) -> ClipDecoder:
+    def build(self, spec: DecodeSpec) -> ClipDecoder:
         """Returns the decoder for a run.
 
         Raises:
             UserError: It cannot be imported, does not take the arguments, or makes something else.
         """
         made = make_external(self.factory, self.args, "decode")
-        decoder = made.build(read) if hasattr(made, "build") else made
+        decoder = made.build(spec) if hasattr(made, "build") else made
         if not hasattr(decoder, "decode"):
             raise UserError(
                 f'decode.kind: "{self.factory}" makes a {type(decoder).__name__} without decode(clip, plans)'

@@ -52,13 +52,13 @@ class PyAV(Kind, frozen=True, tag="pyav"):
 
     threads_per_clip: PositiveInt = 1
 
-    def build(self, read: DecodeSpec) -> PyAVDecoder:
+    def build(self, spec: DecodeSpec) -> PyAVDecoder:
         """Returns the decoder for a run.
 
         Raises:
             UserError: The frontend's settings contradict one another.
         """
-        return PyAVDecoder(self, read)
+        return PyAVDecoder(self, spec)
 
 
 class PyAVDecoder:
@@ -72,10 +72,10 @@ class PyAVDecoder:
 
     name = "pyav"
 
-    def __init__(self, config: PyAV, read: DecodeSpec, shards: ShardReader | None = None) -> None:
-        self.config, self.read = config, read
-        self._log_mel = read.frontend.build()
-        self._shards = shards or ShardReader(read.reading)
+    def __init__(self, config: PyAV, spec: DecodeSpec, shards: ShardReader | None = None) -> None:
+        self.config, self.spec = config, spec
+        self._log_mel = spec.frontend.build()
+        self._shards = shards or ShardReader(spec.reading)
         self._decoders = KeptDecoders()
 
     @property
@@ -87,28 +87,28 @@ class PyAVDecoder:
         """See `Decoder.decode`: frames uint8 [T, 3, size, size], mel float32 [W, C, M, window] in dB."""
         if clip.shard:
             return self._packed(clip, plans)
-        seen = "video" in self.read.modalities and clip.has_video
-        crops = _Crops(clip, plans, self.read.image_size) if seen else None
+        seen = "video" in self.spec.modalities and clip.has_video
+        crops = _Crops(clip, plans, self.spec.image_size) if seen else None
         if crops is not None and clip.image is not None:
             crops.add(0, read_image(clip.image))
         looks = crops is not None and clip.image is None
-        heard = "audio" in self.read.modalities and clip.num_samples > 0 and clip.mel is None
+        heard = "audio" in self.spec.modalities and clip.num_samples > 0 and clip.mel is None
         sound = None
         if looks or heard:
             sound = read_media(clip, crops if looks else None, heard, threads=self.config.threads_per_clip)
         wave_CS = stored = None
         if sound is not None:
             with media_errors(clip.source, "audio"):
-                wave_CS = sound.wave(self.read.frontend.sample_rate)
-        elif "audio" in self.read.modalities and clip.mel is not None:
+                wave_CS = sound.wave(self.spec.frontend.sample_rate)
+        elif "audio" in self.spec.modalities and clip.mel is not None:
             stored = self._banded(open_mel(clip.mel), clip)
         return self._samples(plans, crops, wave_CS, stored)
 
     def _packed(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
         """Reads and decodes what the plans name of a packed clip."""
-        seen, heard = ("video" in self.read.modalities and clip.has_video), "audio" in self.read.modalities
-        crops = _Crops(clip, plans, self.read.image_size) if seen else None
-        samples = needed_samples(clip, plans, self.read) if heard and clip.has_audio else None
+        seen, heard = ("video" in self.spec.modalities and clip.has_video), "audio" in self.spec.modalities
+        crops = _Crops(clip, plans, self.spec.image_size) if seen else None
+        samples = needed_samples(clip, plans, self.spec) if heard and clip.has_audio else None
         packed = self._shards.fetch(clip, None if crops is None else crops.numbers, samples)
         with media_errors(clip.source, "video"):
             if crops is not None and packed.picture is not None:
@@ -118,7 +118,7 @@ class PyAVDecoder:
         wave_CS = stored = None
         with media_errors(clip.source, "audio"):
             if packed.sound is not None:
-                wave_CS = wave_of(packed.sound, clip, self.read.frontend.sample_rate)
+                wave_CS = wave_of(packed.sound, clip, self.spec.frontend.sample_rate)
             elif packed.mel is not None:
                 stored = self._banded(decode_mel(packed.mel, clip), clip)
         return self._samples(plans, crops, wave_CS, stored)
@@ -131,7 +131,7 @@ class PyAVDecoder:
         for plan in plans:
             key = plan.windows_W.tobytes()
             if key not in made and wave_CS is not None:
-                made[key] = self._log_mel.windows(wave_CS, plan.windows_W, self.read.window)
+                made[key] = self._log_mel.windows(wave_CS, plan.windows_W, self.spec.window)
             elif key not in made and stored is not None:
                 made[key] = self._cut(stored, plan.windows_W)
         frames = [None] * len(plans) if crops is None else crops.finished()
@@ -140,19 +140,19 @@ class PyAVDecoder:
 
     def _banded(self, mel_CML: NDArray[np.float32], clip: Clip) -> NDArray[np.float32]:
         """A stored spectrogram that has the frontend's bands."""
-        if mel_CML.shape[1] != self.read.frontend.num_mels:
-            bands = f"has {mel_CML.shape[1]} bands, frontend.num_mels is {self.read.frontend.num_mels}"
+        if mel_CML.shape[1] != self.spec.frontend.num_mels:
+            bands = f"has {mel_CML.shape[1]} bands, frontend.num_mels is {self.spec.frontend.num_mels}"
             raise MediaError(clip.source, bands, "mel")
         return mel_CML
 
     def _cut(self, mel_CML: NDArray[np.float32], starts_W: NDArray[np.int32]) -> Tensor:
         """Windows of a stored spectrogram, filled up with the floor value."""
         channels, bands, _ = mel_CML.shape
-        shape = (len(starts_W), channels, bands, self.read.window)
-        mel_WCML = np.full(shape, self.read.frontend.floor_db, dtype=np.float32)
+        shape = (len(starts_W), channels, bands, self.spec.window)
+        mel_WCML = np.full(shape, self.spec.frontend.floor_db, dtype=np.float32)
         for window_CML, start in zip(mel_WCML, starts_W.tolist(), strict=True):
             if start >= 0:
-                real_CML = mel_CML[..., start : start + self.read.window]
+                real_CML = mel_CML[..., start : start + self.spec.window]
                 window_CML[..., : real_CML.shape[-1]] = real_CML
         return torch.from_numpy(mel_WCML)
 

@@ -152,7 +152,7 @@ def _pictures(recipe: Recipe, clip: Clip) -> ClipPictures:
     length = clip.num_mel_frames or int(frontend.num_frames_s(clip.duration_s))
     window = max(1, min(length, MAX_MEL_FRAMES))
     has_modality: tuple[tuple[Modality, bool], ...] = (("video", clip.has_video), ("audio", clip.has_audio))
-    read = DecodeSpec(
+    spec = DecodeSpec(
         modalities=tuple(modality for modality, has in has_modality if has),
         image_size=IMAGE_SIZE,
         frontend=frontend,
@@ -174,7 +174,7 @@ def _pictures(recipe: Recipe, clip: Clip) -> ClipPictures:
         weight=1.0,
     )
     try:
-        sample = PyAV().build(read).decode(clip, [plan])[0]
+        sample = PyAV().build(spec).decode(clip, [plan])[0]
     except (MediaError, OSError) as error:
         return ClipPictures(note=f"cannot be read: {error}")
     frames = [] if sample.frames_TCHW is None else [frame_uri(frame) for frame in sample.frames_TCHW.numpy()]

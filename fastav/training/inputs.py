@@ -139,10 +139,10 @@ def make_loader(
         pin_memory: Whether batches are in page-locked memory.
     """
     used = modalities(recipe)
-    read = decode_spec(recipe, used)
+    spec = decode_spec(recipe, used)
     return Loader(
         make_plan(recipe, source),
-        chosen_decoder(recipe, source).config.build(read),
+        chosen_decoder(recipe, source).config.build(spec),
         recipe.loading,
         modalities=used,
         classes=source.classes,

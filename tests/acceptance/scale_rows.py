@@ -23,7 +23,8 @@ _ROWS = 10_000_000
 _FIRST_BATCH = """
 import json, sys, time, resource
 import numpy, torch, pyarrow
-from fastav.media import PyAV, Read
+from fastav.media.decoder import DecodeSpec
+from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import Frontend
 from fastav.loader.loader import Loader, Loading
 from fastav.data.manifest import Manifest
@@ -36,9 +37,9 @@ begun = time.perf_counter()
 manifest = Manifest.open(sys.argv[1]).split("train")
 frontend, sampling = Frontend(), Sampling(frames=2, image_size=32, window=100)
 plan = Plan([(manifest, 1.0)], sampling, seed=0, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
-read = Read(("video", "audio"), 32, frontend, 100)
+spec = DecodeSpec(("video", "audio"), 32, frontend, 100)
 named = []
-loader = Loader(plan, PyAV().build(read), Loading(workers=2), modalities=("video", "audio"), classes=manifest.classes,
+loader = Loader(plan, PyAV().build(spec), Loading(workers=2), modalities=("video", "audio"), classes=manifest.classes,
                 on_broken=lambda clip, error: named.append(str(error)))
 batches = loader.batches(("train", i * 4, 4) for i in range(int(sys.argv[2])))
 next(batches)

@@ -79,8 +79,8 @@ class Logged:
     def __init__(self, threads=1):
         self.threads = threads
 
-    def build(self, read):
-        decoder = PyAV().build(read)
+    def build(self, spec):
+        decoder = PyAV().build(spec)
         plain = decoder.decode
 
         def decode(clip, plans):

@@ -94,17 +94,17 @@ def reading(modalities=("video", "audio"), size=SIZE, window=100, **settings):
     )
 
 
-def cpu(read, **settings):
-    return Dali(device="cpu", threads=2, **{"pipelines": 1} | settings).build(read)
+def cpu(spec, **settings):
+    return Dali(device="cpu", threads=2, **{"pipelines": 1} | settings).build(spec)
 
 
-def both(read, clips, plans, decoder=None):
+def both(spec, clips, plans, decoder=None):
     """A batch of one plan a clip by DALI, and the same clips by PyAV."""
-    decoder = decoder or cpu(read)
+    decoder = decoder or cpu(spec)
     prepared = [decoder.prepare(clip, [plan]) for clip, plan in zip(clips, plans, strict=True)]
     shape = {"size": len(clips), "frames": len(plans[0].frames_T), "windows": len(plans[0].windows_W)}
     made = decoder.decode(prepared, [[i] for i in range(len(clips))], **shape)
-    reference = PyAV().build(read)
+    reference = PyAV().build(spec)
     return prepared, made, [reference.decode(clip, [plan])[0] for clip, plan in zip(clips, plans, strict=True)]
 
 

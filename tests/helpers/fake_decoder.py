@@ -95,7 +95,7 @@ class FakeDecoder:
     """Paints a clip's number; `act` may wait, raise, or return something else."""
 
     name = "fake"
-    read = DecodeSpec(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
+    spec = DecodeSpec(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
 
     def __init__(self, act: Callable[[Clip, Sequence[ClipPlan]], list[Sample] | None] | None = None) -> None:
         self.act = act

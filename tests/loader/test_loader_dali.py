@@ -37,10 +37,10 @@ def loader_of(manifest, config, broken=None, **sampling):
         frames=4, image_size=SIZE, window=WINDOW, eval_windows=(0, 150), crop_scale=(0.5, 1.0), **sampling
     )
     plan = Plan([(manifest, 1.0)], chosen, seed=3, mel_bands=frontend.num_mels, mel_frames=frontend.num_frames_s)
-    read = DecodeSpec(("video", "audio"), SIZE, frontend, WINDOW)
+    spec = DecodeSpec(("video", "audio"), SIZE, frontend, WINDOW)
     named = broken if broken is not None else []
     return Loader(
-        plan, config.build(read), Loading(workers=2), modalities=("video", "audio"), classes=manifest.classes,
+        plan, config.build(spec), Loading(workers=2), modalities=("video", "audio"), classes=manifest.classes,
         on_broken=lambda clip, error: named.append(clip.id),
     )  # fmt: skip
 

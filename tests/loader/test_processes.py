@@ -41,7 +41,7 @@ class Marked:
     """Frames and spectrograms that say which clip and frames they are; some clips are bad."""
 
     name = "marked"
-    read = DecodeSpec(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
+    spec = DecodeSpec(image_size=SIZE, frontend=FRONTEND, window=WINDOW)
 
     def decode(self, clip: Clip, plans: Sequence[ClipPlan]) -> list[Sample]:
         if clip.id == "crashes":

@@ -52,9 +52,9 @@ def packed(path, settings=None, tmp=None, **changes):
 
 def frames_of(clip, numbers, size=None):
     """The planned frames of a packed clip, whole, [T, H, W, 3] when it is square."""
-    read = DecodeSpec(("video",), image_size=size or clip.height)
+    spec = DecodeSpec(("video",), image_size=size or clip.height)
     plan = plan_of(frames=numbers, crop=(0, 0, clip.width, clip.height))
-    return PyAV().build(read).decode(clip, [plan])[0].frames_TCHW.permute(0, 2, 3, 1).numpy()
+    return PyAV().build(spec).decode(clip, [plan])[0].frames_TCHW.permute(0, 2, 3, 1).numpy()
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +132,11 @@ def test_packed_frames_and_sound_are_those_of_the_source(mixed, pack):
         shift = 25 if name == "piece" else 0
         pictures = frames_of(made[name], numbers, size=64)
         assert [number_of(picture) for picture in pictures] == [n + shift for n in numbers]
-    read = DecodeSpec(("audio",), window=100)
+    spec = DecodeSpec(("audio",), window=100)
     for name in ("both.mp4", "piece", "sound.wav", "mel"):
         for start in (0, 40, 90):
             one, two = (
-                PyAV().build(read).decode(c[name], [plan_of(windows=(start,))])[0].mel_WCML for c in (raw, made)
+                PyAV().build(spec).decode(c[name], [plan_of(windows=(start,))])[0].mel_WCML for c in (raw, made)
             )
             loud = one > -40  # quieter ones show the rounding to 16 bits
             assert ((one - two)[loud].abs() < (0.5 if name != "mel" else 1e-6)).all()
@@ -172,9 +172,9 @@ def test_rotation_is_baked_in(tmp_path):
         clip = packed(path, tmp=folder)
         raw = clip_of(path)
         assert (clip.width > clip.height) == (raw.width > raw.height)
-        read = DecodeSpec(("video",), image_size=32)
+        spec = DecodeSpec(("video",), image_size=32)
         one, two = (
-            PyAV().build(read).decode(c, [plan_of(crop=(0, 0, c.width, c.height))])[0].frames_TCHW[0].float()
+            PyAV().build(spec).decode(c, [plan_of(crop=(0, 0, c.width, c.height))])[0].frames_TCHW[0].float()
             for c in (raw, clip)
         )
         assert (one - two).abs().mean() < 3

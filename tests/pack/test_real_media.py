@@ -90,8 +90,8 @@ def test_packed_sound_is_that_of_the_files(packed):
             source = raw[clip.id]
             wave_S = decode_sound(shards.fetch(clip, None, (0, clip.num_samples)).sound, clip)
             assert clip.num_samples == round(source.num_samples * 16_000 / source.sample_rate)
-            read = DecodeSpec(("audio",), window=60)
-            one, two = (PyAV().build(read).decode(c, [plan_of(windows=(5,))])[0].mel_WCML for c in (source, clip))
+            spec = DecodeSpec(("audio",), window=60)
+            one, two = (PyAV().build(spec).decode(c, [plan_of(windows=(5,))])[0].mel_WCML for c in (source, clip))
             loud = one > max(float(one.max()) - 40, -35)
             assert ((one - two)[loud].abs() < 1).all(), clip.id
             assert np.isfinite(wave_S).all()

@@ -55,7 +55,7 @@ class DeviceBatch:
 
     def __init__(
         self,
-        read: DecodeSpec,
+        spec: DecodeSpec,
         device: torch.device,
         prepared: Sequence[PreparedClip | None],
         rows: Sequence[Sequence[int]],
@@ -63,18 +63,18 @@ class DeviceBatch:
         frames: int,
         windows: int,
     ) -> None:
-        self.read, self.device = read, device
+        self.spec, self.device = spec, device
         self.errors: list[MediaError | None] = [None] * len(prepared)
         self.clips = [clip for clip in prepared if clip is not None]
         self._numbers = [number for number, clip in enumerate(prepared) if clip is not None]
         self._rows = [rows[number] for number in self._numbers]
         self.has_video_B, self.has_audio_B = np.zeros(size, bool), np.zeros(size, bool)
-        frontend, side = read.frontend, read.image_size
+        frontend, side = spec.frontend, spec.image_size
         self.frames_BTCHW = self.mel_BWCML = None
-        if "video" in read.modalities:
+        if "video" in spec.modalities:
             self.frames_BTCHW = torch.zeros(size, frames, 3, side, side, dtype=torch.uint8, device=device)
-        if "audio" in read.modalities:
-            shape = (size, windows, 1, frontend.num_mels, read.window)
+        if "audio" in spec.modalities:
+            shape = (size, windows, 1, frontend.num_mels, spec.window)
             self.mel_BWCML = torch.full(shape, frontend.floor_db, device=device)
 
     def take_finished(self) -> None:
@@ -149,7 +149,7 @@ class DeviceBatch:
         if self.frames_BTCHW is not None:
             self.frames_BTCHW[rows] = 0
         if self.mel_BWCML is not None:
-            self.mel_BWCML[rows] = self.read.frontend.floor_db
+            self.mel_BWCML[rows] = self.spec.frontend.floor_db
 
     def _blame(self, users: list[int], results: GraphResults, stage: str) -> None:
         for number, reason in results.failed.items():
@@ -162,14 +162,14 @@ class DeviceBatch:
         starts_NW = np.stack([wave.starts_W for wave in waves if wave is not None])
         real_NW = np.where(starts_NW < 0, 0, np.maximum(first_N1[:, 1:] - starts_NW, 0))
         at_NW = starts_NW - first_N1[:, :1]
-        length_L = torch.arange(self.read.window, device=self.device)
+        length_L = torch.arange(self.spec.window, device=self.device)
         at_NWL = self._index(at_NW)[..., None] + length_L
         real_NWL = length_L < self._index(real_NW)[..., None]
         count, windows, length = at_NWL.shape
         bands = mel_NML.shape[1]
         at_NWML = at_NWL.clamp(0, mel_NML.shape[2] - 1)[:, :, None].expand(count, windows, bands, length)
         cut_NWML = mel_NML[:, None].expand(count, windows, bands, -1).gather(3, at_NWML)
-        return cut_NWML.masked_fill(~real_NWL[:, :, None], self.read.frontend.floor_db)
+        return cut_NWML.masked_fill(~real_NWL[:, :, None], self.spec.frontend.floor_db)
 
     def _index(self, numbers: Any) -> Tensor:
         return torch.from_numpy(np.asarray(numbers, np.int64)).to(self.device)

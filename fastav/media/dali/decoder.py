@@ -125,14 +125,14 @@ class Dali(Kind, frozen=True, tag="dali"):
     pipelines: PositiveInt = 2
     hybrid: Share = 0.0
 
-    def build(self, read: DecodeSpec) -> DaliDecoder:
+    def build(self, spec: DecodeSpec) -> DaliDecoder:
         """Returns the decoder for a run, on the current CUDA device.
 
         Raises:
             UserError: Something is missing, or the frontend's settings contradict one another.
             FastavError: DALI is there and does not work.
         """
-        return DaliDecoder(self, read)
+        return DaliDecoder(self, spec)
 
 
 def missing_requirement(device: Device) -> str:
@@ -174,29 +174,29 @@ class DaliDecoder:
 
     name = "dali"
 
-    def __init__(self, config: Dali, read: DecodeSpec) -> None:
+    def __init__(self, config: Dali, spec: DecodeSpec) -> None:
         lack = missing_requirement(config.device)
         if lack:
             raise UserError(f'decode.kind "dali" with device "{config.device}": {lack}')
-        self.config, self.read, self.kind = config, read, device_kind(config.device)
-        if read.frontend.factory:
+        self.config, self.spec, self.kind = config, spec, device_kind(config.device)
+        if spec.frontend.factory:
             raise UserError(
                 'frontend.factory: decode.kind "dali" computes the log-mel spectrogram itself; use "pyav" or "auto"'
             )
-        read.frontend.build()  # says where its settings contradict one another
+        spec.frontend.build()  # says where its settings contradict one another
         self.device = torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
         self.threads = config.threads or num_threads(self.device)
-        self._shards = ShardReader(read.reading)
+        self._shards = ShardReader(spec.reading)
         # What DALI does not take; each sees one modality, so that nothing is decoded twice.
         self._video_fallback, self._audio_fallback, self._full_fallback = (
             PyAVDecoder(
-                PyAV(), DecodeSpec(some, read.image_size, read.frontend, read.window, read.reading), self._shards
+                PyAV(), DecodeSpec(some, spec.image_size, spec.frontend, spec.window, spec.reading), self._shards
             )
-            for some in (("video",), ("audio",), read.modalities)
+            for some in (("video",), ("audio",), spec.modalities)
         )
         self._slots: queue.LifoQueue[Slot] = queue.LifoQueue()
         for _ in range(config.pipelines):
-            self._slots.put(Slot(PipelinePlace(self.device.index, self.threads), read))
+            self._slots.put(Slot(PipelinePlace(self.device.index, self.threads), spec))
         with self._slot() as slot:
             why = slot.trial(self.kind)
         if why:
@@ -217,7 +217,7 @@ class DaliDecoder:
         Raises:
             MediaError: The file is not what the row promises; names file and stage.
         """
-        seen, heard = ("video" in self.read.modalities and clip.has_video), "audio" in self.read.modalities
+        seen, heard = ("video" in self.spec.modalities and clip.has_video), "audio" in self.spec.modalities
         sounds = heard and clip.num_samples > 0 and clip.mel is None
         starts_W = plans[0].windows_W
         cut = self._cut(clip, starts_W) if sounds else None
@@ -230,8 +230,8 @@ class DaliDecoder:
             samples = self._video_fallback.decode(clip, plans)
             pictures = tuple(sample.frames_TCHW for sample in samples if sample.frames_TCHW is not None)
         if sounds and cut is None:  # no window holds any of it
-            shape = len(starts_W), 1, self.read.frontend.num_mels, self.read.window
-            mel_WCML = torch.full(shape, self.read.frontend.floor_db)
+            shape = len(starts_W), 1, self.spec.frontend.num_mels, self.spec.window
+            mel_WCML = torch.full(shape, self.spec.frontend.floor_db)
         elif cut is not None:
             wave = self._wave(clip, cut, starts_W, packed.sound)
         elif heard and clip.num_mel_frames:
@@ -262,7 +262,7 @@ class DaliDecoder:
             FastavError: DALI does not work any more, whatever the clips.
         """
         with self._slot() as slot:
-            made = DeviceBatch(self.read, self.device, prepared, rows, size, frames, windows)
+            made = DeviceBatch(self.spec, self.device, prepared, rows, size, frames, windows)
             slot.films.start([clip.film for clip in made.clips if clip.film is not None])
             slot.waves.start([clip.wave for clip in made.clips if clip.wave is not None])
             made.take_finished()  # while DALI works
@@ -296,13 +296,13 @@ class DaliDecoder:
 
     def _cut(self, clip: Clip, starts_W: NDArray[np.int32]) -> AudioSpan | None:
         """What the windows look at, in samples of the spectrogram's rate."""
-        frontend = self.read.frontend
+        frontend = self.spec.frontend
         count = round(clip.num_samples * frontend.sample_rate / clip.sample_rate)
-        return AudioSpan.of(frontend, starts_W, self.read.window, count)
+        return AudioSpan.of(frontend, starts_W, self.spec.window, count)
 
     def _is_direct(self, clip: Clip) -> bool:
         """Whether DALI decodes a packed clip's sound to what PyAV makes of it."""
-        frontend = self.read.frontend
+        frontend = self.spec.frontend
         same = clip.sample_rate == frontend.sample_rate and clip.channels <= 2  # their mean is both's downmix
         return same and clip.num_samples > frontend.n_fft // 2
 
@@ -342,7 +342,7 @@ class DaliDecoder:
         if sound is not None and self._is_direct(clip):
             begin, count = cut.begin - sound.start, cut.end - cut.begin
             return AudioSample(shortened(sound, clip), begin, count, cut.first, cut.total, starts_W)
-        frontend = self.read.frontend
+        frontend = self.spec.frontend
         with media_errors(clip.source, "audio"):
             if sound is not None:
                 wave_CS = wave_of(sound, clip, frontend.sample_rate)
@@ -358,10 +358,10 @@ class DaliDecoder:
 class Slot:
     """A pair of pipelines, and the CUDA stream on which their batches are put together."""
 
-    def __init__(self, place: PipelinePlace, read: DecodeSpec) -> None:
-        self.place, self.read = place, read
-        self.films: Engine[VideoSample] = Engine(VideoGraph(place, read.image_size))
-        self.waves: Engine[AudioSample] = Engine(AudioGraph(place, read.frontend))
+    def __init__(self, place: PipelinePlace, spec: DecodeSpec) -> None:
+        self.place, self.spec = place, spec
+        self.films: Engine[VideoSample] = Engine(VideoGraph(place, spec.image_size))
+        self.waves: Engine[AudioSample] = Engine(AudioGraph(place, spec.frontend))
         self._stream = None if place.device_id is None else torch.cuda.Stream(place.device_id)
 
     @contextmanager
@@ -375,16 +375,16 @@ class Slot:
 
     def trial(self, kind: str) -> str:
         """Decodes a made clip in pipelines of its own; returns why that does not work, or nothing."""
-        frontend = self.read.frontend
+        frontend = self.spec.frontend
         samples = np.zeros(4 * frontend.n_fft, np.float32)
         starts_W = np.zeros(1, np.int32)
         wave = AudioSample(wav_of(samples, frontend.sample_rate), 0, len(samples), 0, 1, starts_W)
         trials: list[tuple[Graph[Any], Any]] = []
-        if "audio" in self.read.modalities:
+        if "audio" in self.spec.modalities:
             trials.append((AudioGraph(self.place, frontend), wave))
-        if "video" in self.read.modalities:
+        if "video" in self.spec.modalities:
             trials.append(
-                (VideoGraph(self.place, self.read.image_size), made_film("h264" if kind == "gpu" else "mjpeg"))
+                (VideoGraph(self.place, self.spec.image_size), made_film("h264" if kind == "gpu" else "mjpeg"))
             )
         for graph, sample in trials:
             engine: Engine[Any] = Engine(graph)

@@ -52,8 +52,8 @@ def test_spectrograms_are_the_frontends_for_any_settings(name, folder, tmp_path)
     settings = PackSettings(sample_rate=frontend.sample_rate)
     clip = pack(clip_of(path), tmp_path / "sound.tar", settings)
     total = int(frontend.num_frames(clip.num_samples))
-    read = DecodeSpec(("audio",), frontend=frontend, window=60)
-    decoder, reference = cpu(read), PyAV().build(read)
+    spec = DecodeSpec(("audio",), frontend=frontend, window=60)
+    decoder, reference = cpu(spec), PyAV().build(spec)
     places = [0, 1, 3, total // 2, total - 61, total - 60, total - 59, total - 5, total - 1, total, -1]
     plans = [plan_of(windows=[start]) for start in places if start < total + 1]
     prepared = [decoder.prepare(clip, [plan]) for plan in plans]

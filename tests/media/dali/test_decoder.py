@@ -112,7 +112,7 @@ def test_a_pack_of_mjpeg_is_pyavs_on_a_gpu(wide):
     decoder.kind = "gpu"
     prepared = decoder.prepare(wide, [plan])
     assert prepared.film is None
-    expected = PyAV().build(decoder.read).decode(wide, [plan])[0].frames_TCHW
+    expected = PyAV().build(decoder.spec).decode(wide, [plan])[0].frames_TCHW
     assert torch.equal(prepared.pictures[0], expected)
 
 
@@ -120,8 +120,8 @@ def test_a_pack_of_mjpeg_is_pyavs_on_a_gpu(wide):
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 def test_workers_decode_the_video_of_a_share_of_the_clips(wide, share):
     """The same share of every batch, and the same clips each time."""
-    read, count = reading(), 32
-    decoder = cpu(read, hybrid=share)
+    spec, count = reading(), 32
+    decoder = cpu(spec, hybrid=share)
     plans = [replace(plan_of([0, 30], windows=[5]), sample=1_000_003 + i) for i in range(count)]
     by_hand = [decoder.prepare(wide, [plan]).pictures is not None for plan in plans]
     assert by_hand == [decoder.prepare(wide, [plan]).film is None for plan in plans]
@@ -130,7 +130,7 @@ def test_workers_decode_the_video_of_a_share_of_the_clips(wide, share):
     prepared = [decoder.prepare(wide, [plan]) for plan in plans[:8]]
     assert all(clip.wave is not None for clip in prepared)
     made = decoder.decode(prepared, [[i] for i in range(8)], size=8, frames=2, windows=1)
-    expected = PyAV().build(read).decode(wide, plans[:1])[0].frames_TCHW
+    expected = PyAV().build(spec).decode(wide, plans[:1])[0].frames_TCHW
     for row in range(8):
         found = made.frames_BTCHW[row]
         assert torch.equal(found, expected) if by_hand[row] else distance(found, expected) <= LEVELS
@@ -295,8 +295,8 @@ def test_a_part_at_the_start_of_a_raw_file_goes_through_dali_and_doubts_do_not(f
 
 @needs_dali
 def test_replicas_share_a_decode_and_go_to_their_rows(wide, tall):
-    read = reading(("video", "audio"))
-    decoder, reference = cpu(read), PyAV().build(read)
+    spec = reading(("video", "audio"))
+    decoder, reference = cpu(spec), PyAV().build(spec)
     crops = [(0, 0, 90, 90), (30, 5, 60, 60), (60, 0, 96, 96)]
     plans = [plan_of([3, 50], crop=crop, windows=[7], flip=i == 1) for i, crop in enumerate(crops)]
     single = [plan_of([4, 5], crop=(0, 30, 90, 90), windows=[0])]
@@ -379,8 +379,8 @@ def unreadable(self, clip, plans):
 @needs_dali
 @pytest.mark.parametrize("part", ["film", "no film", "wave"])
 def test_a_poisoned_clip_is_pyavs_or_named_and_the_others_come_out_as_without_it(wide, tall, webm, part, caplog):
-    read = reading()
-    decoder = cpu(read)
+    spec = reading()
+    decoder = cpu(spec)
     plans = [
         plan_of([0, 1, 40 if clip is wide else 30], windows=[i]) for i, clip in enumerate([wide, tall, wide, webm])
     ]
@@ -401,7 +401,7 @@ def test_a_poisoned_clip_is_pyavs_or_named_and_the_others_come_out_as_without_it
         assert made.errors == [None] * 4
         assert "DALI: " in caplog.text
         assert "PyAV reads it" in caplog.text
-        (sample,) = PyAV().build(read).decode(wide, [plans[2]])
+        (sample,) = PyAV().build(spec).decode(wide, [plans[2]])
         assert torch.equal(made.frames_BTCHW[1], sample.frames_TCHW)
         if sample.mel_WCML is not None:
             assert torch.equal(made.mel_BWCML[1], sample.mel_WCML)
@@ -440,8 +440,8 @@ def test_where_all_clips_fail_a_made_one_tells_whether_dali_still_works(wide, mo
 
 @needs_dali
 def test_threads_share_pipelines_and_larger_batches_follow_smaller_ones(wide, tall, spoken):
-    read = reading()
-    decoder = cpu(read, pipelines=2)
+    spec = reading()
+    decoder = cpu(spec, pipelines=2)
     clips = [wide, tall, spoken]
     plans = [plan_of([0, 1], windows=[i]) for i in range(3)]
     prepared = [decoder.prepare(clip, [plan]) for clip, plan in zip(clips, plans, strict=True)]
@@ -520,10 +520,10 @@ def test_packed_h264_and_sound_on_a_gpu_agree_with_pyav(folder):
     write_media(path, frames=75, size=(160, 96), picture=smooth, wave=noise(3, 44_100), rate=44_100, layout="mono")
     for name in ("small", "balanced", "fast"):
         clip = pack(clip_of(path), folder / f"{name}.tar", PackSettings(preset=name))
-        read = reading()
-        decoder = Dali(device="gpu").build(read)
+        spec = reading()
+        decoder = Dali(device="gpu").build(spec)
         plans = [plan_of([0, 7, 7, 30, 74], crop=(10, 5, 120, 80), windows=[w], flip=w == 5) for w in (0, 5, 200)]
-        prepared, made, expected = both(read, [clip] * 3, plans, decoder)
+        prepared, made, expected = both(spec, [clip] * 3, plans, decoder)
         made.adopt()
         assert made.frames_BTCHW.is_cuda
         assert made.mel_BWCML.is_cuda
