@@ -115,9 +115,8 @@ def import_lines() -> list[str]:
     """The imports of this project in programs that are texts, and in pages: no linter and no import reads those."""
     places = [path for folder in ("tests", "benchmarks", "kernels") for path in (ROOT / folder).rglob("*.py")]
     places += [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "kernels" / "README.md"]
-    form = re.compile(
-        r"^\s*(from (?:fastav|fastav_kernels|benchmarks)(?:\.[a-z]\w*)* import [A-Za-z]\w*(?:, \w+)*)$", re.MULTILINE
-    )
+    package = r"(?:fastav|fastav_kernels|benchmarks)(?:\.[a-z]\w*)*"
+    form = re.compile(rf"^\s*(from {package} import [A-Za-z]\w*(?:, \w+)*)$", re.MULTILINE)
     return sorted({line for place in places for text in texts(place) for line in form.findall(text)})
 
 
