@@ -1,10 +1,9 @@
-"""A span of sound as one channel of samples at the rate that the spectrogram wants.
+"""Decodes the audio of a clip, mixes it to one channel, and resamples it to the sample rate of the spectrogram.
 
-Channels are mixed before resampling, by fixed weights that sum to 1, so nothing can clip and a tone that is
-equal in all channels keeps its level: the mean of mono and stereo and of layouts that name no places (field
-recorders), and ITU-R BS.775 weights for surround (front 0.707, centre 1, surround 0.5, no LFE, divided by
-their sum). FFmpeg's own downmix is not used: its stereo sum is 3 dB louder for float codecs than for
-integer ones.
+Channels are mixed before resampling, with fixed weights that sum to 1. So nothing can clip, and a tone that is equal in
+all channels keeps its level. Mono, stereo and layouts without channel positions (field recorders) are averaged.
+Surround layouts use the weights of ITU-R BS.775 (front 0.707, centre 1, surround 0.5, no LFE), divided by their sum.
+FFmpeg's own downmix is not used, because its stereo sum is 3 dB louder for float codecs than for integer codecs.
 """
 
 from __future__ import annotations
@@ -25,64 +24,64 @@ from fastav.data.clip import Clip
 from fastav.media.decoder import UncertainSeek
 from fastav.media.probe import SampleClock
 
-# Lossy codecs need some packets before their output is right: MP3's bit reservoir, Opus' 80 ms, SBR.
+# After a seek, lossy codecs need some packets until their output is right (bit reservoir of MP3, 80 ms of Opus, SBR).
 PREROLL_S = 0.5
 
-# Readers whose timestamps after a seek are true to the sample (Matroska: to half a millisecond). Others, such as AVI,
+# Formats whose timestamps after a seek are exact to the sample (Matroska: to half a millisecond). Others, such as AVI,
 # are read from the start.
 EXACT_SEEK = frozenset(
     {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts", "wav", "w64", "aiff", "flac", "mp3", "ogg"}
 )
 
 _DTYPES = {"u8": "u1", "s16": "i2", "s32": "i4", "s64": "i8", "flt": "f4", "dbl": "f8"}
-_CHUNK = 44_100  # samples a step: larger ones cost page faults (three times the time on 4 s)
-_SHORT_BY = 16  # samples that may be missing at the end: rounding of spans
+_CHUNK = 44_100  # samples per step; larger steps are slower because of page faults (4 s of audio: three times)
+_SHORT_BY = 16  # samples that may be missing at the end, because spans are rounded
 _FRONT, _CENTRE, _SURROUND = 0.7071, 1.0, 0.5
 _WEIGHTS = {"FL": _FRONT, "FR": _FRONT, "FC": _CENTRE, "LFE": 0.0, "LFE2": 0.0} | dict.fromkeys(
     ("BL", "BR", "SL", "SR", "BC", "FLC", "FRC"), _SURROUND
 )
 
 
-class Sound:
-    """Collects the decoded samples of a clip's span.
+class AudioReader:
+    """Decodes the packets of a stream and collects the samples of one clip.
 
     Args:
         stream: The audio stream.
-        clip: The span.
-        start_pts: Timestamp of the stream's first sample after a seek; None when reading from the start.
-        mixed: Whether channels are mixed to one.
+        clip: The clip, which gives the range of samples.
+        start_pts: After a seek, the timestamp of the first sample of the stream; None when reading from the start.
+        mono: Whether to mix the channels to one.
 
     Attributes:
-        full: Whether it needs no more packets.
-        wave_CS: float32 in -1 to 1 at the clip's rate, one channel where mixed; complete after `finish`.
-        bits: 16, or 24 where the stream has more than 16 bits a sample.
+        full: True if no more packets are needed.
+        wave_CS: Samples, float32 in -1 to 1, at the clip's sample rate; complete after `finish`.
+        bits: Bits per sample to store: 16, or 24 if the stream has more than 16.
     """
 
-    def __init__(self, stream: Any, clip: Clip, start_pts: int | None = None, *, mixed: bool = True) -> None:
+    def __init__(self, stream: Any, clip: Clip, start_pts: int | None = None, *, mono: bool = True) -> None:
         self.stream, self.clip = stream, clip
         self.full, self.bits = False, 16
-        self._begin, self._end, self._mixed = clip.start_sample, clip.start_sample + clip.num_samples, mixed
-        self.wave_CS = np.zeros((1 if mixed else clip.channels, clip.num_samples), dtype=np.float32)
+        self._begin, self._end, self._mono = clip.start_sample, clip.start_sample + clip.num_samples, mono
+        self.wave_CS = np.zeros((1 if mono else clip.channels, clip.num_samples), dtype=np.float32)
         self._clock: SampleClock | None = None
         self._seek_pts = start_pts
         self._fifo = av.AudioFifo()
-        self._next: int | None = None  # sample after the last one in the queue
+        self._next: int | None = None  # number of the sample after the last one in the queue
         self._first: int | None = None
         self._reached = 0
 
     def feed(self, packet: Any) -> None:
-        """Decodes the stream's next packet, the empty one at the end too; `full` says when it has enough.
+        """Decodes the next packet of the stream, including the empty packet at its end.
 
         Raises:
-            FFmpegError: The packet does not decode.
-            MediaError: The sound is not what the row says.
+            FFmpegError: The packet cannot be decoded.
+            MediaError: The audio does not match the manifest row.
         """
         for frame in packet.decode():
-            self._take(frame)
+            self._add(frame)
         if not packet.size:
             self.full = True
 
-    def _take(self, frame: av.AudioFrame) -> None:
+    def _add(self, frame: av.AudioFrame) -> None:
         if self._clock is None:
             seeked = self._seek_pts is not None
             start_pts, position = (self._seek_pts, None) if seeked else (frame.pts, 0)
@@ -90,7 +89,8 @@ class Sound:
             wide = frame.format.name.removesuffix("p") in ("s32", "s64", "dbl")
             self.bits = 24 if wide or self.stream.codec_context.name.startswith("pcm_f") else 16
         if frame.sample_rate != self.clip.sample_rate:
-            raise self._broken(f"sounds at {frame.sample_rate} Hz, its row says {self.clip.sample_rate}")
+            expected = f"expected {self.clip.sample_rate} Hz as in the manifest"
+            raise self._error(f"its audio has {frame.sample_rate} Hz, {expected}")
         start = self._clock.place(frame)
         self._first = start if self._first is None else self._first
         self._reached = max(self._reached, start + frame.samples)
@@ -98,21 +98,22 @@ class Sound:
         if start + frame.samples <= self._begin or start >= self._end:
             return
         if self._next != start:
-            self._empty()
-        frame.pts = None  # or the queue insists on seamless timestamps
+            self._flush()
+        frame.pts = None  # otherwise the queue requires timestamps without gaps
         self._fifo.write(frame)
         self._next = start + frame.samples
         if self._fifo.samples >= _CHUNK:
-            self._empty()
+            self._flush()
 
-    def _empty(self) -> None:
-        """Moves what is queued to its place in the span."""
+    def _flush(self) -> None:
+        """Moves the queued samples to their position in `wave_CS`."""
         queued = self._fifo.read()
         if queued is None or self._next is None:
             return
-        new_CS = mix_down(queued)[None] if self._mixed else channels(queued)
+        new_CS = mix_down(queued)[None] if self._mono else channels(queued)
         if len(new_CS) != len(self.wave_CS):
-            raise self._broken(f"sounds in {len(new_CS)} channels, its row says {len(self.wave_CS)}")
+            expected = f"expected {len(self.wave_CS)} as in the manifest"
+            raise self._error(f"its audio has {len(new_CS)} channels, {expected}")
         at = self._next - new_CS.shape[1] - self._begin
         piece_CS = new_CS[:, max(-at, 0) : self.clip.num_samples - at]
         self.wave_CS[:, max(at, 0) : max(at, 0) + piece_CS.shape[1]] = piece_CS
@@ -121,28 +122,28 @@ class Sound:
         """Completes `wave_CS`.
 
         Raises:
-            MediaError: The stream ended before the span did.
-            Unproven: The seek landed too late.
+            MediaError: The stream ends before the clip does.
+            UncertainSeek: The seek went past the start of the clip.
         """
-        self._empty()
+        self._flush()
         if self._seek_pts is not None and (self._first is None or self._first > max(self._begin, 0)):
-            raise UncertainSeek("the seek landed too late")
+            raise UncertainSeek("the seek went past the start of the clip")
         missing = self._end - self._reached
         if missing > _SHORT_BY:
             found = max(self._reached - self._begin, 0)
-            raise self._broken(f"its sound ends after {found} of {self.clip.num_samples} samples")
+            raise self._error(f"its audio ends after {found} of {self.clip.num_samples} samples")
 
-    def wave(self, rate: int) -> Tensor:
-        """Returns the finished span, float32 [C, S], S = round(num_samples * rate / sample_rate)."""
-        made = [resample(wave_S, self.clip.sample_rate, rate) for wave_S in self.wave_CS]
-        return torch.from_numpy(np.stack(made))
+    def waveform(self, rate: int) -> Tensor:
+        """Returns the samples resampled to `rate`, Hz: float32 [C, S], S = round(num_samples * rate / sample_rate)."""
+        resampled = [resample(wave_S, self.clip.sample_rate, rate) for wave_S in self.wave_CS]
+        return torch.from_numpy(np.stack(resampled))
 
-    def _broken(self, reason: str) -> MediaError:
+    def _error(self, reason: str) -> MediaError:
         return MediaError(self.clip.audio or "", reason, "audio")
 
 
 def mix_down(frame: av.AudioFrame) -> NDArray[np.float32]:
-    """Returns the samples of a frame as one channel in -1 to 1, float32 [S]."""
+    """Mixes the samples of a frame to one channel in -1 to 1, float32 [S]."""
     names = [channel.name for channel in frame.layout.channels]
     if len(names) < 3 or not set(names) <= set(_WEIGHTS):
         weight_C = np.full(len(names), 1 / len(names))
@@ -161,7 +162,7 @@ def channels(frame: av.AudioFrame) -> NDArray[np.float32]:
 
 
 def _scaled(wave_S: NDArray[Any], weight: float) -> NDArray[np.float32]:
-    """Samples in -1 to 1 times a weight."""
+    """Returns samples, scaled to -1 to 1 and multiplied by a weight."""
     if wave_S.dtype == np.uint8:
         return (wave_S.astype(np.float32) - 128) * np.float32(weight / 128)
     if np.issubdtype(wave_S.dtype, np.integer):
@@ -170,8 +171,8 @@ def _scaled(wave_S: NDArray[Any], weight: float) -> NDArray[np.float32]:
 
 
 def _channels(frame: av.AudioFrame) -> list[NDArray[Any]]:
-    """Views of the channels [S] of a frame, valid as long as the frame."""
-    # Not `frame.to_ndarray()`: with eight planes it reads past their pointers and crashes the process (PyAV 18.1).
+    """Returns views of the channels [S] of a frame; they are valid as long as the frame exists."""
+    # `frame.to_ndarray()` is not used: with eight planes it reads beyond their pointers and crashes (PyAV 18.1).
     dtype, channels = _DTYPES[frame.format.name.removesuffix("p")], frame.layout.nb_channels
     if frame.format.is_packed:
         packed = np.frombuffer(frame.planes[0], dtype)[: frame.samples * channels]
@@ -180,38 +181,38 @@ def _channels(frame: av.AudioFrame) -> list[NDArray[Any]]:
 
 
 def resample(wave_S: NDArray[np.float32], sample_rate: int, rate: int) -> NDArray[np.float32]:
-    """Resamples one channel with FFmpeg's polyphase filter; at the same rate it returns its argument.
+    """Resamples one channel with FFmpeg's polyphase filter. If the rates are equal, returns the input.
 
     Args:
-        wave_S: float32.
-        sample_rate: Of `wave_S`, Hz.
-        rate: Wanted, Hz.
+        wave_S: Samples, float32.
+        sample_rate: Sample rate of `wave_S`, Hz.
+        rate: Sample rate of the output, Hz.
 
     Returns:
-        float32 [round(S * rate / sample_rate)], sample 0 at the time of the input's sample 0.
+        float32 [round(S * rate / sample_rate)]; sample 0 has the time of sample 0 of the input.
     """
     if sample_rate == rate or not len(wave_S):
         return wave_S
-    graph = _resampling(sample_rate, rate)
+    graph = _resampling_graph(sample_rate, rate)
     out_S = np.zeros(round(len(wave_S) * rate / sample_rate), dtype=np.float32)
     at = 0
     for start in range(0, len(wave_S) + _CHUNK, _CHUNK):
-        frame = None  # the last push says that no more comes
+        frame = None  # the last push ends the stream
         if start < len(wave_S):
             frame = av.AudioFrame.from_ndarray(wave_S[None, start : start + _CHUNK], "fltp", "mono")
             frame.sample_rate, frame.pts = sample_rate, start
         graph.push(frame)
-        for piece in _pulled(graph):
+        for piece in _pull_all(graph):
             piece_S = piece.to_ndarray()[0, : len(out_S) - at]
             out_S[at : at + len(piece_S)] = piece_S
             at += len(piece_S)
     return out_S
 
 
-def _resampling(sample_rate: int, rate: int) -> Any:
-    """A filter graph from one rate to another.
+def _resampling_graph(sample_rate: int, rate: int) -> Any:
+    """Returns a filter graph that resamples from one rate to another.
 
-    What `av.AudioResampler` would set up, with one thread: on its own it starts one per core for every clip.
+    It is the graph of `av.AudioResampler`, but with one thread. `av.AudioResampler` starts one per core for every clip.
     """
     graph = av.filter.Graph()
     graph.threads = 1
@@ -227,7 +228,7 @@ def _resampling(sample_rate: int, rate: int) -> Any:
     return graph
 
 
-def _pulled(graph: Any) -> Iterator[av.AudioFrame]:
+def _pull_all(graph: Any) -> Iterator[av.AudioFrame]:
     while True:
         try:
             yield graph.pull()

@@ -1,4 +1,4 @@
-"""What every decoder does, and what it is told of the run."""
+"""The interfaces of decoders: what to decode (`DecodeSpec`), and the decoded clips and batches."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from fastav.media.spectrogram import Frontend
 
 @dataclass(frozen=True)
 class DecodeSpec:
-    """What a run reads of every clip.
+    """What a run decodes from every clip.
 
     Attributes:
-        modalities: What is decoded; the other streams are not touched.
-        image_size: Height and width of the frames handed out, pixels.
+        modalities: Modalities to decode; other streams are not read.
+        image_size: Height and width of the decoded frames, pixels.
         frontend: Settings of the spectrogram.
-        window: Length of a mel window, mel frames.
-        reading: How shards of packed clips are read.
+        window: Length of a spectrogram window, mel frames.
+        reading: Settings for reading shards of packed clips.
     """
 
     modalities: tuple[Modality, ...] = ("video", "audio")
@@ -37,9 +37,10 @@ class DecodeSpec:
 
 
 def needed_samples(clip: Clip, plans: Sequence[ClipPlan], spec: DecodeSpec) -> tuple[int, int]:
-    """Returns first sample and the one after the last that some plans of a packed clip look at, at its packed rate.
+    """Returns the range of samples (first, last + 1) of a packed clip that the plans need, at its stored sample rate.
 
-    Where it is resampled first, every sample counts: the filter's length is not this function's to know.
+    If the audio must be resampled, the range is the whole clip, because every output sample depends on the samples
+    around it.
     """
     if clip.sample_rate != spec.frontend.sample_rate:
         return 0, clip.num_samples
@@ -52,8 +53,9 @@ class Sample:
     """One decoded clip under one plan, on the CPU.
 
     Attributes:
-        frames_TCHW: uint8, cropped, resized, flipped; None where the clip has no video or none was asked for.
-        mel_WCML: float32 log-mel in dB, neither masked nor normalised; None where there is no audio or none asked for.
+        frames_TCHW: uint8, cropped, resized, flipped; None if the clip has no video or video is not decoded.
+        mel_WCML: float32 log-mel, dB, neither masked nor normalised; None if the clip has no audio or audio is not
+            decoded.
     """
 
     frames_TCHW: Tensor | None
@@ -62,14 +64,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class DecodedBatch:
-    """A batch on the device, complete; `adopt` it in the consumer's thread.
+    """A complete batch on the device. The thread that uses it must call `adopt` first.
 
     Attributes:
-        frames_BTCHW: uint8; black where there is none. None in a run without video.
-        mel_BWCML: float32 log-mel in dB; the floor where there is none. None in a run without audio.
+        frames_BTCHW: uint8, black for clips without video; None in a run without video.
+        mel_BWCML: float32 log-mel, dB, the floor value for clips without audio; None in a run without audio.
         has_video_B: bool, on the CPU.
         has_audio_B: bool, on the CPU.
-        errors: Why a clip could not be decoded, as `prepared` was ordered; its rows are blank.
+        errors: Error of each clip that could not be decoded, in the order of `prepared`; its rows are blank.
     """
 
     frames_BTCHW: Tensor | None
@@ -79,9 +81,10 @@ class DecodedBatch:
     errors: list[MediaError | None]
 
     def adopt(self) -> None:
-        """Keeps the memory from being used again before the calling thread's current CUDA stream is done with it.
+        """Prevents reuse of the memory before the current CUDA stream of the calling thread has finished with it.
 
-        The tensors were made on another stream, to which PyTorch would else return them as soon as they are forgotten.
+        The tensors were allocated on another stream. Without this call, PyTorch could give their memory to that stream
+        as soon as the last reference is gone.
         """
         for tensor in (self.frames_BTCHW, self.mel_BWCML):
             if tensor is not None and tensor.is_cuda:
@@ -89,11 +92,11 @@ class DecodedBatch:
 
 
 class UncertainSeek(Exception):
-    """A short cut that might not lead to the planned frames or samples; the file is then read from its start."""
+    """A seek may not have reached the planned frames or samples; the file must be read from its start."""
 
 
 class Decoder(Protocol):
-    """Reads planned frames and windows; called from many threads at once."""
+    """Decodes planned frames and spectrogram windows. Called from many threads at once."""
 
     name: str
 
@@ -102,46 +105,50 @@ class Decoder(Protocol):
 
         Args:
             clip: A probed row of a manifest.
-            plans: The replicas of one clip: same frames and windows, their own crop and flip.
+            plans: Plans of the replicas of one clip: the same frames and windows, different crops and flips.
 
         Raises:
-            MediaError: The file is not what the row promises; names file and stage.
+            MediaError: The file does not match its manifest row; names file and stage.
         """
         ...
 
 
 class ClipDecoder(Decoder, Protocol):
-    """A decoder that says what it reads: the shape and the floor of a spectrogram that is missing."""
+    """A decoder that returns single clips.
+
+    Attributes:
+        spec: What it decodes. The loader fills missing frames and spectrograms in the same shape.
+    """
 
     spec: DecodeSpec
 
 
 @runtime_checkable
 class BatchDecoder(Protocol):
-    """Decodes whole batches, on a device, of what was read clip by clip.
-
-    Attributes:
-        batches_at_once: How many calls of `decode` work at the same time.
-    """
+    """A decoder that reads single clips and decodes whole batches on a device."""
 
     name: str
     spec: DecodeSpec
 
     @property
     def batches_at_once(self) -> int:
-        """See above."""
+        """Number of calls of `decode` that can run at the same time."""
         ...
 
     def prepare(self, clip: Clip, plans: Sequence[ClipPlan]) -> Any:
-        """Reads what decoding a clip needs; called from many threads at once; `MediaError` as in `Decoder.decode`."""
+        """Reads the data that decoding a clip needs. Called from many threads at once.
+
+        Raises:
+            MediaError: The file does not match its manifest row; names file and stage.
+        """
         ...
 
     def decode(
         self, prepared: Sequence[Any], rows: Sequence[Sequence[int]], *, size: int, frames: int, windows: int
     ) -> DecodedBatch:
-        """Makes the tensors of a batch; see `fastav.media.dali.decoder.DaliDecoder.decode`."""
+        """Decodes a batch; `fastav.media.dali.decoder.DaliDecoder.decode` describes the arguments."""
         ...
 
     def close(self) -> None:
-        """Frees the device's decoders."""
+        """Frees the decoders on the device."""
         ...

@@ -1,21 +1,20 @@
-"""Which packets of a video must be decoded to see the planned frames, and those frames alone.
+"""Finds the packets of a video that must be decoded to get the planned frames, and decodes only those.
 
-A clip shows eight frames of hundreds. The rest can be skipped in three ways, none of which may change a
-pixel:
+A plan needs about eight of the hundreds of frames of a clip. The other frames are skipped in three ways, none of which
+changes a pixel of the planned frames:
 
-* Groups of pictures without a planned frame, and what follows the last planned frame of a group, are not
-decoded.
-  Decoding starts at a keyframe that is presented no later than the frame wanted, so the leading pictures of
-  open groups are never asked of the wrong one.
-* Frames that no other frame refers to are left out unless planned, where the standard makes the promise that
-  nothing else depends on them (H.264's nal_ref_idc 0; B pictures of MPEG-2 and MPEG-4).
-* A piece of a long file is reached by seeking.
+* Groups of pictures (GOPs) without a planned frame are not decoded, nor are the frames of a GOP after its last planned
+  frame. Decoding starts at a keyframe that is presented no later than the planned frame, so leading pictures of open
+  GOPs are decoded from the right keyframe.
+* Frames that are not planned and that no other frame refers to are skipped, if the standard guarantees that no frame
+  depends on them (nal_ref_idc 0 of H.264; B pictures of MPEG-2 and MPEG-4).
+* Clips that start late in a long file are reached by seeking.
 
-Frame numbers are presentation order, and a packet knows its presentation time, so a frame's number is the
-rank of its time among its clip's packets. That holds where every packet is one frame and tells its time.
-`PacketReader` therefore proves it on each clip (the count of packets, the times at both ends, a real keyframe, each
-planned time coming out of the decoder undamaged), and says so where it cannot; then the file is decoded
-from its first packet and frames are counted, which is always right and is what `probe` did.
+Frames are numbered in presentation order. Each packet has a presentation time, so the number of a frame is the rank of
+its time among the packets of the clip. This is true only if every packet is one frame with a timestamp. Therefore
+`PacketReader` checks each clip: the number of packets, the times at both ends, a real keyframe, and that every planned
+frame is decoded without damage. If a check fails, it raises `UncertainSeek`. The file is then decoded from its first
+packet and the frames are counted, as in `probe`, which is always right.
 """
 
 from __future__ import annotations
@@ -36,21 +35,23 @@ from fastav.media.open_file import TIME_TOLERANCE_S, frame_times_s
 # Containers whose packets carry the presentation times of their frames.
 _TIMED = frozenset({"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "mpegts"})
 
-# Codings in which FFmpeg's AVDISCARD_NONREF leaves out only what nothing depends on. Not HEVC, whose sub-
-# layer non-reference pictures may be referred to from a higher layer.
+# Codecs for which FFmpeg's AVDISCARD_NONREF skips only frames that no other frame depends on. HEVC is not among them,
+# because a higher layer may refer to its sub-layer non-reference pictures.
 _DISPOSABLE = frozenset({"h264", "mpeg2video", "mpeg4"})
 
-# Readers go to a decoding time, or to any packet near it: where the next keyframe is presented too late, go back more.
+# Distances to seek back, seconds, tried in order. A seek reaches a decoding time, or a packet near it, so the next
+# keyframe may be presented too late.
 _SEEK_BACK_S = (0.0, 1.0, 4.0, 16.0)
 
-_MOST_REORDERED = 64  # packets at the head of a file among which an earlier picture could still come
-_MARGIN_S = 1.0  # read on so far past the end: more than any reordering
+_MOST_REORDERED = 64  # number of packets at the start of a file that may contain the first presented frame
+_MARGIN_S = 1.0  # packets are read up to this long after the end of the clip, longer than any reordering
 HELD_BYTES = 1 << 26
-"""Of a longer span the packets' marks are kept alone, and the needed packets read again."""
+"""Maximum size of the packets of a clip to keep in memory. If a clip is larger, only the timestamps and flags of its
+packets are kept, and the needed packets are read again."""
 
 
-class _Mark(NamedTuple):
-    """What is kept of a packet without its data; the names are the packet's own."""
+class _PacketInfo(NamedTuple):
+    """A packet without its data. The names are those of PyAV's packets."""
 
     pts: int
     dts: int | None
@@ -58,18 +59,18 @@ class _Mark(NamedTuple):
     is_discard: bool
 
     @classmethod
-    def of(cls, packet: Any) -> _Mark:
+    def of(cls, packet: Any) -> _PacketInfo:
         return cls(packet.pts, packet.dts, packet.is_keyframe, packet.is_discard)
 
 
 class PacketReader:
-    """The packets of a clip's span of video, in decoding order.
+    """Collects the video packets of a clip, in decoding order, and decodes the planned frames.
 
     Args:
-        container: From `open_media`.
+        container: File opened by `open_media`.
         stream: Its video stream.
-        clip: The span.
-        start_pts: Timestamp of the file's first presented frame after a seek; None when reading from the
+        clip: The clip, which gives the time span.
+        start_pts: After a seek, the timestamp of the first presented frame of the file; None when reading from the
             start.
     """
 
@@ -77,48 +78,48 @@ class PacketReader:
         self.container, self.stream, self.clip = container, stream, clip
         self.from_start = start_pts is None
         self.start_pts = start_pts
-        self.blind = container.format.name not in _TIMED
-        self.full = self.blind
+        self.untimed = container.format.name not in _TIMED
+        self.full = self.untimed
         self._ended = False
         self._held = 0
-        self._packets: list[Any] = []  # packets, or the marks of all of them
+        self._packets: list[Any] = []  # packets, or `_PacketInfo` of all of them
         self._end_s = clip.start_s + clip.duration_s
         self._read_to = round((self._end_s + _MARGIN_S) / stream.time_base)
 
     def feed(self, packet: Any) -> None:
-        """Takes the stream's next packet, the empty one at the end too; `full` says when it has enough."""
+        """Adds the next packet of the stream, including the empty packet at its end; `full` is set when complete."""
         if not packet.size:
             self._ended = self.full = True
             return
         pts, dts = packet.pts, packet.dts
         if pts is None:
-            self.blind = self.full = True
+            self.untimed = self.full = True
             self._packets.clear()
             return
         held, self._held = self._held, self._held + packet.size
         if self._held > HELD_BYTES:
             if held <= HELD_BYTES:
-                self._packets = [_Mark.of(earlier) for earlier in self._packets]
-            packet = _Mark.of(packet)
+                self._packets = [_PacketInfo.of(earlier) for earlier in self._packets]
+            packet = _PacketInfo.of(packet)
         self._packets.append(packet)
         if self.start_pts is None:
             self.start_pts = pts
-        # Matroska knows no decoding times for its first packets.
+        # The first packets of Matroska have no decoding times.
         self.full = dts is not None and dts - self.start_pts > self._read_to
 
     def pick(self, numbers: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-        """Yields number and frame of the planned frames, ascending; decodes nothing that it need not.
+        """Decodes the planned frames and yields their numbers and frames, ascending.
 
         Raises:
-            Unproven: It is not certain which packets they are. Frames yielded before are right.
-            FFmpegError: The decoder refuses a packet.
+            UncertainSeek: It is not certain which packets contain the frames. Frames yielded before are right.
+            FFmpegError: A packet cannot be decoded.
         """
-        pts_N = self._span()
+        pts_N = self._frame_pts()
         wanted = {int(pts_N[n]): n for n in numbers}
         place = {packet.pts: i for i, packet in enumerate(self._packets)}
         keys = [(i, p.pts) for i, p in enumerate(self._packets) if p.is_keyframe]
         context = self.stream.codec_context
-        # Frame threads hand options on late: skip_frame would hit a neighbour.
+        # With frame threads, options take effect late: `skip_frame` would skip a neighbouring frame.
         skips = context.thread_count == 1 and context.codec.canonical_name in _DISPOSABLE
         for first, last in self._runs(sorted(wanted, key=place.__getitem__), place, keys):
             run = {pts for pts in wanted if first <= place[pts] <= last}
@@ -130,43 +131,44 @@ class PacketReader:
                 checked = True
                 if frame.pts in run:
                     if frame.is_corrupt:
-                        raise UncertainSeek("a planned frame came out damaged")
+                        raise UncertainSeek("a planned frame is damaged")
                     run.discard(frame.pts)
-                    frame.time_base = self.stream.time_base  # a bare decoder does not know it
+                    frame.time_base = self.stream.time_base  # the decoder does not set it
                     yield wanted[frame.pts], frame
                     if not run:
                         break
             if run:
-                raise UncertainSeek("a planned frame did not come out")
+                raise UncertainSeek("a planned frame was not decoded")
 
-    def _span(self) -> NDArray[np.int64]:
-        """Timestamps of the clip's frames in presentation order, when there is no doubt which they are."""
+    def _frame_pts(self) -> NDArray[np.int64]:
+        """Returns the timestamps of the clip's frames in presentation order, or raises `UncertainSeek`."""
         packets, clip = self._packets, self.clip
-        if self.blind or not packets:
-            raise UncertainSeek("packets without times")
+        if self.untimed or not packets:
+            raise UncertainSeek("packets without timestamps")
         shown = np.sort(np.array([p.pts for p in packets if not p.is_discard], dtype=np.int64))
         opens = next((p.pts for p in packets if p.is_keyframe), None)
         if opens is None or len(shown) == 0 or np.any(np.diff(shown) <= 0):
-            raise UncertainSeek("no keyframe, or two frames of one time")
+            raise UncertainSeek("no keyframe, or two frames with the same timestamp")
         if self.from_start:
-            # Pictures that lead the first keyframe, or come before one, might not decode and not count.
+            # Pictures before the first keyframe, in decoding or presentation order, may not be decodable, and `probe`
+            # then does not count them.
             if not packets[0].is_keyframe or shown[0] < opens:
                 raise UncertainSeek("the file does not start at a keyframe")
             self.start_pts = int(shown[0])
         times = frame_times_s(shown, self.start_pts or 0, self.stream.time_base)
         opens_s = frame_times_s(np.array([opens]), self.start_pts or 0, self.stream.time_base)[0]
         if not self.from_start and opens_s > clip.start_s + TIME_TOLERANCE_S:
-            raise UncertainSeek("the seek landed too late")
+            raise UncertainSeek("the seek went past the start of the clip")
         first = int(np.searchsorted(times, clip.start_s - TIME_TOLERANCE_S)) if clip.start_frame else 0
         last = first + clip.num_frames
         whole = self._ended and first == 0 == clip.start_frame and last == len(times)
         end_s = self._end_s - TIME_TOLERANCE_S
         if not whole and (last > len(times) or times[last - 1] >= end_s or (last < len(times) and times[last] < end_s)):
-            raise UncertainSeek("the span holds another number of packets than of frames")
+            raise UncertainSeek("the numbers of packets and frames differ")
         return shown[first:last]
 
     def _runs(self, wanted: list[int], place: dict[int, int], keys: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """First and last packet of each run to decode; `wanted` are timestamps in decoding order."""
+        """Returns first and last packet of each run to decode; `wanted` are timestamps in decoding order."""
         runs: list[tuple[int, int]] = []
         for pts in wanted:
             first = next((i for i, key_pts in reversed(keys) if i <= place[pts] and key_pts <= pts), None)
@@ -178,7 +180,13 @@ class PacketReader:
         return runs
 
     def decode_run(self, first: int, last: int, keep: set[int] | None) -> Iterator[av.VideoFrame]:
-        """Decodes packets first..last and drains the decoder; `keep`: leave disposable frames out but these."""
+        """Decodes the packets first to last, both included, and drains the decoder.
+
+        Args:
+            first: First packet.
+            last: Last packet.
+            keep: Timestamps of the only disposable frames to decode; None decodes all frames.
+        """
         context = self.stream.codec_context
         held = self._held <= HELD_BYTES
         for packet in self._packets[first : last + 1] if held else self._read_again(first, last):
@@ -188,33 +196,33 @@ class PacketReader:
         yield from context.decode(None)
 
     def _read_again(self, first: int, last: int) -> Iterator[Any]:
-        """Goes back to a keyframe and yields packets first..last once more."""
+        """Seeks back to a keyframe and yields the packets first to last, both included, again."""
         key = self._packets[first]
         at = key.pts if key.dts is None else key.dts
         for back_s in _SEEK_BACK_S:
             self.container.seek(at - round(back_s / self.stream.time_base), stream=self.stream)
             expected = iter(self._packets[first : last + 1])
-            mark = next(expected)
+            info = next(expected)
             for packet in self.container.demux(self.stream):
-                if packet.pts == mark.pts:
+                if packet.pts == info.pts:
                     yield packet
-                    mark = next(expected, None)
-                    if mark is None:
+                    info = next(expected, None)
+                    if info is None:
                         return
-                elif mark is not key:
-                    raise UncertainSeek("other packets than before")
+                elif info is not key:
+                    raise UncertainSeek("the packets differ from those of the first reading")
                 elif not packet.size or (packet.dts is not None and packet.dts > at):
                     break
-        raise UncertainSeek("a keyframe was not found again")
+        raise UncertainSeek("a keyframe was not found when the file was read again")
 
 
 def count_frames(container: Any, stream: Any, numbers: Sequence[int]) -> Iterator[tuple[int, av.VideoFrame]]:
-    """Decodes from the file's start and yields number and frame of the planned ones; stops after the last.
+    """Decodes a file from its start and yields numbers and frames of the planned frames; stops after the last one.
 
     Args:
-        container: Freshly opened.
+        container: File that was just opened.
         stream: Its video stream.
-        numbers: Ascending, counted from the file's first presented frame.
+        numbers: Frame numbers, ascending, counted from the first presented frame of the file.
     """
     wanted = iter(numbers)
     number = next(wanted)
@@ -227,7 +235,11 @@ def count_frames(container: Any, stream: Any, numbers: Sequence[int]) -> Iterato
 
 
 def seek_packets(container: Any, stream: Any, clip: Clip) -> PacketReader | None:
-    """Goes to the last keyframe that is presented no later than the span; None where only counting is certain."""
+    """Seeks to the last keyframe that is presented no later than the start of the clip.
+
+    Returns:
+        A reader at the keyframe; None if frames of this file can only be found by counting.
+    """
     start_pts = first_pts(container, stream)
     if start_pts is None:
         return None
@@ -245,7 +257,7 @@ def seek_packets(container: Any, stream: Any, clip: Clip) -> PacketReader | None
 
 
 def first_pts(container: Any, stream: Any) -> int | None:
-    """Timestamp of the first presented frame, found at the head of the file; None where it cannot be told so."""
+    """Returns the timestamp of the first presented frame from the first packets of a file; None if uncertain."""
     if container.format.name not in _TIMED:
         return None
     first: int | None = None
@@ -259,6 +271,7 @@ def first_pts(container: Any, stream: Any) -> int | None:
         elif packet.pts < first:
             return None
         if packet.dts is not None and packet.dts >= first:
-            # What is decoded later is presented later, too.
+            # All frames that are decoded later are also presented later.
+
             return first
     return None

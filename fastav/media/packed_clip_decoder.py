@@ -1,7 +1,7 @@
-"""Decodes what was spliced out of a shard: access units straight into decoders that are kept, FLAC frames into samples.
+"""Decodes the parts of a packed clip that were read from a shard: access units into frames, FLAC frames into samples.
 
-There is no container to open, to probe and to seek in, and a decoder is opened once a thread instead of once a clip:
-what is left is decoding the frames that the plan needs.
+Packed clips need no container to be opened, probed and searched. Video decoders stay open, one per thread, instead of
+being opened for each clip. Only the frames that the plan needs are decoded.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from fastav.media.shards import FLAC_BLOCK, SplicedAudio, SplicedFrames
 _STREAMINFO = slice(8, 42)  # after `fLaC` and the header of the first metadata block
 
 
-class KeptDecoders(threading.local):
-    """Open video decoders, one of each codec for each thread."""
+class OpenDecoders(threading.local):
+    """Open video decoders, one per codec and thread."""
 
     def __init__(self) -> None:
         self._contexts: dict[str, Any] = {}
 
-    def __reduce__(self) -> tuple[type[KeptDecoders], tuple[()]]:
-        return KeptDecoders, ()  # another process opens its own
+    def __reduce__(self) -> tuple[type[OpenDecoders], tuple[()]]:
+        return OpenDecoders, ()  # another process opens its own decoders
 
-    def watch(self, spliced: SplicedFrames, sink: FrameSink, clip: Clip) -> None:
-        """Decodes a splice and hands the wanted frames over, ascending.
+    def decode(self, spliced: SplicedFrames, sink: FrameSink, clip: Clip) -> None:
+        """Decodes the access units of a clip and passes the planned frames to the sink, ascending.
 
         Raises:
-            MediaError: Another number of frames came out than went in, or a damaged one.
-            FFmpegError: The decoder refuses a unit.
+            MediaError: The number of decoded frames differs from the number of units, or a frame is damaged.
+            FFmpegError: A unit cannot be decoded.
         """
         context = self._contexts.get(spliced.codec)
         if context is None:
@@ -60,46 +60,46 @@ class KeptDecoders(threading.local):
                         sink.take(wanted[count], frame)
                     count += 1
             if count != len(spliced.units):
-                reason = f'{len(spliced.units)} frames of clip "{clip.id}" decoded to {count}'
+                reason = f'clip "{clip.id}": decoded {count} frames, expected {len(spliced.units)}'
                 raise MediaError(clip.source, reason, "video")
             context.flush_buffers()
         except BaseException:
-            del self._contexts[spliced.codec]  # its state is unknown now
+            del self._contexts[spliced.codec]  # its state is unknown after an error
             raise
 
 
-def decode_sound(sound: SplicedAudio, clip: Clip) -> NDArray[np.float32]:
-    """Decodes a splice of sound into its place in the clip, mixed to one channel.
+def decode_audio(audio: SplicedAudio, clip: Clip) -> NDArray[np.float32]:
+    """Decodes the FLAC frames of a clip, mixes them to one channel, and puts them at their position in the clip.
 
     Returns:
-        float32 [num_samples] in -1 to 1 at the packed rate; silence where nothing was asked for.
+        float32 [num_samples] in -1 to 1 at the clip's sample rate; 0 where no frame was read.
 
     Raises:
-        MediaError: The frames are not what the row says.
-        FFmpegError: The decoder refuses a frame.
+        MediaError: The frames do not match the manifest row.
+        FFmpegError: A frame cannot be decoded.
     """
     wave_S = np.zeros(clip.num_samples, dtype=np.float32)
     context: Any = av.CodecContext.create("flac", "r")
     context.thread_count = 1
-    context.extradata = sound.header[_STREAMINFO]
-    at = sound.start
-    for data in sound.frames:
+    context.extradata = audio.header[_STREAMINFO]
+    at = audio.start
+    for data in audio.frames:
         for frame in context.decode(av.Packet(data)):
             expected = min(FLAC_BLOCK, clip.num_samples - at)
             if frame.samples != expected or frame.sample_rate != clip.sample_rate:
                 found = f"{frame.samples} samples at {frame.sample_rate} Hz"
-                reason = f'clip "{clip.id}" sounds for {found}, {expected} at {clip.sample_rate} Hz expected'
+                reason = f'clip "{clip.id}": decoded {found}, expected {expected} at {clip.sample_rate} Hz'
                 raise MediaError(clip.source, reason, "audio")
             wave_S[at : at + frame.samples] = mix_down(frame)
             at += frame.samples
     return wave_S
 
 
-def wave_of(sound: SplicedAudio, clip: Clip, rate: int) -> Tensor:
-    """Returns `decode_sound` at another rate, float32 [1, S]; errors as there."""
-    return torch.from_numpy(resample(decode_sound(sound, clip), clip.sample_rate, rate))[None]
+def decode_waveform(audio: SplicedAudio, clip: Clip, rate: int) -> Tensor:
+    """Decodes as `decode_audio` and resamples to `rate`, Hz: float32 [1, S]. Raises the errors of `decode_audio`."""
+    return torch.from_numpy(resample(decode_audio(audio, clip), clip.sample_rate, rate))[None]
 
 
 def decode_mel(data: bytes, clip: Clip) -> NDArray[np.float32]:
-    """Returns a stored spectrogram, float32 [1, M, L]; `MediaError` where it is none."""
+    """Returns a stored spectrogram, float32 [1, M, L]; raises `MediaError` if the data is not a spectrogram."""
     return load_mel(io.BytesIO(data), clip.source)

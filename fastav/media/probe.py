@@ -1,15 +1,15 @@
-"""What a media file really holds: frames and samples counted by decoding them, never by trusting a header.
+"""Counts the frames and samples of a media file by decoding all of it, because headers are often wrong or incomplete.
 
-Why a full decode, once, when a data set is indexed: of 18 real videos the header's frame count was missing in
-five (Matroska, WebM, MPEG-TS) and wrong in one (AVI: 98 for 96). The packets of every undamaged one numbered
-its frames, but not its samples (the first packet of AAC, Vorbis and MP3 yields nothing or half of its samples;
-edit lists and skip counts cut more), and no count of packets notices damage: a file of 30 packets decodes to 26
-frames and an error. FFmpeg also conceals damage, which shows only as a flag on the decoded frame. Decoding costs
-what one epoch costs and finds all of it; what it cannot find is a hole that Matroska's reader skips in silence.
+A data set is therefore decoded completely once, when it is indexed. Of 18 real videos, the frame count of the header
+was missing in five (Matroska, WebM, MPEG-TS) and wrong in one (AVI: 98 instead of 96). The number of packets equals the
+number of frames in undamaged files, but it does not give the number of samples: the first packet of AAC, Vorbis and MP3
+yields no samples or half of them, and edit lists and skip counts remove more. Counting packets also misses damage: a
+file of 30 packets decodes to 26 frames and an error. FFmpeg conceals some damage and only sets a flag on the decoded
+frame. Decoding finds all of this and takes as long as one epoch. It cannot find a gap that FFmpeg's Matroska reader
+skips without an error.
 
-Time here is FFmpeg's presentation time. Second 0 of a file is its first presented frame, or its first
-sample where it has no video. The rules by which a span of seconds becomes frames and samples stand in
-`MediaInfo.cut`, and the decoder counts by the same ones.
+Times are FFmpeg's presentation times. Second 0 of a file is its first presented frame, or its first sample if it has no
+video. `MediaInfo.cut` defines how a span of seconds becomes frames and samples; decoders count in the same way.
 """
 
 from __future__ import annotations
@@ -38,22 +38,21 @@ MEL_SUFFIXES = frozenset({".npy"})
 GAP_TOLERANCE_S = 0.05
 LONGEST_GAP_S = 10.0
 
-# Containers whose header states how long the file was when it was written; others are estimated from what
-# is left.
+# Formats whose header gives the original length of the file. For others, FFmpeg estimates it from the remaining data.
 _STATES_ITS_LENGTH = frozenset({"matroska,webm", "wav", "w64", "flac", "avi", "aiff"})
 _EXIF_ORIENTATION = 0x0112
 
 
 @dataclass(frozen=True)
 class Span:
-    """The frames and samples of a span of seconds, in the words of `fastav.data.clip.Clip`.
+    """The frames and samples of a span of seconds. The names are those of `fastav.data.clip.Clip`.
 
     Attributes:
-        start_frame: First frame, in presentation order from the file's first frame.
-        num_frames: How many.
-        start_sample: First sample, counted from the stream's first; negative where the sound starts later
-            than the span, which then begins with silence.
-        num_samples: How many, silence at the start included.
+        start_frame: First frame, in presentation order, counted from the first frame of the file.
+        num_frames: Number of frames.
+        start_sample: First sample, counted from the first sample of the stream; negative if the audio starts later than
+            the span, which then begins with silence.
+        num_samples: Number of samples, including silence at the start.
     """
 
     start_frame: int
@@ -64,28 +63,27 @@ class Span:
 
 @dataclass(frozen=True)
 class MediaInfo:
-    """What was found in a file.
+    """Contents of a media file.
 
     Attributes:
-        has_video: Whether there are frames (a still picture is one; cover art is none).
-        has_audio: Whether there are samples, or a stored spectrogram.
-        num_frames: Frames that a decode from start to end presents.
-        fps: `num_frames / duration_s`, Hz; 0 for a still picture and without video.
-        width: Upright width, pixels as stored (a sample aspect ratio is not applied).
-        height: Upright height.
-        rotation: Degrees by which frames are to be turned clockwise to stand upright: 0, 90, 180, 270.
-        video_codec: FFmpeg's name of the coding, such as `h264`.
-        pix_fmt: FFmpeg's name, such as `yuv420p`.
-        duration_s: From the first frame to the end of the last; of the audio where there is no video;
-            seconds.
-        frame_times_s: float64 [num_frames], presentation times from the first frame on, never descending.
-        num_samples: Samples per channel at `sample_rate`, with the silence that fills gaps of the stream.
-        sample_rate: Hz, as decoded.
-        channels: As decoded; of a stored spectrogram, its C.
-        audio_codec: FFmpeg's name, such as `aac`.
-        audio_offset_s: Time of the first sample minus time of the first frame; 0 where either is missing.
-        mel_bands: Bands M of a stored spectrogram.
-        num_mel_frames: Length L of a stored spectrogram.
+        has_video: Whether the file has frames. A still picture counts as one frame; cover art does not count.
+        has_audio: Whether the file has samples or is a stored spectrogram.
+        num_frames: Number of frames presented when the file is decoded from start to end.
+        fps: `num_frames / duration_s`, Hz; 0 for a still picture and for files without video.
+        width: Width of the upright picture, pixels as stored (a sample aspect ratio is not applied).
+        height: Height of the upright picture, pixels.
+        rotation: Clockwise rotation that makes frames upright, degrees: 0, 90, 180 or 270.
+        video_codec: FFmpeg's codec name, such as `h264`.
+        pix_fmt: FFmpeg's pixel format name, such as `yuv420p`.
+        duration_s: Time from the first frame to the end of the last one, seconds; without video, length of the audio.
+        frame_times_s: Presentation times relative to the first frame, seconds, float64 [num_frames], not descending.
+        num_samples: Number of samples per channel at `sample_rate`, including silence that fills gaps of the stream.
+        sample_rate: Sample rate of the decoded audio, Hz.
+        channels: Number of channels of the decoded audio; C of a stored spectrogram.
+        audio_codec: FFmpeg's codec name, such as `aac`.
+        audio_offset_s: Time of the first sample minus time of the first frame, seconds; 0 if either is missing.
+        mel_bands: Number of mel bands M of a stored spectrogram.
+        num_mel_frames: Length L of a stored spectrogram, mel frames.
     """
 
     has_video: bool = False
@@ -108,11 +106,14 @@ class MediaInfo:
     num_mel_frames: int = 0
 
     def cut(self, start_s: float = 0.0, duration_s: float | None = None) -> Span:
-        """Returns the frames and samples of `start_s <= time < start_s + duration_s` (to the end when None).
+        """Returns the frames and samples with `start_s <= time < start_s + duration_s`.
 
-        Frames belong to the span that their presentation time falls into, so neighbouring spans share none
-        and lose none, whatever the frame rate does. Samples are cut at the nearest one and end with the
-        stream.
+        A frame belongs to the span that contains its presentation time. So adjacent spans share no frame and lose no
+        frame, also if the frame rate varies. Samples are cut at the nearest sample and end with the stream.
+
+        Args:
+            start_s: Start of the span, seconds.
+            duration_s: Length of the span, seconds; None for the rest of the file.
         """
         end_s = self.duration_s if duration_s is None else start_s + duration_s
         first, last = np.searchsorted(self.frame_times_s, np.array([start_s, end_s]) - TIME_TOLERANCE_S)
@@ -122,54 +123,44 @@ class MediaInfo:
         return Span(int(first), int(last - first), begin if samples > 0 else 0, max(samples, 0))
 
 
-def probe_any(path: Path) -> MediaInfo:
-    """Looks into a picture, a stored spectrogram or a media file, told apart by the suffix in either case."""
-    suffix = path.suffix.lower()
-    if suffix in IMAGE_SUFFIXES:
-        return probe_image(path)
-    if suffix in MEL_SUFFIXES:
-        return probe_mel(path)
-    return probe(path)
-
-
 def probe(path: Path, streams: Sequence[str] = ("video", "audio"), *, threads: int = 1) -> MediaInfo:
-    """Decodes a video or audio file from start to end and says what came out.
+    """Decodes a video or audio file from start to end and returns its contents.
 
     Args:
         path: The file.
-        streams: Which of "video" and "audio" to look at; a fault in the other then goes unseen.
-        threads: Threads per video decoder.
+        streams: Streams to decode: "video", "audio" or both. Faults in other streams are not found.
+        threads: Number of threads per decoder.
 
     Raises:
-        MediaError: The file cannot be opened, breaks off, holds a frame or packet that does not decode
-            cleanly, changes its picture size or sampling rate on the way, or holds nothing.
+        MediaError: The file cannot be opened, is truncated, has a frame or packet that cannot be decoded without
+            errors, changes its picture size, sample rate or number of channels, or has no frames and no samples.
     """
     _refuse_playlist(path)
     with open_media(path) as container:
         chosen = [first_stream(container, kind, path) for kind in ("video", "audio") if kind in streams]
-        tallies: dict[int, _VideoTally | _AudioTally] = {}
+        counters: dict[int, _VideoCounter | _AudioCounter] = {}
         for stream in filter(None, chosen):
             stream.codec_context.thread_count = threads
-            kind = _VideoTally if stream.type == "video" else _AudioTally
-            tallies[stream.index] = kind(path, stream)
-        end_s = _decode_all(path, container, tallies)
+            kind = _VideoCounter if stream.type == "video" else _AudioCounter
+            counters[stream.index] = kind(path, stream)
+        end_s = _decode_all(path, container, counters)
         _refuse_cut_short(path, container, end_s)
         info = MediaInfo()
-        for tally in tallies.values():
-            info = tally.add_to(info)
-        starts = [tally.start_s() for tally in tallies.values()]
+        for counter in counters.values():
+            info = counter.add_to(info)
+        starts = [counter.start_s() for counter in counters.values()]
     if info.has_video and info.has_audio and starts[0] is not None and starts[1] is not None:
         info = replace(info, audio_offset_s=starts[1] - starts[0])
     if not (info.has_video or info.has_audio):
-        raise MediaError(path, f"holds no {' and no '.join(streams)}", "probe")
+        raise MediaError(path, f"has no {' and no '.join(streams)}", "probe")
     return info
 
 
 def probe_image(path: Path) -> MediaInfo:
-    """Reads a still picture whole, so that a cut-off file shows; its size is that after EXIF orientation.
+    """Decodes a still picture completely, which finds truncated files. Its size is that after EXIF orientation.
 
     Raises:
-        MediaError: The file is missing, cut off or not a picture.
+        MediaError: The file is missing, truncated or not a picture.
     """
     try:
         with Image.open(path) as image:
@@ -178,7 +169,7 @@ def probe_image(path: Path) -> MediaInfo:
             width, height = ImageOps.exif_transpose(image).size
             codec, mode = (image.format or "").lower(), image.mode
     except UnidentifiedImageError as error:
-        raise MediaError(path, "not a picture that can be read", "image") from error
+        raise MediaError(path, "is not a picture in a supported format", "image") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise MediaError(path, explain_error(error, path), "image") from error
     rotation = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}.get(orientation, 0)
@@ -190,7 +181,7 @@ def probe_mel(path: Path) -> MediaInfo:
     """Reads the header of a stored spectrogram, `.npy` float32 [C, M, L].
 
     Raises:
-        MediaError: The file is missing, cut off, pickled, or of another shape or type.
+        MediaError: The file is missing, truncated or pickled, or its array has another shape or type.
     """
     mel_CML = open_mel(path)
     channels, bands, length = mel_CML.shape
@@ -198,37 +189,36 @@ def probe_mel(path: Path) -> MediaInfo:
 
 
 def upright_rotation(frame: av.VideoFrame) -> int:
-    """Degrees by which a frame is to be turned clockwise: its display matrix, to the nearest quarter turn."""
-    # PyAV gives the counter-clockwise angle by which the matrix turns the picture.
+    """Returns the clockwise rotation that makes a frame upright, degrees: that of its display matrix, nearest 90."""
+    # PyAV gives the rotation of the matrix counter-clockwise.
     return round(-frame.rotation / 90) % 4 * 90
 
 
 class SampleClock:
-    """Places the decoded audio frames of a stream on one line of samples, the stream's first sample being 0.
+    """Converts timestamps of decoded audio frames into sample numbers. The first sample of the stream has number 0.
 
-    Frames follow each other without a seam as long as their timestamps agree to 50 ms (Matroska rounds to 1
-    ms, live recorders jitter); a longer hole of up to 10 s is silence, as a player would have it, so that
-    later sound stays in step with the picture. Timestamps that jump further or backwards are a fault of the
-    timestamps: frames then go on without a seam.
+    If the timestamp of a frame differs by at most 50 ms from the end of the previous frame, the frames are adjacent
+    (Matroska rounds timestamps to 1 ms, and live recordings have jitter). A longer gap of up to 10 s becomes silence,
+    as in a player, so that the audio stays in sync with the video. Longer jumps, and jumps backwards, are treated as
+    wrong timestamps: the frames are then adjacent, too.
 
     Args:
-        rate: Sampling rate, Hz.
+        rate: Sample rate, Hz.
         time_base: Unit of the timestamps, seconds.
-        start_pts: Timestamp of the stream's first sample.
-        position: Sample at which the next frame is expected; None to believe the next frame's timestamp
-            (after a seek).
+        start_pts: Timestamp of the first sample of the stream.
+        position: Number of the next sample; None to take it from the timestamp of the next frame (after a seek).
     """
 
     def __init__(self, rate: int, time_base: Fraction, start_pts: int | None, position: int | None = 0) -> None:
         self.rate, self.position = rate, position
-        # A timestamp is so many samples; plain integers, as this runs for every packet.
+        # Samples per unit of a timestamp, as a fraction. Plain integers, because this runs for every packet.
         self._scale, self._divisor = time_base.numerator * rate, time_base.denominator
         self._origin = start_pts
         self._shift = 0
         self._gap, self._longest = GAP_TOLERANCE_S * rate, LONGEST_GAP_S * rate
 
     def place(self, frame: av.AudioFrame) -> int:
-        """Returns the number of the frame's first sample; the next one is expected after its last."""
+        """Returns the number of the first sample of a frame, and moves the position to the end of the frame."""
         start = self._start(frame)
         self.position = start + frame.samples
         return start
@@ -239,16 +229,16 @@ class SampleClock:
         stated = round((frame.pts - self._origin) * self._scale / self._divisor) + self._shift
         if self.position is None:
             return stated
-        hole = stated - self.position
-        if self._gap < hole <= self._longest:
+        gap = stated - self.position
+        if self._gap < gap <= self._longest:
             return stated
-        if abs(hole) > self._gap:
-            self._shift -= hole
+        if abs(gap) > self._gap:
+            self._shift -= gap
         return self.position
 
 
-class _VideoTally:
-    """Counts the frames of a stream and notes their times."""
+class _VideoCounter:
+    """Counts the frames of a stream and records their timestamps."""
 
     def __init__(self, path: Path, stream: Any) -> None:
         self.path, self.stream = path, stream
@@ -256,22 +246,22 @@ class _VideoTally:
         self.first: av.VideoFrame | None = None
         self.last_duration = 0
 
-    def take(self, frame: av.VideoFrame) -> None:
+    def add(self, frame: av.VideoFrame) -> None:
         self.pts.append(frame.pts)
         self.last_duration = frame.duration or 0
         if self.first is None:
             self.first = frame
         elif (frame.width, frame.height) != (self.first.width, self.first.height):
             sizes = f"{self.first.width}x{self.first.height} to {frame.width}x{frame.height}"
-            raise MediaError(self.path, f"its picture changes from {sizes} {self.seen}", "video")
+            raise MediaError(self.path, f"its picture size changes from {sizes} {self.position}", "video")
 
     @property
-    def seen(self) -> str:
+    def position(self) -> str:
         return f"after {len(self.pts)} good frames"
 
     def add_to(self, info: MediaInfo) -> MediaInfo:
         if self.first is None:
-            raise MediaError(self.path, "has a video stream without a single frame", "video")
+            raise MediaError(self.path, "has a video stream without frames", "video")
         times, duration_s = self._times()
         rotation = upright_rotation(self.first)
         width, height = self.first.width, self.first.height
@@ -292,16 +282,19 @@ class _VideoTally:
         )
 
     def start_s(self) -> float | None:
-        """When the first frame is presented, on the container's clock; None where nothing says so."""
+        """Returns the presentation time of the first frame in the time of the container; None if unknown."""
         return float(self.pts[0] * self.stream.time_base) if self.pts and self.pts[0] is not None else None
 
     def _times(self) -> tuple[NDArray[np.float64], float]:
-        """Times from the first frame on, and the end of the last; an even beat where there are none."""
+        """Returns the times relative to the first frame, and the end of the last frame, seconds.
+
+        If timestamps are missing or descending, frames are placed at equal intervals of the stream's frame rate.
+        """
         stream, count = self.stream, len(self.pts)
         known = [pts for pts in self.pts if pts is not None]
         if len(known) == count and all(a <= b for a, b in pairwise(known)):
-            lasted: float = known[-1] - known[0]
-            end = lasted + (self.last_duration or lasted / max(count - 1, 1))
+            length: float = known[-1] - known[0]
+            end = length + (self.last_duration or length / max(count - 1, 1))
             if end > 0:
                 times = frame_times_s(np.array(known), known[0], stream.time_base)
                 return times, end * stream.time_base.numerator / stream.time_base.denominator
@@ -309,8 +302,8 @@ class _VideoTally:
         return np.arange(count) / rate, count / rate
 
 
-class _AudioTally:
-    """Counts the samples of a stream along its timestamps."""
+class _AudioCounter:
+    """Counts the samples of a stream, including gaps between its timestamps."""
 
     def __init__(self, path: Path, stream: Any) -> None:
         self.path, self.stream = path, stream
@@ -318,14 +311,14 @@ class _AudioTally:
         self.start_pts: int | None = None
         self.channels = 0
 
-    def take(self, frame: av.AudioFrame) -> None:
+    def add(self, frame: av.AudioFrame) -> None:
         if self.clock is None:
             self.start_pts, self.channels = frame.pts, frame.layout.nb_channels
             self.clock = SampleClock(frame.sample_rate, self.stream.time_base, frame.pts)
         if (frame.sample_rate, frame.layout.nb_channels) != (self.clock.rate, self.channels):
-            was = f"{self.clock.rate} Hz in {self.channels} channels"
-            now = f"{frame.sample_rate} Hz in {frame.layout.nb_channels}"
-            raise MediaError(self.path, f"its sound changes from {was} to {now} {self.seen}", "audio")
+            old = f"{self.clock.rate} Hz, {self.channels} channels"
+            new = f"{frame.sample_rate} Hz, {frame.layout.nb_channels} channels"
+            raise MediaError(self.path, f"its audio changes from {old} to {new} {self.position}", "audio")
         self.clock.place(frame)
 
     @property
@@ -333,11 +326,11 @@ class _AudioTally:
         return 0 if self.clock is None else self.clock.position or 0
 
     @property
-    def seen(self) -> str:
+    def position(self) -> str:
         return f"after {self.num_samples} good samples"
 
     def start_s(self) -> float | None:
-        """When the first sample sounds, on the container's clock; None where nothing says so."""
+        """Returns the presentation time of the first sample in the time of the container; None if unknown."""
         return None if self.start_pts is None else float(self.start_pts * self.stream.time_base)
 
     def add_to(self, info: MediaInfo) -> MediaInfo:
@@ -355,33 +348,33 @@ class _AudioTally:
         )
 
 
-def _decode_all(path: Path, container: Any, tallies: dict[int, _VideoTally | _AudioTally]) -> float:
-    """Decodes the streams into their tallies; returns where the last packet of all streams ends, seconds."""
+def _decode_all(path: Path, container: Any, counters: dict[int, _VideoCounter | _AudioCounter]) -> float:
+    """Decodes the streams and counts their frames. Returns the end time of the last packet of all streams, seconds."""
     end_s, stage = 0.0, "probe"
-    tally: _VideoTally | _AudioTally | None = None
+    counter: _VideoCounter | _AudioCounter | None = None
     try:
         for packet in container.demux():
             stream = packet.stream
             if packet.size and packet.pts is not None:
                 end_s = max(end_s, float((packet.pts + (packet.duration or 0)) * stream.time_base))
-            tally = tallies.get(stream.index)
-            if tally is None:
+            counter = counters.get(stream.index)
+            if counter is None:
                 continue
             stage = stream.type
             if packet.is_corrupt and not _is_streamed_wave(path):
-                raise MediaError(path, f"a damaged or cut-off packet {tally.seen}", stage)
+                raise MediaError(path, f"has a damaged or truncated packet {counter.position}", stage)
             for frame in packet.decode():
                 if frame.is_corrupt:
-                    raise MediaError(path, f"damaged data {tally.seen}", stage)
-                tally.take(frame)
+                    raise MediaError(path, f"has damaged data {counter.position}", stage)
+                counter.add(frame)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        seen = "" if tally is None else tally.seen
-        raise MediaError(path, f"{explain_error(error, path)} {seen}", stage) from error
+        position = "" if counter is None else counter.position
+        raise MediaError(path, f"{explain_error(error, path)} {position}", stage) from error
     return end_s
 
 
 def _is_streamed_wave(path: Path) -> bool:
-    """Whether this is a WAV of unstated length, as programs write it into a pipe: its end then looks cut off."""
+    """Returns True for a WAV file whose header gives no length, as written to a pipe; it always looks truncated."""
     with path.open("rb") as file:
         head = file.read(1 << 16)
     at = head.find(b"data", 12)
@@ -392,24 +385,24 @@ def _is_streamed_wave(path: Path) -> bool:
 
 
 def _refuse_playlist(path: Path) -> None:
-    """Raises for a list of other files: FFmpeg would follow it, and wait for a live one to go on."""
+    """Raises an error for a playlist: FFmpeg would open the files in it, and wait for new entries of a live one."""
     try:
         with path.open("rb") as file:
             head = file.read(16)
     except OSError as error:
         raise MediaError(path, explain_error(error, path), "open") from error
     if head.startswith((b"#EXTM3U", b"ffconcat")):
-        raise MediaError(path, "a playlist, expected the media themselves", "open")
+        raise MediaError(path, "is a playlist, expected a media file", "open")
 
 
 def _refuse_cut_short(path: Path, container: Any, end_s: float) -> None:
-    """Raises where the header promises clearly more than the packets hold: a download that broke off.
+    """Raises an error if the length in the header exceeds that of the packets by far, as after an aborted download.
 
-    MP4 needs no such check (its reader reports the missing bytes), and MPEG-TS, MP3 and Ogg promise nothing.
+    MP4 needs no such check, because FFmpeg reports the missing bytes. MPEG-TS, MP3 and Ogg give no length.
     """
     if container.format.name not in _STATES_ITS_LENGTH or not container.duration:
         return
-    promised_s = container.duration / av.time_base
-    if promised_s - end_s > max(0.5, 0.05 * promised_s):
-        reason = f"cut off: its header promises {promised_s:.1f} s, it ends at {end_s:.1f} s"
+    stated_s = container.duration / av.time_base
+    if stated_s - end_s > max(0.5, 0.05 * stated_s):
+        reason = f"is truncated: its header gives {stated_s:.1f} s, its data ends at {end_s:.1f} s"
         raise MediaError(path, reason, "probe")

@@ -1,4 +1,4 @@
-"""x264's parameters that make its bytes the same on every x86-64 machine, in every process and each time."""
+"""Parameters that make x264 give the same bytes on every x86-64 machine, in every process, each time."""
 
 from __future__ import annotations
 
@@ -6,29 +6,30 @@ import platform
 
 
 def same_bytes(machine: str) -> str:
-    """Returns what every encoder of ours adds to its `x264-params`; threads must be 1 besides.
+    """Returns the parameters that every encoder of this project adds to `x264-params`. It must also use one thread.
 
-    `cpu-independent=1` is x264's own switch for it. Left to itself, x264
+    `cpu-independent=1` is x264's own switch for this. Without it, streams differ for two reasons:
 
-    - lets AVX-512 code do the macroblock-tree rate control, which takes eight macroblocks of a row at once, also where
-      fewer are left: those behind the right edge, whose memory holds the next row or anything, give their weight to
-      those within that their motion vectors point to. Pictures 448, 96 and 64 pixels wide have such (rows of 28, 6 and
-      4 macroblocks), with B-frames or without: streams then differ from encode to encode;
-    - tries intra modes in another way on CPUs with SSSE3 than without: streams differ even without AVX-512.
+    - Rate control by macroblock tree uses AVX-512 code, which processes eight macroblocks of a row at once, even at the
+      end of a row with fewer. The macroblocks beyond the right edge are arbitrary memory. They add weight to the
+      macroblocks that their motion vectors point to. This affects pictures whose width is not a multiple of eight
+      macroblocks, such as 448, 96 and 64 pixels (28, 6 and 4 macroblocks per row), with and without B-frames. Their
+      streams can differ from one encode to the next. On an AMD EPYC with AVX-512, 30 encodes of 19 test clips gave 3
+      and 5 different streams for two of the clips, and one stream for every clip with the switch.
+    - Intra modes are tried in a different order on CPUs with SSSE3, so streams also differ between older CPUs.
 
-    With the switch, streams are those of x264's plain C code (`asm=0`), whatever the level of assembly. Against the
-    default on a CPU with AVX2, at 448 x 256, encoding takes 1.14 of the CPU time for the packs' `fast`, 1.0 to 1.1 for
-    the other settings, and streams are 0.3 to 0.6 % larger. (`asm=0` takes 3 times as long.)
+    With the switch, streams equal those of x264's plain C code (`asm=0`) with any assembly level. Compared to the
+    default on a CPU with AVX2, at 448 x 256, encoding takes 1.14 times the CPU time for preset `fast` of packs and 1.0
+    to 1.1 times for the other settings, and streams are 0.3 to 0.6 % larger. (`asm=0` takes 3 times as long.)
 
-    `asm=SSE4.2` keeps AVX-512 out altogether. It needs no look at the CPU: x264 does not check that a CPU has what is
-    named, but numpy and PyArrow do not start without SSE4.2. AVX2 was no more than 3 % faster. Other architectures do
-    not know the name.
+    `asm=SSE4.2` excludes AVX-512 code as a second safeguard. x264 does not check whether the CPU has SSE4.2, but numpy
+    and PyArrow require it anyway. AVX2 was at most 3 % faster. Other architectures do not have this option value.
 
     Args:
-        machine: As `platform.machine()` says.
+        machine: Value of `platform.machine()`.
     """
     return "cpu-independent=1" + (":asm=SSE4.2" if machine.lower() in ("x86_64", "amd64") else "")
 
 
 SAME_BYTES = same_bytes(platform.machine())
-"""Of this machine."""
+"""The parameters for this machine."""

@@ -128,9 +128,9 @@ def encode_flac(wave_CS: NDArray[np.float32], rate: int, bits: int) -> list[Unit
 def _split(data: bytes, sizes: list[int]) -> Iterator[Unit]:
     """Splits a FLAC stream into its header and its frames of the given sizes."""
     at = len(data) - sum(sizes)
-    yield data[:at], UnitKind.SOUND
+    yield data[:at], UnitKind.AUDIO
     for size in sizes:
-        yield data[at : at + size], UnitKind.SOUND
+        yield data[at : at + size], UnitKind.AUDIO
         at += size
 
 

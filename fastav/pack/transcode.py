@@ -18,7 +18,7 @@ from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoRef
 from fastav.core.atomic_files import sha256
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
-from fastav.media.audio import Sound
+from fastav.media.audio import AudioReader
 from fastav.media.demux import read_media
 from fastav.media.open_file import open_mel
 from fastav.media.pyav import read_image
@@ -123,9 +123,9 @@ def pack_readable(order: PackJob) -> PackedClip:
         raise MediaError(clip.source, f'clip "{clip.id}" is already packed; pack the original media instead', "pack")
     video = _VideoTranscoder(clip, settings, order.sampled) if clip.video is not None and clip.num_frames else None
     with_audio = clip.audio is not None and clip.num_samples > 0
-    sound = None
+    audio = None
     if video is not None or with_audio:
-        sound = read_media(clip, video, with_audio, mixed=settings.audio == "mono")
+        audio = read_media(clip, video, with_audio, mono=settings.audio == "mono")
     out = replace(
         clip, video=None, audio=None, image=None, mel=None, start_s=0.0, start_frame=0, start_sample=0, rotation=0,
         audio_offset_s=0.0, num_frames=0, num_samples=0, num_mel_frames=0,
@@ -137,8 +137,8 @@ def pack_readable(order: PackJob) -> PackedClip:
         out, video_units, quality = video.finish(out)
     elif clip.image is not None:
         out, video_units = _still(clip, out, settings)
-    if sound is not None:
-        out, audio_units = _flac(sound, out, settings)
+    if audio is not None:
+        out, audio_units = _flac(audio, out, settings)
     elif clip.mel is not None:
         out, audio_units = _mel(clip.mel, out)
     sources = [
@@ -151,7 +151,7 @@ def pack_readable(order: PackJob) -> PackedClip:
     if video_units:
         members.append(Member(VIDEO_EXTENSIONS[out.video_codec], b"".join(data for data, _ in video_units)))
     if audio_units:
-        members.append(Member("flac" if sound is not None else "npy", b"".join(data for data, _ in audio_units)))
+        members.append(Member("flac" if audio is not None else "npy", b"".join(data for data, _ in audio_units)))
     members.append(Member("json", _clip_json(clip, out, sources)))
     return PackedClip(out, members, [(len(data), kind) for data, kind in units], sources, quality)
 
@@ -260,14 +260,14 @@ def _still(clip: Clip, out: Clip, settings: PackSettings) -> tuple[Clip, list[Un
     return out, [(encode_jpeg(rgb_HWC, size), UnitKind.PICTURE)]
 
 
-def _flac(sound: Sound, out: Clip, settings: PackSettings) -> tuple[Clip, list[Unit]]:
+def _flac(audio: AudioReader, out: Clip, settings: PackSettings) -> tuple[Clip, list[Unit]]:
     keep = settings.audio == "keep"
     rate = out.sample_rate if keep else settings.sample_rate
-    wave_CS = sound.wave(rate).numpy()
+    wave_CS = audio.waveform(rate).numpy()
     if len(wave_CS) > MOST_CHANNELS:
         raise MediaError(out.source, f"has {len(wave_CS)} channels, FLAC supports at most {MOST_CHANNELS}", "audio")
     # `bits` is 24 for sources with more than 16 bits, because 16 bits keep little of a quiet recording.
-    units = encode_flac(wave_CS, rate, sound.bits)
+    units = encode_flac(wave_CS, rate, audio.bits)
     channels, samples = wave_CS.shape
     return replace(out, num_samples=samples, sample_rate=rate, channels=channels, audio_codec="flac"), units
 

@@ -16,7 +16,7 @@ from fastav.core.process_pool import run_jobs
 from fastav.core.progress import progress
 from fastav.data.clip import Clip
 from fastav.data.manifest import Manifest
-from fastav.media.packed_clip_decoder import KeptDecoders, decode_mel, decode_sound
+from fastav.media.packed_clip_decoder import OpenDecoders, decode_audio, decode_mel
 from fastav.media.pyav import decode_jpeg
 from fastav.media.shards import ShardReader, ShardReading
 from fastav.pack.folder import INDEX_FILE, MANIFEST_FILE, PackFolder, no_pack
@@ -98,7 +98,7 @@ def _checks(manifest: Manifest, index: Path) -> Iterator[_Check]:
 
 def _verify_clips(check: _Check) -> list[str]:
     """Decodes whole clips and compares them with their manifest rows and index entries. Returns the faults."""
-    shards, decoders = ShardReader(ShardReading()), KeptDecoders()
+    shards, decoders = ShardReader(ShardReading()), OpenDecoders()
     faults = []
     for clip, entry in zip(check.clips, check.entries, strict=True):
         try:
@@ -121,12 +121,12 @@ class _FrameCounter:
             self.count += 1
 
 
-def _faults(clip: Clip, entry: dict[str, Any], shards: ShardReader, decoders: KeptDecoders) -> Iterator[str]:
+def _faults(clip: Clip, entry: dict[str, Any], shards: ShardReader, decoders: OpenDecoders) -> Iterator[str]:
     numbers = list(range(clip.num_frames))
     packed = shards.fetch(clip, numbers, (0, clip.num_samples))
     if packed.frames is not None:
         counter = _FrameCounter(clip, numbers)
-        decoders.watch(packed.frames, counter, clip)
+        decoders.decode(packed.frames, counter, clip)
         if counter.count != clip.num_frames:
             size = f"{clip.width}x{clip.height}"
             yield f"only {counter.count} of {clip.num_frames} frames have the size in the manifest, {size}"
@@ -134,8 +134,8 @@ def _faults(clip: Clip, entry: dict[str, Any], shards: ShardReader, decoders: Ke
         height, width = decode_jpeg(packed.picture).shape[:2]
         if (height, width) != (clip.height, clip.width):
             yield f"picture is {width}x{height}, expected {clip.width}x{clip.height} as in the manifest"
-    if packed.sound is not None:
-        decode_sound(packed.sound, clip)
+    if packed.audio is not None:
+        decode_audio(packed.audio, clip)
     if packed.mel is not None:
         length = decode_mel(packed.mel, clip).shape[2]
         if length != clip.num_mel_frames:

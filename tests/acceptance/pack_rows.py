@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data.clips import PACKS, make
-from fastav.media.packed_clip_decoder import KeptDecoders
+from fastav.media.packed_clip_decoder import OpenDecoders
 from fastav.media.shards import ShardReader, ShardReading
 from tests.acceptance.rows import REALDATA, Failed, Result, call, fresh
 
@@ -42,14 +42,14 @@ def splice(work: Path) -> Result:
         for name, clip in media.packed.items():
             everything = list(range(clip.num_frames))
             whole = _Film(everything)
-            decoders = KeptDecoders()
-            decoders.watch(shards.fetch(clip, everything, None).frames, whole, clip)  # type: ignore[arg-type]
+            decoders = OpenDecoders()
+            decoders.decode(shards.fetch(clip, everything, None).frames, whole, clip)  # type: ignore[arg-type]
             equal = 0
             for _ in range(_PLANS):
                 count = int(rng.integers(1, 17))
                 numbers = sorted(rng.choice(clip.num_frames, size=count, replace=False).tolist())
                 film = _Film(numbers)
-                decoders.watch(shards.fetch(clip, numbers, None).frames, film, clip)  # type: ignore[arg-type]
+                decoders.decode(shards.fetch(clip, numbers, None).frames, film, clip)  # type: ignore[arg-type]
                 equal += all(np.array_equal(film.planes[n], whole.planes[n]) for n in numbers)
             figures[f"{name}_equal_of_{_PLANS}"] = equal
     warnings = [text.strip() for _, _, text in said if "deprecated pixel format" not in text]

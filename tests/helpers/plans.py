@@ -10,7 +10,7 @@ import torch
 
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media.decoder import DecodeSpec
-from fastav.media.probe import probe, probe_any
+from fastav.media.probe import probe, probe_image
 from fastav.media.pyav import PyAV
 from fastav.media.spectrogram import PRESETS, LogMel
 
@@ -19,7 +19,7 @@ RATE = 16_000
 
 def clip_of(path, start_s=0.0, duration_s=None, modalities=("video", "audio"), info=None):
     """A manifest row for a span of a file, as the index writes it."""
-    info = info or (probe(path, modalities) if path.suffix != ".jpg" else probe_any(path))
+    info = info or (probe(path, modalities) if path.suffix != ".jpg" else probe_image(path))
     span = info.cut(start_s, duration_s)
     return Clip(
         id=path.name,

@@ -150,9 +150,9 @@ def test_a_span_that_sounds_too_short_is_named(tmp_path):
     path = write_media(tmp_path / "x.flac", wave=clicks(1, [0.5]), audio_codec="flac")
     clip = clip_of(path)
     assert heard(replace(clip, num_samples=44_105)).shape == (1, 16_002)
-    with pytest.raises(MediaError, match="audio: its sound ends after 44100 of 50000 samples"):
+    with pytest.raises(MediaError, match="audio: its audio ends after 44100 of 50000 samples"):
         heard(replace(clip, num_samples=50_000))
-    with pytest.raises(MediaError, match="sounds at 44100 Hz"):
+    with pytest.raises(MediaError, match="its audio has 44100 Hz, expected 48000 Hz as in the manifest"):
         heard(replace(clip, sample_rate=48_000))
 
 

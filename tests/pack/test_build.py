@@ -25,7 +25,7 @@ from fastav.__main__ import main
 from fastav.core.errors import MediaError, UserError
 from fastav.data.manifest import Manifest, check, write_manifest
 from fastav.media.decoder import DecodeSpec
-from fastav.media.packed_clip_decoder import decode_sound
+from fastav.media.packed_clip_decoder import decode_audio
 from fastav.media.pyav import PyAV
 from fastav.media.shards import ShardReader, ShardReading
 from fastav.media.spectrogram import Frontend
@@ -146,10 +146,10 @@ def test_packed_frames_and_sound_are_those_of_the_source(mixed, pack):
 
 def test_the_mel_of_a_splice_is_that_of_the_whole_clip(pack):
     clip, frontend = by_id(pack)["both.mp4"], Frontend()
-    wave = ShardReader(ShardReading()).fetch(clip, None, (0, clip.num_samples)).sound
-    from fastav.media.packed_clip_decoder import wave_of
+    wave = ShardReader(ShardReading()).fetch(clip, None, (0, clip.num_samples)).audio
+    from fastav.media.packed_clip_decoder import decode_waveform
 
-    whole = frontend.build().log_mel(wave_of(wave, clip, RATE))
+    whole = frontend.build().log_mel(decode_waveform(wave, clip, RATE))
     decoder = PyAV().build(DecodeSpec(("audio",), window=60))
     for starts in ((0,), (10,), (150,), (190,), (230,), (0, 120, 190), (249,), (-1, 40), (-1,)):
         found = decoder.decode(clip, [plan_of(windows=starts)])[0].mel_WCML
@@ -472,7 +472,7 @@ def test_quiet_recordings_keep_their_24_bits(tmp_path):
     quiet = (3e-5 * np.random.default_rng(0).normal(size=(1, 16_000))).astype(np.float32)
     path = write_media(tmp_path / "q.wav", wave=quiet, rate=RATE, audio_codec="pcm_s24le", layout="mono")
     clip = packed(path, tmp=tmp_path)
-    wave_S = decode_sound(ShardReader(ShardReading()).fetch(clip, None, (0, clip.num_samples)).sound, clip)
+    wave_S = decode_audio(ShardReader(ShardReading()).fetch(clip, None, (0, clip.num_samples)).audio, clip)
     assert np.abs(wave_S - quiet[0]).max() < 2**-22
 
 

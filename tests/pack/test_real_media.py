@@ -13,7 +13,7 @@ from torch.nn import functional
 from fastav.__main__ import main
 from fastav.data.manifest import Manifest
 from fastav.media.decoder import DecodeSpec
-from fastav.media.packed_clip_decoder import decode_sound
+from fastav.media.packed_clip_decoder import decode_audio
 from fastav.media.pyav import PyAV
 from fastav.media.shards import ShardReader, ShardReading
 from tests.helpers.plans import plan_of
@@ -88,7 +88,7 @@ def test_packed_sound_is_that_of_the_files(packed):
             if not clip.num_samples:
                 continue
             source = raw[clip.id]
-            wave_S = decode_sound(shards.fetch(clip, None, (0, clip.num_samples)).sound, clip)
+            wave_S = decode_audio(shards.fetch(clip, None, (0, clip.num_samples)).audio, clip)
             assert clip.num_samples == round(source.num_samples * 16_000 / source.sample_rate)
             spec = DecodeSpec(("audio",), window=60)
             one, two = (PyAV().build(spec).decode(c, [plan_of(windows=(5,))])[0].mel_WCML for c in (source, clip))

@@ -80,7 +80,7 @@ from fastav.media.dali.graph import (
 from fastav.media.decoder import DecodedBatch, DecodeSpec
 from fastav.media.demux import read_media
 from fastav.media.open_file import TIME_TOLERANCE_S, first_stream, frame_times_s, media_errors, open_media
-from fastav.media.packed_clip_decoder import wave_of
+from fastav.media.packed_clip_decoder import decode_waveform
 from fastav.media.pyav import PyAV, PyAVDecoder
 from fastav.media.shards import FetchedClip, ShardReader, SplicedAudio, SplicedFrames
 from fastav.media.x264 import SAME_BYTES
@@ -233,7 +233,7 @@ class DaliDecoder:
             shape = len(starts_W), 1, self.spec.frontend.num_mels, self.spec.window
             mel_WCML = torch.full(shape, self.spec.frontend.floor_db)
         elif cut is not None:
-            wave = self._wave(clip, cut, starts_W, packed.sound)
+            wave = self._wave(clip, cut, starts_W, packed.audio)
         elif heard and clip.num_mel_frames:
             mel_WCML = self._audio_fallback.decode(clip, plans[:1])[0].mel_WCML
         if film is None and pictures is None and wave is None and mel_WCML is None:
@@ -345,11 +345,11 @@ class DaliDecoder:
         frontend = self.spec.frontend
         with media_errors(clip.source, "audio"):
             if sound is not None:
-                wave_CS = wave_of(sound, clip, frontend.sample_rate)
+                wave_CS = decode_waveform(sound, clip, frontend.sample_rate)
             else:
                 heard = read_media(clip, None, True)
                 assert heard is not None, "sound was asked for"
-                wave_CS = heard.wave(frontend.sample_rate)
+                wave_CS = heard.waveform(frontend.sample_rate)
         wave_S = wave_CS[0].numpy()
         wave_S = np.pad(wave_S, (0, max(frontend.n_fft // 2 + 1 - len(wave_S), 0)))[cut.begin : cut.end]
         return AudioSample(wav_of(wave_S, frontend.sample_rate), 0, len(wave_S), cut.first, cut.total, starts_W)

@@ -49,7 +49,7 @@ class UnitKind(IntEnum):
 
     FRAME = 0  # needs the previous frame to decode
     KEYFRAME = 1  # decodes without other frames
-    SOUND = 2
+    AUDIO = 2
     PICTURE = 3
     MEL = 4
 
@@ -87,7 +87,7 @@ class Units:
         return len(self.size_U)
 
 
-def num_sound_units(clip: Clip) -> int:
+def num_audio_units(clip: Clip) -> int:
     """Returns the number of audio units of a clip: header and FLAC frames, or one for a stored spectrogram, or 0."""
     if clip.num_samples:
         return 1 + -(-clip.num_samples // FLAC_BLOCK)
@@ -96,7 +96,7 @@ def num_sound_units(clip: Clip) -> int:
 
 def num_units(clip: Clip) -> int:
     """Returns the number of units of a packed clip, computed from its manifest row."""
-    return clip.num_frames + num_sound_units(clip)
+    return clip.num_frames + num_audio_units(clip)
 
 
 def table_place(clip: Clip) -> tuple[int, int]:

@@ -66,14 +66,14 @@ class FetchedClip:
 
     Attributes:
         frames: Splice of the video; None if no video was requested or the clip is a picture.
-        sound: Splice of the audio; None if no audio was requested or stored.
+        audio: Splice of the audio; None if no audio was requested or stored.
         picture: Content of a JPEG file; None if the clip is not a picture or no frame was requested.
         mel: Content of a `.npy` file, float32 [C, M, L]; None if no spectrogram was requested or stored.
         num_bytes: Number of bytes read, including the table.
     """
 
     frames: SplicedFrames | None = None
-    sound: SplicedAudio | None = None
+    audio: SplicedAudio | None = None
     picture: bytes | None = None
     mel: bytes | None = None
     num_bytes: int = 0
@@ -143,7 +143,7 @@ class ShardReader:
         chosen = np.concatenate([needed_V, needed_A]).astype(np.int64)
         data = self._read_units(clip, units, chosen)
         video, audio = data[: len(needed_V)], data[len(needed_V) :]
-        frames = sound = picture = mel = None
+        frames = spliced_audio = picture = mel = None
         if video and clip.video_codec == "jpeg":
             picture = video[0]
         elif video:
@@ -152,10 +152,10 @@ class ShardReader:
             frames = SplicedFrames(clip.video_codec, video, keys, shown)
         if audio and clip.num_samples:
             first = int(needed_A[1]) - clip.num_frames - 1 if len(needed_A) > 1 else 0
-            sound = SplicedAudio(audio[0], audio[1:], first * FLAC_BLOCK)
+            spliced_audio = SplicedAudio(audio[0], audio[1:], first * FLAC_BLOCK)
         elif audio:
             mel = audio[0]
-        return FetchedClip(frames, sound, picture, mel, len(raw) + sum(map(len, data)))
+        return FetchedClip(frames, spliced_audio, picture, mel, len(raw) + sum(map(len, data)))
 
     def _read_units(self, clip: Clip, units: Units, chosen: NDArray[np.int64]) -> list[bytes]:
         """Reads units, with one byte range per contiguous run, and checks the CRC of each."""

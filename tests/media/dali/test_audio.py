@@ -151,11 +151,11 @@ def test_every_other_sound_is_decoded_on_the_cpu_and_agrees_too(folder, spoken):
 
 
 def test_a_header_tells_the_samples_that_follow_it(spoken):
-    sound = ShardReader(ShardReading()).fetch(spoken, None, (20_000, 30_000)).sound
+    sound = ShardReader(ShardReading()).fetch(spoken, None, (20_000, 30_000)).audio
     assert (sound.start, len(sound.frames)) == (16_384, 4)
     stream = shortened(sound, spoken)
     assert int.from_bytes(stream[18:26], "big") & (1 << 36) - 1 == 4 * FLAC_BLOCK
-    tail = ShardReader(ShardReading()).fetch(spoken, None, (90_000, 96_000)).sound
+    tail = ShardReader(ShardReading()).fetch(spoken, None, (90_000, 96_000)).audio
     assert int.from_bytes(shortened(tail, spoken)[18:26], "big") & (1 << 36) - 1 == 96_000 - tail.start
     for wrong in ({"sample_rate": 8_000}, {"channels": 2}):
         with pytest.raises(MediaError, match=r'audio: clip "spoken" sounds in 1 channels at 16000 Hz, its row says'):

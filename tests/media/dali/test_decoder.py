@@ -281,7 +281,7 @@ def test_a_part_at_the_start_of_a_raw_file_goes_through_dali_and_doubts_do_not(f
     assert part.num_frames == 30
     assert decoder.prepare(part, [plan]).film is not None
     assert decoder.prepare(replace(part, duration_s=1.0), [plan]).film is None  # 30 frames do not end there
-    with pytest.raises(MediaError, match=r"frame 0 is 160x96, its row says 96x96"):
+    with pytest.raises(MediaError, match=r"frame 0 is 160x96, expected 96x96 as in the manifest"):
         decoder.prepare(replace(part, width=96), [plan])
     edited = remux(webm.video, folder / "edited.mp4", -0.2, options={"avoid_negative_ts": "disabled"})
     assert decoder.prepare(clip_of(edited), [plan_of([0, 54])]).film is None  # five packets are not shown

@@ -14,7 +14,7 @@ import pytest
 
 from fastav.core.errors import MediaError
 from fastav.data.clip import Clip
-from fastav.media.packed_clip_decoder import KeptDecoders, decode_sound
+from fastav.media.packed_clip_decoder import OpenDecoders, decode_audio
 from fastav.media.shards import ShardReader, ShardReading
 from fastav.media.shards.format import (
     FLAC_BLOCK,
@@ -94,14 +94,14 @@ def whole_stream(clip):
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_splice_decodes_to_the_same_pixels_as_the_whole_file(packs, name):
-    clip, shards, decoders = packs[name], ShardReader(ShardReading()), KeptDecoders()
+    clip, shards, decoders = packs[name], ShardReader(ShardReading()), OpenDecoders()
     expected = whole_stream(clip)
     assert len(expected) == clip.num_frames == 75
     rng = np.random.default_rng(5)
     for _ in range(40):
         numbers = sorted(rng.choice(75, size=rng.integers(1, 9), replace=False).tolist())
         film = Film(numbers)
-        decoders.watch(shards.fetch(clip, numbers, None).frames, film, clip)
+        decoders.decode(shards.fetch(clip, numbers, None).frames, film, clip)
         assert list(film.frames) == numbers
         assert all(np.array_equal(film.frames[n], expected[n]) for n in numbers)
 
@@ -118,7 +118,7 @@ def test_only_the_needed_groups_are_read(packs, name):
     keys = [expected[i] for i, key in enumerate(packed.frames.keys) if key]
     assert keys == [n for n in expected if n % gop == 0]
     assert packed.num_bytes < clip.shard_size / 2
-    assert packed.sound is None
+    assert packed.audio is None
 
 
 def test_h264_has_delimiters_parameter_sets_and_no_reordering(packs):
@@ -161,18 +161,18 @@ def test_a_spliced_stream_decodes_without_a_word_from_ffmpeg(packs):
 
 def test_sound_is_spliced_by_frames(packs):
     clip, shards = packs["balanced"], ShardReader(ShardReading())
-    whole = decode_sound(shards.fetch(clip, None, (0, clip.num_samples)).sound, clip)
+    whole = decode_audio(shards.fetch(clip, None, (0, clip.num_samples)).audio, clip)
     assert len(whole) == clip.num_samples == pytest.approx(3 * RATE, abs=RATE // 20)
     peaks = np.flatnonzero(np.abs(whole) > 0.6)
     assert abs(peaks[0] - 0.5 * RATE) < 50
     assert abs(peaks[-1] - 2.2 * RATE) < 50
-    sound = shards.fetch(clip, None, (10_000, 20_000)).sound
+    sound = shards.fetch(clip, None, (10_000, 20_000)).audio
     assert (sound.start, len(sound.frames)) == (8192, 3)
-    part = decode_sound(sound, clip)
+    part = decode_audio(sound, clip)
     assert np.array_equal(part[8192 : 5 * FLAC_BLOCK], whole[8192 : 5 * FLAC_BLOCK])
     assert not part[:8192].any()
     with av.open(
-        io.BytesIO(sound.header + b"".join(shards.fetch(clip, None, (0, clip.num_samples)).sound.frames))
+        io.BytesIO(sound.header + b"".join(shards.fetch(clip, None, (0, clip.num_samples)).audio.frames))
     ) as flac:
         assert flac.streams.audio[0].codec_context.name == "flac"
 
@@ -237,14 +237,14 @@ def test_a_cut_off_or_missing_shard_is_named(packs, tmp_path):
 
 
 def test_the_table_is_plain_numpy():
-    units = [(b"abc", UnitKind.KEYFRAME), (b"", UnitKind.FRAME), (b"defg", UnitKind.SOUND)]
+    units = [(b"abc", UnitKind.KEYFRAME), (b"", UnitKind.FRAME), (b"defg", UnitKind.AUDIO)]
     loaded = np.load(io.BytesIO(encode_table(units)), allow_pickle=False)
     assert loaded.tolist() == [[3, 1, zlib.crc32(b"abc", 1)], [0, 0, 0], [4, 2, zlib.crc32(b"defg", 2)]]
 
 
 def test_offsets_are_those_of_the_tar(tmp_path):
     video, sound = [b"v" * 700, b"w" * 30], [b"head", b"s" * 1000]
-    units = [(data, UnitKind.KEYFRAME) for data in video] + [(data, UnitKind.SOUND) for data in sound]
+    units = [(data, UnitKind.KEYFRAME) for data in video] + [(data, UnitKind.AUDIO) for data in sound]
     members = [Member("idx.npy", encode_table(units)), Member("h264", b"".join(video)), Member("flac", b"".join(sound))]
     path = tmp_path / "x.tar"
     with path.open("wb") as file:
