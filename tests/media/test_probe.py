@@ -236,7 +236,9 @@ def test_what_is_no_media_is_named(tmp_path):
     (tmp_path / "text.mp4").write_text("not a video\n" * 100)
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "list.m3u8").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nhttp://example.org/a.ts\n")
-    reasons = {"empty.mp4": "empty file", "text.mp4": "not a media file", "folder.mp4": "folder", "no.mp4": "no such file"}
+    reasons = {
+        "empty.mp4": "empty file", "text.mp4": "not a media file", "folder.mp4": "folder", "no.mp4": "no such file",
+    }  # fmt: skip
     for name, reason in {**reasons, "list.m3u8": "playlist"}.items():
         with pytest.raises(MediaError, match=reason) as caught:
             probe(tmp_path / name)
