@@ -1,4 +1,4 @@
-"""Which decoder: by what this machine has and what the clips are, and said in one line."""
+"""Chooses the decoder from the hardware of this machine and the codecs of the clips, and explains the choice."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ from fastav.media.decoder import ClipDecoder, DecodeSpec
 from fastav.media.pyav import PyAV
 
 SAMPLED = 256
-"""Rows of a manifest that are looked at."""
+"""Number of manifest rows that are checked."""
 
-_ENOUGH = 0.9  # share of the clips with video that DALI must be able to take
+_ENOUGH = 0.9  # minimum share of the clips with video that DALI must be able to decode
 
 
 class Auto(Kind, frozen=True, tag="auto"):
-    """DALI where there is an NVIDIA GPU with its video decoder and it can take nine clips in ten; PyAV otherwise."""
+    """DALI on an NVIDIA GPU with a video decoder if it can decode 90 % of the clips with video; PyAV otherwise."""
 
 
 class ExternalDecoder(Kind, frozen=True, tag="external"):
-    """A decoder from outside this project; `kind = "module:attribute"` is short for it.
+    """A decoder from outside this project; can also be written as `kind = "module:attribute"`.
 
     Attributes:
-        factory: `module:attribute` of a config class or function; what it returns has `build(spec)`, which takes a
-            `fastav.media.decoder.DecodeSpec` and returns a `fastav.media.decoder.ClipDecoder`.
-        args: Its settings; a recipe may also write them beside `kind`.
+        factory: `module:attribute` of a config class or function that makes the decoder. Its result must have a method
+            `build(spec)`, which receives a `fastav.media.decoder.DecodeSpec` and returns a
+            `fastav.media.decoder.ClipDecoder`.
+        args: Keyword arguments of `factory`; a recipe may also write them beside `kind`.
     """
 
     factory: str = ""
@@ -44,25 +45,26 @@ class ExternalDecoder(Kind, frozen=True, tag="external"):
         """Returns the decoder for a run.
 
         Raises:
-            UserError: It cannot be imported, does not take the arguments, or makes something else.
+            UserError: The decoder cannot be imported, does not accept the arguments, or has no `decode` method.
         """
         made = make_external(self.factory, self.args, "decode")
         decoder = made.build(spec) if hasattr(made, "build") else made
         if not hasattr(decoder, "decode"):
             raise UserError(
-                f'decode.kind: "{self.factory}" makes a {type(decoder).__name__} without decode(clip, plans)'
+                f'decode.kind: "{self.factory}" returns a {type(decoder).__name__}, expected an object with '
+                "decode(clip, plans)"
             )
         return decoder
 
 
 @dataclass(frozen=True)
 class ClipStats:
-    """What kinds of clips there are, from evenly spaced rows.
+    """Codecs and sizes of the clips in evenly spaced rows of a manifest.
 
     Attributes:
-        codecs: Video codec -> rows; `h264 packed` for packed ones; empty for rows without video.
+        codecs: Video codec -> number of rows; `h264 packed` for packed clips, an empty name for rows without video.
         sizes: Codec, width and height of each row with video.
-        num_rows: Rows looked at.
+        num_rows: Number of checked rows.
     """
 
     codecs: Counter[str]
@@ -82,7 +84,7 @@ class ClipStats:
         return cls(codecs, tuple(sizes), rows)
 
     def describe(self) -> str:
-        """The codecs with their shares, the commonest first."""
+        """Returns the codecs and their shares, the most frequent first."""
         parts = [
             f"{name or 'no video'} {100 * count / self.num_rows:.0f} %" for name, count in self.codecs.most_common()
         ]
@@ -91,11 +93,11 @@ class ClipStats:
 
 @dataclass(frozen=True)
 class DecoderChoice:
-    """A decoder and why.
+    """The chosen decoder and the reason.
 
     Attributes:
-        config: Builds it.
-        reason: One line for a person.
+        config: Settings of the decoder.
+        reason: One line for the log.
     """
 
     config: PyAV | Dali | ExternalDecoder
@@ -114,16 +116,16 @@ def sample_clips(manifests: Sequence[Manifest]) -> list[Clip]:
 def choose_decoder(
     config: Auto | PyAV | Dali | ExternalDecoder, clip_stats: ClipStats, uses_video: bool, cpu_only: str = ""
 ) -> DecoderChoice:
-    """Decides what `auto` means here; what is asked for by name is taken, if it can do anything.
+    """Chooses the decoder for kind `auto`. A decoder that is requested by name is returned unchanged.
 
     Args:
-        config: Of the recipe.
-        clip_stats: Of the clips.
+        config: Settings in the recipe.
+        clip_stats: Codecs and sizes of the clips.
         uses_video: Whether the run decodes video.
-        cpu_only: Why the CPU must decode whatever there is; empty where it need not.
+        cpu_only: Reason why clips must be decoded on the CPU; empty if they need not be.
 
     Raises:
-        UserError: DALI is asked for and can decode none of the clips.
+        UserError: DALI is requested, but it can decode none of the clips.
     """
     if isinstance(config, Dali):
         return DecoderChoice(config, _requested(config, clip_stats, uses_video))
@@ -135,21 +137,21 @@ def choose_decoder(
     if lack:
         return DecoderChoice(PyAV(), f"DALI cannot be used: {lack}")
     if not uses_video or not clip_stats.sizes:
-        return DecoderChoice(PyAV(), "there is no video to decode")
+        return DecoderChoice(PyAV(), "no video to decode")
     able = sum(can_decode("gpu", codec, width, height) for codec, width, height in clip_stats.sizes)
     share = able / len(clip_stats.sizes)
     if share < _ENOUGH:
         return DecoderChoice(PyAV(), f"the GPU can decode {100 * share:.0f} % of the clips ({clip_stats.describe()})")
-    ill = self_test_failure("gpu")
-    if ill:
-        return DecoderChoice(PyAV(), f"DALI does not work here: {ill}")
+    failure = self_test_failure("gpu")
+    if failure:
+        return DecoderChoice(PyAV(), f"DALI does not work on this machine: {failure}")
     return DecoderChoice(
         Dali(device="gpu"), f"the GPU can decode {100 * share:.0f} % of the clips ({clip_stats.describe()})"
     )
 
 
 def _requested(config: Dali, clip_stats: ClipStats, uses_video: bool) -> str:
-    """Why DALI, where it was asked for, and what is left to PyAV."""
+    """Returns the reason for a requested DALI decoder, with the share of clips that PyAV decodes."""
     if not uses_video or not clip_stats.sizes:
         return "requested"
     kind = device_kind(config.device)
@@ -157,11 +159,11 @@ def _requested(config: Dali, clip_stats: ClipStats, uses_video: bool) -> str:
     if not able:
         packing = "an MJPEG pack (fastav pack --codec mjpeg)" if kind == "cpu" else "an H.264 pack"
         raise UserError(
-            f"decode.kind: dali on the {kind} was asked for and can decode none of the clips "
-            f'({clip_stats.describe()}); expected {packing}, or decode.kind "auto"'
+            f'decode.kind: "dali" on the {kind} can decode none of the clips ({clip_stats.describe()}); '
+            f'use {packing}, or decode.kind "auto"'
         )
     left = 100 * (1 - able / len(clip_stats.sizes))
-    return f"requested; {left:.0f} % of the clips are left to PyAV" if left else "requested"
+    return f"requested; PyAV decodes {left:.0f} % of the clips" if left else "requested"
 
 
 DecoderConfig = Auto | PyAV | Dali | ExternalDecoder

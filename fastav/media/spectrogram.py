@@ -1,26 +1,27 @@
-"""From waveform to log-mel spectrogram, on any device: the presets of the published recipes.
+"""Computes log-mel spectrograms from waveforms, on any device, with the settings of published recipes as presets.
 
-Every preset is centred (frame f looks at the samples around `f * hop_length`), reflects the waveform at the
-clip's two true edges, weighs with a periodic Hann window and ends in decibels against reference 1:
+In every preset, frames are centred (frame f is computed from the samples around `f * hop_length`), the waveform is
+reflected at both ends of the clip, the window is a periodic Hann window, and values are in decibels relative to 1:
 
     mel_dB = 10 * log10(max(mel_power, 10 ** (floor_db / 10)))
 
-so that the numbers are librosa's (`pad_mode="reflect"`) and torchaudio's. What a preset's source leaves open:
+The values equal those of librosa (`pad_mode="reflect"`) and torchaudio. Choices where a publication is silent, and
+differences from it:
 
-* `ssw60` (SSW60, section 4.1): the mel scale. HTK without area normalisation, torchaudio's default. With 128
-  HTK bands on an FFT of 512 points one filter falls between two bins and stays empty: that band is always at
-  the floor, which costs nothing but the row.
-* `inatsounds` (iNatSounds, section 4): the mel scale, taken as above.
-* `events` (Event-specific fusion, supplement 1): takes the natural logarithm; decibels differ from it by a
-  constant factor, which the normalisation removes.
-* `ast` (AST, section 2.1): the source computes Kaldi features. Rates, window, band edges (20 Hz to Nyquist,
-  HTK) and FFT size (Kaldi rounds 400 samples up to 512 points) are the same; Kaldi's pre-emphasis, per-frame
-  removal of the mean and uncentred frames are not imitated, so weights trained on Kaldi features want
-  fine-tuning. One band is empty, as in `ssw60`.
+* `ssw60` (SSW60, section 4.1): the mel scale is not published; HTK without area normalisation is used, the default of
+  torchaudio. With 128 HTK bands on an FFT of 512 points, one filter lies between two bins and is empty, so its band
+  always has the floor value.
+* `inatsounds` (iNatSounds, section 4): the mel scale is not published; the same as in `ssw60` is used.
+* `events` (Event-specific fusion, supplement 1): the publication uses the natural logarithm. Decibels differ from it by
+  a constant factor, which the normalisation removes.
+* `ast` (AST, section 2.1): the publication uses Kaldi features. Sample rate, window, band edges (20 Hz to Nyquist, HTK)
+  and FFT size (Kaldi rounds 400 samples up to 512 points) are the same. Kaldi's pre-emphasis, removal of the mean of
+  each frame and frames that are not centred are not reproduced, so weights trained on Kaldi features need fine-tuning.
+  One band is empty, as in `ssw60`.
 
-Against librosa in float64 the power differs by 2e-6 (median) to 2e-4 (worst: bands that barely touch one bin,
-where torchaudio's float32 band edges show), the decibels by less than 1e-3, as long as a band is within 60 dB
-of the frame's loudest; below that the rounding of a float32 FFT shows.
+The power differs from librosa's in float64 by 2e-6 (median) to 2e-4 (maximum, for bands that overlap hardly one bin,
+because torchaudio computes band edges in float32). Decibels differ by less than 1e-3 for bands within 60 dB of the
+loudest band of the frame; in quieter bands, the rounding of the float32 FFT is larger.
 """
 
 from __future__ import annotations
@@ -42,36 +43,42 @@ from fastav.core.plugin import load_external
 
 
 class Spectrogram(Protocol):
-    """Computes the windows of a clip's spectrogram; called from many threads at once."""
+    """Computes windows of the spectrogram of a clip. Called from many threads at once."""
 
     def windows(self, wave_CS: Tensor, starts_W: NDArray[np.int32], length: int) -> Tensor:
-        """See `LogMel.windows`."""
+        """Computes windows of a spectrogram; `LogMel.windows` describes arguments and result."""
         ...
 
 
 class Frontend(Config, frozen=True):
-    """Settings of the log-mel spectrogram; the defaults are the `ssw60` preset.
+    """Settings of the log-mel spectrogram. The defaults are the `ssw60` preset.
 
     Attributes:
-        preset: Name of the table in `PRESETS` that the other keys override.
-        sample_rate: Hz to which the waveform is resampled before.
-        n_fft: Points of the FFT.
-        win_length: Samples of the Hann window, centred in the `n_fft` points.
-        hop_length: Samples from one frame to the next.
-        num_mels: Mel bands.
-        f_min: Lower edge of the first band, Hz.
-        f_max: Upper edge of the last band, Hz, at most half the sample rate.
-        mel_scale: `htk` or `slaney`.
-        norm: `slaney` divides each band by its width, `none` leaves triangles of height 1.
-        power: Exponent of the magnitude: 2 for power, 1 for magnitude (decibels are of power either way).
-        floor_db: Smallest value, dB; also what pads a clip that is shorter than its window.
-        mean: Mean over the training clips, dB; absent: measured when a run starts and stored with it.
-        std: Standard deviation over the training clips, dB; absent: as for `mean`.
+        preset: Name of a set of published settings: `ssw60`, `inatsounds`, `events` or `ast`. Other keys of this table
+            override single settings of the preset.
+        sample_rate: Sample rate of the waveform, Hz. Audio with another rate is resampled.
+        n_fft: Size of the FFT, points.
+        win_length: Length of the Hann window, samples, at most `n_fft`. The window is centred in the FFT.
+        hop_length: Distance between the starts of two frames, samples.
+        num_mels: Number of mel bands.
+        f_min: Lower edge of the lowest mel band, Hz.
+        f_max: Upper edge of the highest mel band, Hz; at most half the sample rate.
+        mel_scale: Formula of the mel scale: `htk` or `slaney`.
+        norm: Normalisation of the mel filters: `slaney` divides each filter by its bandwidth; with `none`, every filter
+            has height 1.
+        power: Exponent of the magnitude: 2 for the power spectrogram, 1 for the magnitude spectrogram. The decibels
+            are those of the power with both.
+        floor_db: Smallest value, dB. Smaller values are raised to it, and windows that are longer than their clip are
+            padded with it.
+        mean: Mean of the spectrogram over the training clips, dB; it is subtracted before the model. If it is not set,
+            it is measured when a run starts, and stored with the run.
+        std: Standard deviation of the spectrogram over the training clips, dB; the model's input is divided by it. If
+            it is not set, it is measured when a run starts, and stored with the run.
         factory: `module:attribute` of a spectrogram from outside this project; empty for the log-mel spectrogram. It
             is called as `factory(config, **args)` with this table and returns an object with `LogMel.windows`, or a
             function of the whole clip: samples [C, S] -> [C, M, L] in the layout of `LogMel.log_mel`. It must allow
             calls from several threads at once. Clips are then decoded on the CPU.
-        args: Further arguments of the factory.
+        args: Keyword arguments of `factory`.
     """
 
     preset: str = "ssw60"
@@ -92,15 +99,16 @@ class Frontend(Config, frozen=True):
     args: dict[str, Any] = {}  # noqa: RUF012 - msgspec copies it
 
     def needed_samples(self, starts_W: NDArray[np.int32], length: int, num_samples: int) -> tuple[int, int]:
-        """Returns first sample and the one after the last that windows of a clip's spectrogram look at.
+        """Returns the range of samples (first, last + 1) that windows of a clip's spectrogram need.
 
         Args:
-            starts_W: First mel frame of each window, -1 for none.
-            length: Mel frames of a window.
-            num_samples: Samples of the clip at `sample_rate`; its edges are reflected, so they need their neighbours.
+            starts_W: First mel frame of each window; -1 for a window without audio.
+            length: Length of a window, mel frames.
+            num_samples: Number of samples of the clip at `sample_rate`. Windows at its ends also need the samples that
+                are reflected there.
         """
         if self.factory:
-            return 0, num_samples  # what it looks at is unknown
+            return 0, num_samples  # an external spectrogram may need all samples
         starts = [int(start) for start in starts_W if start >= 0]
         total = int(self.num_frames(num_samples))
         if not starts or min(starts) >= total:
@@ -113,29 +121,29 @@ class Frontend(Config, frozen=True):
         return max(first, 0), min(last, num_samples)
 
     def num_frames(self, num_samples: ArrayLike) -> NDArray[np.int64]:
-        """Returns how many mel frames clips of so many samples have: 1 + S // hop_length; 0 of 0."""
+        """Returns the number of mel frames of clips with S samples: 1 + S // hop_length, and 0 for S = 0."""
         samples = np.asarray(num_samples).astype(np.int64)
         return np.where(samples > 0, 1 + samples // self.hop_length, 0)
 
     def num_frames_s(self, duration_s: ArrayLike) -> NDArray[np.int64]:
-        """Returns how many mel frames clips of these lengths in seconds have, vectorised."""
+        """Returns the number of mel frames of clips with the given lengths, seconds."""
         return self.num_frames(np.rint(np.asarray(duration_s, dtype=np.float64) * self.sample_rate))
 
     def build(self) -> Spectrogram:
-        """Returns the module that computes it.
+        """Returns the module that computes the spectrogram.
 
         Raises:
-            UserError: where the settings contradict one another.
+            UserError: The settings contradict each other, or the external spectrogram cannot be loaded.
         """
         if self.preset not in PRESETS:
             near = did_you_mean(self.preset, PRESETS)
             raise UserError(f'frontend.preset: "{self.preset}" is unknown{near}')
         if self.win_length > self.n_fft:
-            raise UserError(f"frontend.win_length: {self.win_length} given, at most n_fft = {self.n_fft} expected")
+            raise UserError(f"frontend.win_length: must be at most n_fft = {self.n_fft}, got {self.win_length}")
         if not self.f_min < self.f_max <= self.sample_rate / 2:
             raise UserError(
-                f"frontend.f_max: {self.f_max:g} Hz given, more than f_min = {self.f_min:g} and at most half "
-                f"the sample rate = {self.sample_rate / 2:g} expected"
+                f"frontend.f_max: must be above f_min = {self.f_min:g} Hz and at most half the sample rate = "
+                f"{self.sample_rate / 2:g} Hz, got {self.f_max:g} Hz"
             )
         return self._external() if self.factory else LogMel(self)
 
@@ -164,21 +172,21 @@ PRESETS: dict[str, Frontend] = {
 
 
 class WholeClip:
-    """Windows of a spectrogram that is computed of the whole clip.
+    """Cuts windows from an external spectrogram that is computed from the whole clip.
 
     Args:
-        config: Settings; `floor_db` fills what lies past the clip's end.
-        compute: Samples [C, S] -> spectrogram [C, M, L].
+        config: Settings; windows are padded with `floor_db` beyond the end of the clip.
+        compute: Function of the samples, [C, S] -> spectrogram [C, M, L].
     """
 
     def __init__(self, config: Frontend, compute: Callable[[Tensor], Tensor]) -> None:
         self._config, self._compute = config, compute
 
     def windows(self, wave_CS: Tensor, starts_W: NDArray[np.int32], length: int) -> Tensor:
-        """See `LogMel.windows`.
+        """Computes windows of a spectrogram; `LogMel.windows` describes arguments and result.
 
         Raises:
-            UserError: The spectrogram has other sizes than the settings say.
+            UserError: The shape of the spectrogram does not match the settings.
         """
         config = self._config
         expected = (wave_CS.shape[0], config.num_mels, int(config.num_frames(wave_CS.shape[-1])))
@@ -198,12 +206,14 @@ class WholeClip:
 
 
 class LogMel(nn.Module):
-    """The log-mel spectrogram of waveforms, float32, in dB; `.to(device)` moves window and filters.
-
-    Stateless: may be called from many threads at once.
+    """Computes log-mel spectrograms of waveforms, float32, dB. Many threads may call it at once.
 
     Args:
-        config: Settings, checked by `Frontend.build`.
+        config: Settings, as checked by `Frontend.build`.
+
+    Example:
+        >>> log_mel = Frontend().build()
+        >>> mel_CML = log_mel.log_mel(wave_CS)
     """
 
     hann_S: Tensor
@@ -223,27 +233,27 @@ class LogMel(nn.Module):
         """Computes the spectrogram of whole clips.
 
         Args:
-            wave: float [..., S] in -1 to 1 at `sample_rate`. A clip shorter than n_fft // 2 + 1 samples
-                cannot be reflected and is first padded with zeros at its end to that length.
+            wave: Samples, float [..., S] in -1 to 1 at `sample_rate`. A clip shorter than n_fft // 2 + 1 samples
+                cannot be reflected; it is first padded with zeros at its end to that length.
 
         Returns:
-            float32 [..., M, L] in dB, L = `num_frames(S)`.
+            float32 [..., M, L], dB, L = `num_frames(S)`.
         """
         return self._frames(self._reflected(wave), int(self.config.num_frames(wave.shape[-1])))
 
     def windows(self, wave_CS: Tensor, starts_W: NDArray[np.int32], length: int) -> Tensor:
-        """Cuts windows out of a clip's spectrogram without computing the rest of it.
+        """Computes windows of the spectrogram of a clip without computing the rest of it.
 
-        The result equals cutting `log_mel(wave_CS)`: frames at a window's edges see the real samples beyond.
-        Past the clip's end there is the floor value; so there is in the whole of a window that starts at -1.
+        The result equals windows cut from `log_mel(wave_CS)`: frames at the edges of a window use the samples beyond
+        them. Beyond the end of the clip, and in windows that start at -1, the result is the floor value.
 
         Args:
-            wave_CS: float [C, S] at `sample_rate`.
-            starts_W: First mel frame of each window, -1 for none.
-            length: Mel frames of a window.
+            wave_CS: Samples, float [C, S] in -1 to 1 at `sample_rate`.
+            starts_W: First mel frame of each window; -1 for a window without audio.
+            length: Length of a window, mel frames.
 
         Returns:
-            float32 [W, C, M, length] in dB.
+            float32 [W, C, M, length], dB.
         """
         config = self.config
         total = int(config.num_frames(wave_CS.shape[-1]))
@@ -254,7 +264,7 @@ class LogMel(nn.Module):
         if not real:
             return mel_WCML
         padded_CS = self._reflected(wave_CS)
-        # Overlapping windows (evaluation) are cut from one span; scattered ones are computed one by one.
+        # Overlapping windows (evaluation) are cut from one span; separate windows are computed one by one.
         first, last = min(a for a, _ in real), max(b for _, b in real)
         overlap = last - first <= sum(b - a for a, b in real)
         span_CML = self._span(padded_CS, first, last) if overlap else None
@@ -268,7 +278,7 @@ class LogMel(nn.Module):
         return mel_WCML
 
     def _reflected(self, wave: Tensor) -> Tensor:
-        """Returns [..., S] with n_fft // 2 reflected samples on either side; a short S gets zeros before."""
+        """Adds n_fft // 2 reflected samples at both ends; clips that are too short are first padded with zeros."""
         half = self.config.n_fft // 2
         wave = wave.to(torch.float32)
         if wave.shape[-1] <= half:
@@ -277,17 +287,17 @@ class LogMel(nn.Module):
         return functional.pad(flat, (half, half), mode="reflect").reshape(*wave.shape[:-1], -1)
 
     def _span(self, padded: Tensor, first: int, last: int) -> Tensor:
-        """Returns frames first..last of a waveform that was padded by `_reflected`."""
+        """Computes the frames first to last - 1 of a waveform that was padded by `_reflected`."""
         start = first * self.config.hop_length
         stop = (last - 1) * self.config.hop_length + self.config.n_fft
         return self._frames(padded[..., start:stop], last - first)
 
     def _frames(self, padded: Tensor, num_frames: int) -> Tensor:
-        """Returns the first so many frames of a waveform that already has its edges."""
+        """Computes the first `num_frames` frames of a padded waveform."""
         config = self.config
         if num_frames == 0:
             return padded.new_empty(*padded.shape[:-1], config.num_mels, 0)
-        with torch.autocast(padded.device.type, enabled=False):  # filters in bf16 would cost 0.03 dB
+        with torch.autocast(padded.device.type, enabled=False):  # filters in bf16 would cause errors of 0.03 dB
             power = spectrogram(
                 padded,
                 pad=0,
@@ -305,7 +315,7 @@ class LogMel(nn.Module):
 
 
 def _filters(config: Frontend) -> Tensor:
-    """Returns the mel filter bank [F, M], without torchaudio's warning of the empty filter (see the top)."""
+    """Returns the mel filter bank [F, M], without torchaudio's warning about the empty filter (see the top)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="At least one mel filterbank has all zero values")
         return melscale_fbanks(

@@ -60,14 +60,14 @@ def test_a_gpu_that_shows_other_pictures_is_left_alone(monkeypatch):
     monkeypatch.setattr("fastav.media.decoder_choice.self_test_failure", lambda device: "spliced groups come out grey")
     choice = choose_decoder(Auto(), ClipStats.of([video("h264")]), True)
     assert isinstance(choice.config, PyAV)
-    assert choice.reason == "DALI does not work here: spliced groups come out grey"
+    assert choice.reason == "DALI does not work on this machine: spliced groups come out grey"
 
 
 def test_dali_that_could_decode_nothing_is_refused():
-    with pytest.raises(UserError, match=r"dali on the cpu was asked for and can decode none .*MJPEG pack"):
+    with pytest.raises(UserError, match=r'"dali" on the cpu can decode none .*MJPEG pack'):
         choose_decoder(Dali(device="cpu"), ClipStats.of([video("h264")] * 3), True)
     half = choose_decoder(Dali(device="cpu"), ClipStats.of([video("h264"), video("mjpeg")]), True)
-    assert half.reason == "requested; 50 % of the clips are left to PyAV"
+    assert half.reason == "requested; PyAV decodes 50 % of the clips"
     assert choose_decoder(Dali(device="cpu"), ClipStats.of([video("mjpeg")]), True).reason == "requested"
     assert choose_decoder(Dali(device="cpu"), ClipStats.of([video("h264")]), False).reason == "requested"
 

@@ -173,9 +173,12 @@ def test_on_the_gpu() -> None:
     ("config", "message"),
     [
         (Frontend(preset="sww60"), 'frontend.preset: "sww60" is unknown; did you mean "ssw60"?'),
-        (Frontend(win_length=600), "frontend.win_length: 600 given, at most n_fft = 512 expected"),
-        (Frontend(f_max=9000.0), "frontend.f_max: 9000 Hz given, more than f_min = 0 and at most half"),
-        (Frontend(f_min=8000.0), "frontend.f_max: 8000 Hz given, more than f_min = 8000"),
+        (Frontend(win_length=600), "frontend.win_length: must be at most n_fft = 512, got 600"),
+        (
+            Frontend(f_max=9000.0),
+            "frontend.f_max: must be above f_min = 0 Hz and at most half the sample rate = 8000 Hz, got 9000 Hz",
+        ),
+        (Frontend(f_min=8000.0), "frontend.f_max: must be above f_min = 8000 Hz"),
     ],
 )
 def test_contradictions_are_one_line(config: Frontend, message: str) -> None:
