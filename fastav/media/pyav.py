@@ -1,8 +1,8 @@
 """The CPU decoder: decodes packed clips, media files, still pictures and stored spectrograms with PyAV (FFmpeg).
 
-Color: frames are converted to RGB with the matrix given by the stream (BT.601, BT.709, BT.2020, ...), or with BT.601 if
-the stream gives none, at any picture size, as FFmpeg and PyAV do. Limited and full range are both expanded to 0 to 255;
-more than 8 bits are rounded to 8. Transfer functions are not applied, so HDR video looks flat. Chroma is upsampled
+Colour: frames are converted to RGB with the matrix given by the stream (BT.601, BT.709, BT.2020, ...), or with BT.601
+if the stream gives none, at any picture size, as FFmpeg and PyAV do. Limited and full range are both expanded to 0 to
+255; more than 8 bits are rounded to 8. Transfer functions are not applied, so HDR video looks flat. Chroma is upsampled
 bilinearly. Interlaced frames are not deinterlaced, and pixels that are not square are not resampled.
 
 From packed clips, only the GOPs and the range of audio that the plan needs are read. They are decoded without a

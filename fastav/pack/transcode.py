@@ -211,7 +211,7 @@ class _VideoTranscoder:
             self._next += 1
 
     def _upright(self, frame: av.VideoFrame) -> av.VideoFrame:
-        """Returns the frame upright, in the size, color matrix and color range of the pack."""
+        """Returns the frame upright, in the size, colour matrix and colour range of the pack."""
         width, height = self.size
         turned = self.clip.rotation % 180
         full = self._encoder.pixel_format == "yuvj420p"

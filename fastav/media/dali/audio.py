@@ -1,4 +1,4 @@
-"""Sound as DALI's audio decoder takes it, and how much of a clip's is needed for its windows."""
+"""Prepares audio for DALI's audio decoder, and finds the range of samples that the windows of a clip need."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fastav.data.clip import Clip
 from fastav.media.shards import FLAC_BLOCK, SplicedAudio
 from fastav.media.spectrogram import Frontend
 
-_TOTAL_BITS = 36  # of STREAMINFO's number of samples
+_TOTAL_BITS = 36  # width of the number of samples in FLAC's STREAMINFO
 
 
 @dataclass(frozen=True, slots=True)
 class AudioSpan:
-    """The stretch of a clip's sound whose own spectrogram holds its windows' frames.
+    """Range of samples of a clip whose spectrogram contains all mel frames of some windows.
 
     Attributes:
-        begin: First sample, on the grid of frames.
-        end: Sample after the last.
-        first: Mel frame of the clip that is centred on `begin`.
-        total: Mel frames of the clip.
+        begin: First sample, a multiple of the hop length.
+        end: Last sample + 1.
+        first: Number of the clip's mel frame that is centred on `begin`.
+        total: Number of mel frames of the clip.
     """
 
     begin: int
@@ -34,17 +34,17 @@ class AudioSpan:
 
     @classmethod
     def of(cls, frontend: Frontend, starts_W: NDArray[np.int32], length: int, num_samples: int) -> AudioSpan | None:
-        """Returns the stretch for some windows of a clip; None where none of them holds any of it.
+        """Returns the range for some windows of a clip; None if no window contains any part of the clip.
 
-        A spectrogram reflects its input at both ends. At the clip's own ends that is wanted; elsewhere the stretch
-        reaches half an FFT beyond the windows, so that the frames that see the reflection are not theirs. A clip that
-        is too short to be reflected counts as padded with zeros to `n_fft // 2 + 1` samples.
+        A spectrogram reflects its input at both ends. This is correct at the ends of the clip. Elsewhere, the range
+        extends half an FFT beyond the windows, so that no frame of a window uses reflected samples. A clip that is too
+        short to be reflected is treated as padded with zeros to `n_fft // 2 + 1` samples.
 
         Args:
             frontend: Settings of the spectrogram.
-            starts_W: First mel frame of each window, -1 for none.
-            length: Mel frames of a window.
-            num_samples: Samples of the clip.
+            starts_W: First mel frame of each window; -1 for a window without audio.
+            length: Length of a window, mel frames.
+            num_samples: Number of samples of the clip, at the sample rate of the spectrogram.
         """
         total, half, hop = int(frontend.num_frames(num_samples)), frontend.n_fft // 2, frontend.hop_length
         spans = [(start, min(start + length, total)) for start in starts_W.tolist() if 0 <= start < total]
@@ -59,26 +59,26 @@ class AudioSpan:
         return cls(first * hop, end, first, total)
 
 
-def shortened(sound: SplicedAudio, clip: Clip) -> bytes:
-    """Returns a splice as a FLAC stream whose header tells its own number of samples, and no digest.
+def trimmed_flac(audio: SplicedAudio, clip: Clip) -> bytes:
+    """Returns some FLAC frames of a clip as a stream whose header gives their number of samples and no MD5 digest.
 
     Raises:
-        MediaError: The header tells another rate or number of channels than the row.
+        MediaError: The sample rate or the number of channels in the header differs from the manifest row.
     """
-    count = min(len(sound.frames) * FLAC_BLOCK, clip.num_samples - sound.start)
-    header = bytearray(sound.header)
-    told = int.from_bytes(header[18:26], "big")  # rate: 20 bits, channels - 1: 3, bits - 1: 5, samples: 36
-    rate, channels = told >> 44, (told >> 41 & 7) + 1
+    count = min(len(audio.frames) * FLAC_BLOCK, clip.num_samples - audio.start)
+    header = bytearray(audio.header)
+    fields = int.from_bytes(header[18:26], "big")  # rate: 20 bits, channels - 1: 3, bits - 1: 5, samples: 36
+    rate, channels = fields >> 44, (fields >> 41 & 7) + 1
     if (rate, channels) != (clip.sample_rate, clip.channels):
-        found = f"{channels} channels at {rate} Hz, its row says {clip.channels} at {clip.sample_rate}"
-        raise MediaError(clip.source, f'clip "{clip.id}" sounds in {found}', "audio")
-    header[18:26] = (told >> _TOTAL_BITS << _TOTAL_BITS | count).to_bytes(8, "big")
+        expected = f"expected {clip.channels} channels at {clip.sample_rate} Hz as in the manifest"
+        raise MediaError(clip.source, f'clip "{clip.id}" has {channels} channels at {rate} Hz, {expected}', "audio")
+    header[18:26] = (fields >> _TOTAL_BITS << _TOTAL_BITS | count).to_bytes(8, "big")
     header[26:42] = bytes(16)  # MD5: unknown
-    return b"".join((header, *sound.frames))
+    return b"".join((header, *audio.frames))
 
 
 def wav_of(wave_S: NDArray[np.float32], rate: int) -> bytes:
-    """Returns one channel of sound as a WAV of float32, sample for sample."""
+    """Returns one channel of audio as a WAV file with samples in float32."""
     data = np.ascontiguousarray(wave_S, "<f4").tobytes()
     is_float, size = 3, len(data)
     layout = struct.pack("<4sIHHIIHH", b"fmt ", 16, is_float, 1, rate, 4 * rate, 4, 32)

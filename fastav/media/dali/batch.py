@@ -1,4 +1,4 @@
-"""What goes into a batch of the DALI decoder and what comes out: rows put together on the device."""
+"""Batches of the DALI decoder: the prepared clips that go in, and the tensors on the device that come out."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class PreparedClip:
-    """What one clip brings to a batch; made by `DaliDecoder.prepare`.
+    """The data of one clip for a batch, made by `DaliDecoder.prepare`.
 
     Attributes:
         clip: The clip.
-        plans: Its replicas.
-        film: Video for DALI to decode.
-        pictures: Or finished frames of each plan, uint8 [T, 3, size, size].
-        wave: Sound for DALI to decode.
-        mel_WCML: Or a finished spectrogram, float32 dB.
+        plans: Plans of its replicas.
+        video: Video for DALI to decode; None if `pictures` has the frames, or there is no video.
+        pictures: Frames of each plan, already decoded on the CPU, uint8 [T, 3, size, size]; None otherwise.
+        audio: Audio for DALI to decode; None if `mel_WCML` has the spectrogram, or there is no audio.
+        mel_WCML: Spectrogram, already computed on the CPU, float32, dB; None otherwise.
     """
 
     clip: Clip
     plans: tuple[ClipPlan, ...]
-    film: VideoSample | None = None
+    video: VideoSample | None = None
     pictures: tuple[Tensor, ...] | None = None
-    wave: AudioSample | None = None
+    audio: AudioSample | None = None
     mel_WCML: Tensor | None = None
 
 
 class DeviceBatch:
-    """Tensors of a batch while its clips come in, made on the current CUDA stream.
+    """Tensors of a batch that is being filled, allocated on the current CUDA stream.
 
     Args:
-        read: What the run reads.
-        device: Where the tensors are.
-        prepared: Clips; None for one that could not be prepared.
-        rows: Which row each plan of each clip goes to.
-        size: Rows of the batch.
-        frames: Frames of a clip.
-        windows: Windows of a clip.
+        spec: What to decode.
+        device: Device of the tensors.
+        prepared: Prepared clips; None for a clip that could not be prepared.
+        rows: Row of the batch of each plan of each clip.
+        size: Number of rows of the batch.
+        frames: Number of frames per clip.
+        windows: Number of spectrogram windows per clip.
     """
 
     def __init__(
@@ -77,15 +77,15 @@ class DeviceBatch:
             shape = (size, windows, 1, frontend.num_mels, spec.window)
             self.mel_BWCML = torch.full(shape, frontend.floor_db, device=device)
 
-    def take_finished(self) -> None:
-        """Copies what was finished on the CPU."""
+    def copy_finished(self) -> None:
+        """Copies frames and spectrograms that were already finished on the CPU."""
         for clip, rows in zip(self.clips, self._rows, strict=True):
             pictures = clip.pictures if clip.pictures is not None else (None,) * len(rows)
             for row, picture_TCHW in zip(rows, pictures, strict=True):
                 self._put(row, picture_TCHW, clip.mel_WCML)
 
     def _put(self, row: int, frames_TCHW: Tensor | None, mel_WCML: Tensor | None) -> None:
-        """Copies what there is of a finished sample to its row."""
+        """Copies the finished frames and spectrogram of a sample to its row, if they exist."""
         if self.frames_BTCHW is not None and frames_TCHW is not None:
             self.frames_BTCHW[row].copy_(frames_TCHW)
             self.has_video_B[row] = True
@@ -93,54 +93,58 @@ class DeviceBatch:
             self.mel_BWCML[row].copy_(mel_WCML)
             self.has_audio_B[row] = True
 
-    def take_films(self, results: GraphResults) -> None:
-        """Copies decoded frames to their rows."""
-        users = [number for number, clip in enumerate(self.clips) if clip.film is not None]
-        self._blame(users, results, "video")
+    def take_videos(self, results: GraphResults) -> None:
+        """Copies frames that DALI decoded to their rows."""
+        users = [number for number, clip in enumerate(self.clips) if clip.video is not None]
+        self._record_failures(users, results, "video")
         for numbers, lanes in results.parts:
             for lane, frames_NTHWC in enumerate(lanes):
                 picked = [n for n, number in enumerate(numbers) if lane < len(self._rows[users[number]])]
                 rows = [self._rows[users[numbers[n]]][lane] for n in picked]
                 part_NTHWC = frames_NTHWC if len(picked) == len(numbers) else frames_NTHWC[self._index(picked)]
-                assert self.frames_BTCHW is not None, "there are films in runs with video only"
+                assert self.frames_BTCHW is not None, "only runs with video have video samples"
                 self.frames_BTCHW[self._index(rows)] = part_NTHWC.permute(0, 1, 4, 2, 3)
                 self.has_video_B[rows] = True
 
-    def take_waves(self, results: GraphResults) -> None:
-        """Cuts the windows out of spectrograms and copies them to their rows."""
-        users = [number for number, clip in enumerate(self.clips) if clip.wave is not None]
-        self._blame(users, results, "audio")
+    def take_audio(self, results: GraphResults) -> None:
+        """Cuts windows from the spectrograms that DALI computed, and copies them to their rows."""
+        users = [number for number, clip in enumerate(self.clips) if clip.audio is not None]
+        self._record_failures(users, results, "audio")
         for numbers, (mel_NML,) in results.parts:
-            windows_NWML = self._windows(mel_NML, [self.clips[users[number]].wave for number in numbers])
+            windows_NWML = self._windows(mel_NML, [self.clips[users[number]].audio for number in numbers])
             places = [(n, row) for n, number in enumerate(numbers) for row in self._rows[users[number]]]
             rows = [row for _, row in places]
-            assert self.mel_BWCML is not None, "there are waves in runs with audio only"
+            assert self.mel_BWCML is not None, "only runs with audio have audio samples"
             self.mel_BWCML[self._index(rows)] = windows_NWML[self._index([n for n, _ in places]), :, None]
             self.has_audio_B[rows] = True
 
-    def try_again(self, decode: Callable[[Clip, Sequence[ClipPlan]], Sequence[Sample]]) -> None:
-        """Has clips that DALI refused decoded by something else; those that it cannot read either stay broken."""
+    def retry(self, decode: Callable[[Clip, Sequence[ClipPlan]], Sequence[Sample]]) -> None:
+        """Decodes the clips that DALI could not decode with another decoder.
+
+        Args:
+            decode: The other decoder. Clips that it cannot decode keep the error of DALI.
+        """
         for clip, rows, number in zip(self.clips, self._rows, self._numbers, strict=True):
-            refused = self.errors[number]
-            if refused is None:
+            error = self.errors[number]
+            if error is None:
                 continue
             try:
                 samples = decode(clip.clip, clip.plans)
             except MediaError:
                 continue
-            log.warning("%s; PyAV reads it", refused)
+            log.warning("%s; decoded with PyAV instead", error)
             self.errors[number] = None
             for row, sample in zip(rows, samples, strict=True):
                 self._put(row, sample.frames_TCHW, sample.mel_WCML)
 
     def finish(self) -> DecodedBatch:
-        """Returns the batch; rows of clips that failed are blank."""
+        """Returns the finished batch. Rows of clips that failed are blank."""
         for number, rows in zip(self._numbers, self._rows, strict=True):
             if self.errors[number] is not None:
                 self._blank(list(rows))
         if self.device.type == "cuda":
-            # DALI's buffers end with this call, and whoever takes the batch need not wait for this stream. Only this
-            # thread waits; other pipelines go on.
+            # DALI's buffers are released after this call, and the user of the batch need not wait for this stream. Only
+            # this thread waits; other pipelines continue.
             torch.cuda.current_stream().synchronize()
         return DecodedBatch(self.frames_BTCHW, self.mel_BWCML, self.has_video_B, self.has_audio_B, self.errors)
 
@@ -151,15 +155,18 @@ class DeviceBatch:
         if self.mel_BWCML is not None:
             self.mel_BWCML[rows] = self.spec.frontend.floor_db
 
-    def _blame(self, users: list[int], results: GraphResults, stage: str) -> None:
+    def _record_failures(self, users: list[int], results: GraphResults, stage: str) -> None:
         for number, reason in results.failed.items():
             clip = self.clips[users[number]].clip
             self.errors[self._numbers[users[number]]] = MediaError(clip.source, f'clip "{clip.id}": {reason}', stage)
 
-    def _windows(self, mel_NML: Tensor, waves: Sequence[AudioSample | None]) -> Tensor:
-        """Windows [N, W, M, window] of stretches of spectrograms; the floor past the clip's end and where none is."""
-        first_N1 = np.array([[wave.first, wave.total] for wave in waves if wave is not None])
-        starts_NW = np.stack([wave.starts_W for wave in waves if wave is not None])
+    def _windows(self, mel_NML: Tensor, samples: Sequence[AudioSample | None]) -> Tensor:
+        """Returns windows [N, W, M, window] of spectrograms of parts of clips.
+
+        Beyond the end of a clip, and in windows without audio, they have the floor value.
+        """
+        first_N1 = np.array([[sample.first, sample.total] for sample in samples if sample is not None])
+        starts_NW = np.stack([sample.starts_W for sample in samples if sample is not None])
         real_NW = np.where(starts_NW < 0, 0, np.maximum(first_N1[:, 1:] - starts_NW, 0))
         at_NW = starts_NW - first_N1[:, :1]
         length_L = torch.arange(self.spec.window, device=self.device)

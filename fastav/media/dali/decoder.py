@@ -1,41 +1,44 @@
-"""The decoder for NVIDIA GPUs: DALI decodes whole batches, and crops, resizes and computes spectrograms where they are.
+"""The decoder for NVIDIA GPUs: DALI decodes, crops and resizes whole batches and computes their spectrograms.
 
-`prepare` reads what one clip needs (bytes and small arrays); any number of threads may call it. `decode` turns a batch
-of that into tensors on the device; several threads may call it, too: each call takes one of `pipelines` pairs of
-pipelines (frames, sound), or waits for one. It blocks its thread, not Python's lock. So a loader drives it with as many
-threads as there are pipelines, each taking whole batches whose clips are prepared; batches may finish out of order. A
-batch is complete when `decode` returns. The consumer calls `DecodedBatch.adopt` on the CUDA stream that it computes on.
+`prepare` reads the data of one clip (bytes and small arrays). Any number of threads may call it. `decode` turns the
+prepared clips of a batch into tensors on the device. Several threads may call it, too: each call uses one of
+`pipelines` pairs of pipelines (video, audio), or waits for one. It blocks its thread but releases Python's GIL. So the
+loader runs one thread per pair of pipelines; each decodes whole batches whose clips are prepared, and batches may
+finish out of order. A batch is complete when `decode` returns. The consumer then calls `DecodedBatch.adopt` on the CUDA
+stream that it uses.
 
-What goes through DALI, and what does not:
+What DALI decodes:
 
-* Packed video, spliced: its access units in an MP4 made here (`fastav.media.mp4_muxer` says why). DALI opens bare
-  streams of MJPEG and H.264 in Annex B as well, but parses them several times.
-* A media file whose span starts with the file, if DALI numbers its frames as the manifest does (every packet one frame
-  with a timestamp of its own) and shows them as PyAV does (upright, 8-bit 4:2:0, BT.601, which DALI takes everything
-  for). It decodes from the file's start up to the last planned frame: packing is what makes this fast.
-* Everything else that is to be seen is decoded by PyAV in `prepare`: pieces of files, pictures, turned or BT.709 video,
-  codecs and sizes that the device cannot take. DALI on a CPU has no H.264, on a GPU no MJPEG: such packs are decoded by
-  PyAV there. So is the share `hybrid` of all.
-* Sound of packs: the FLAC frames that the windows look at, behind a header that says how many samples follow. (With the
-  clip's own header libsndfile refuses a stream that ends early; with this one it gives the very samples.) Other sound
-  (another rate, AAC, more than two channels) is decoded and resampled by PyAV and handed over as a WAV of float32.
-* Stored spectrograms are cut in `prepare`.
+* Packed video: the needed access units in an MP4 file made in memory (`fastav.media.mp4_muxer` gives the reason). DALI
+  also opens bare streams of MJPEG and of H.264 in Annex B, but parses them several times.
+* Media files of clips that start at the start of the file, if DALI numbers the frames as the manifest does (every
+  packet is one frame with its own timestamp) and shows them as PyAV does (upright, 8-bit 4:2:0, BT.601, which DALI
+  assumes for all video). DALI decodes from the start of the file to the last planned frame, so packed clips are much
+  faster.
+* Packed audio: the FLAC frames that the windows need, after a header with their number of samples. With the header of
+  the whole clip, libsndfile rejects a stream that ends early; with this header it gives exactly the same samples. Other
+  audio (other sample rates, AAC, more than two channels) is decoded and resampled by PyAV and passed to DALI as a WAV
+  file of float32.
 
-Against PyAV with `augment.resize_crop`, frames differ by less than 2 levels in the mean: colour and chroma are rounded
-otherwise (MJPEG 1.4, VP9 1.7 levels before resizing), resizing adds 0.2 to 0.5. Spectrograms differ by less than 2e-3
-dB (`fastav.media.dali.graph`).
+What PyAV decodes in `prepare`: clips within a file, still pictures, rotated video, BT.709 video, and codecs and sizes
+that the device does not support. DALI supports no H.264 on a CPU and no MJPEG on a GPU, so PyAV decodes such packs. It
+also decodes the share `hybrid` of all clips. Windows of stored spectrograms are also cut in `prepare`.
 
-A clip that DALI cannot decode fails its batch. That is then run clip by clip in fresh pipelines: the failing clips are
-reported, the others come out as in a batch without them. If all fail, a made stream tells whether it was the clips or
-DALI, such as a GPU out of memory. Packed bytes were checked against their CRC before. What FFmpeg's decoders conceal,
-as a cut-off JPEG in a raw file, DALI does not report either.
+Compared to PyAV with `crop.resize_crop`, frames differ by less than 2 levels on average: colour and chroma are rounded
+differently (MJPEG 1.4, VP9 1.7 levels before resizing), and resizing adds 0.2 to 0.5. Spectrograms differ by less than
+2e-3 dB (`fastav.media.dali.graph`).
 
-Not measured, for want of a GPU: all of device "gpu". It is the same graph with the decoder "mixed" and what follows on
-the GPU; the reasons for its settings come from DALI's source and issues. To be looked at first: NVDEC on spliced groups
-(x264's `idr_pic_id` may repeat at a seam; packs have access unit delimiters there), and clips per second for 1, 2, 3
-pipelines and different numbers of threads. By its source, DALI finds NVDEC sessions again only for sides that are
-multiples of 16, which packs have; and where NVDEC gives fewer frames than the header tells, the missing ones stay
-unwritten memory without an error, so pictures must be compared, not only failures counted.
+A clip that DALI cannot decode makes its batch fail. The batch is then run clip by clip in new pipelines: the failing
+clips are reported, and the others give the same result as in a batch without them. If all clips fail, decoding a test
+video shows whether the clips or DALI caused it, such as a GPU out of memory. Packed bytes are checked against their CRC
+before. Damage that FFmpeg's decoders conceal, such as a truncated JPEG in a raw file, is not reported by DALI either.
+
+Device "gpu" has not been measured, because no GPU was available. It uses the same graph with the decoder "mixed" and
+all later steps on the GPU; the reasons for its settings come from DALI's source and issues. Check first: NVDEC on
+spliced GOPs (`idr_pic_id` of x264 may repeat at a splice; packs have access unit delimiters there), and clips per
+second for 1, 2 and 3 pipelines and different numbers of threads. According to its source, DALI reuses NVDEC sessions
+only for sizes that are multiples of 16, as in packs. If NVDEC returns fewer frames than the header gives, the missing
+frames are uninitialised memory, without an error. So pictures must be compared; it is not enough to count failures.
 """
 
 from __future__ import annotations
@@ -65,7 +68,7 @@ from fastav.core.machine import num_cores
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media import mp4_muxer
 from fastav.media.crop import crop_box
-from fastav.media.dali.audio import AudioSpan, shortened, wav_of
+from fastav.media.dali.audio import AudioSpan, trimmed_flac, wav_of
 from fastav.media.dali.batch import DeviceBatch, PreparedClip
 from fastav.media.dali.graph import (
     AudioGraph,
@@ -88,15 +91,15 @@ from fastav.media.x264 import SAME_BYTES
 Device = Literal["auto", "gpu", "cpu"]
 
 NVDEC_ENGINES = {"A100": 5, "H100": 7, "H200": 7, "GH200": 7, "L4": 4}
-"""Video decoders of a GPU by a word of its name."""
+"""Number of video decoders of a GPU, by a word of its name."""
 
 _OTHER_ENGINES = 2
 _THREADS_AN_ENGINE = 2
 _GOLDEN = (5**0.5 - 1) / 2
 
 _LEAST: dict[str, dict[str, tuple[int, int]]] = {
-    # Sides that NVDEC takes at least. AV1 is left out: of the GPUs above only the L4 has it. So is MJPEG: DALI 2.4
-    # documents it for the GPU, but its library refuses it.
+    # Minimum width and height that NVDEC supports. AV1 is missing because only the L4 of the GPUs above supports it.
+    # MJPEG is missing because DALI 2.4 rejects it on the GPU, although it is documented.
     "gpu": {"h264": (48, 16), "hevc": (144, 144), "vp8": (48, 16), "vp9": (128, 128)},
     "cpu": {"mjpeg": (16, 16), "vp8": (16, 16), "vp9": (16, 16)},
 }
@@ -106,18 +109,20 @@ _BT601 = frozenset({2, 5, 6})  # FFmpeg's numbers; 2 is unspecified
 _LARGEST_FILE_BYTES = 1 << 26
 _TRIAL_SIDE, _TRIAL_LEVELS = 128, 8
 TRIAL_GREYS = (40, 90, 140, 190)
-"""Of the pictures of the clip on which DALI is tried."""
+"""Grey levels of the frames of the test video."""
 
 
 class Dali(Kind, frozen=True, tag="dali"):
-    """NVIDIA DALI.
+    """NVIDIA DALI: decodes whole batches on the GPU.
 
     Attributes:
-        device: `gpu` for NVDEC and CUDA, `cpu` for the same graph without; `auto` takes the GPU where there is one.
-        threads: Of one pipeline; 0 for two a video decoder of the GPU (`NVDEC_ENGINES`), on a CPU one a core.
-        pipelines: Batches that are decoded at the same time.
-        hybrid: Share of the clips whose video the loader's workers decode with PyAV, to relieve the GPU; which clips
-            depends on the number of the sample alone.
+        device: Where DALI decodes: `gpu` uses NVDEC and CUDA, `cpu` runs the same graph on the CPU, `auto` uses the GPU
+            if there is one.
+        threads: Number of CPU threads per pipeline; 0 for two per video decoder of the GPU, or one per core with device
+            `cpu`.
+        pipelines: Number of batches that are decoded at the same time.
+        hybrid: Share of the clips whose video the workers of the loader decode with PyAV, to relieve the GPU: 0 for
+            none, 1 for all. The choice depends only on the number of the sample.
     """
 
     device: Device = "auto"
@@ -129,14 +134,14 @@ class Dali(Kind, frozen=True, tag="dali"):
         """Returns the decoder for a run, on the current CUDA device.
 
         Raises:
-            UserError: Something is missing, or the frontend's settings contradict one another.
-            FastavError: DALI is there and does not work.
+            UserError: A requirement of DALI is missing, or the settings of the frontend contradict each other.
+            FastavError: DALI is installed but does not work.
         """
         return DaliDecoder(self, spec)
 
 
 def missing_requirement(device: Device) -> str:
-    """Returns what DALI lacks to work here, one line; empty where it lacks nothing. Loads nothing of DALI."""
+    """Returns the requirement of DALI that is missing on this machine, one line; empty if none. Does not load DALI."""
     try:
         found = importlib.util.find_spec("nvidia.dali")
     except ModuleNotFoundError:
@@ -151,25 +156,25 @@ def missing_requirement(device: Device) -> str:
         ctypes.CDLL("libnvcuvid.so.1")
     except OSError:
         needed = "NVIDIA_DRIVER_CAPABILITIES=compute,video,utility"
-        return f"the driver's video decoder libnvcuvid.so.1 is not there (a container needs {needed})"
+        return f"libnvcuvid.so.1, the video decoder of the driver, is missing (a container needs {needed})"
     return ""
 
 
 @functools.cache
 def self_test_failure(device: Device) -> str:
-    """Returns why DALI does not show the pictures of a made, spliced stream here; empty where it does. Tried once."""
+    """Decodes a test video with DALI once, and returns the reason if it fails; empty if DALI works."""
     place = PipelinePlace(None if device_kind(device) == "cpu" else torch.cuda.current_device(), 2)
     slot = Slot(place, DecodeSpec(("video",), _TRIAL_SIDE))
     with slot.current():
-        return slot.trial(device_kind(device))
+        return slot.self_test(device_kind(device))
 
 
 class DaliDecoder:
-    """Decodes batches; the top of this file says which threads may call what.
+    """Decodes batches. The module's docstring describes which threads may call which method.
 
     Args:
-        config: Its settings.
-        read: What the run reads.
+        config: Settings of the decoder.
+        spec: What to decode.
     """
 
     name = "dali"
@@ -183,11 +188,11 @@ class DaliDecoder:
             raise UserError(
                 'frontend.factory: decode.kind "dali" computes the log-mel spectrogram itself; use "pyav" or "auto"'
             )
-        spec.frontend.build()  # says where its settings contradict one another
+        spec.frontend.build()  # raises an error if its settings contradict each other
         self.device = torch.device("cpu") if self.kind == "cpu" else torch.device("cuda", torch.cuda.current_device())
         self.threads = config.threads or num_threads(self.device)
         self._shards = ShardReader(spec.reading)
-        # What DALI does not take; each sees one modality, so that nothing is decoded twice.
+        # Decoders for what DALI does not support. The first two decode one modality each, so nothing is decoded twice.
         self._video_fallback, self._audio_fallback, self._full_fallback = (
             PyAVDecoder(
                 PyAV(), DecodeSpec(some, spec.image_size, spec.frontend, spec.window, spec.reading), self._shards
@@ -198,47 +203,48 @@ class DaliDecoder:
         for _ in range(config.pipelines):
             self._slots.put(Slot(PipelinePlace(self.device.index, self.threads), spec))
         with self._slot() as slot:
-            why = slot.trial(self.kind)
+            why = slot.self_test(self.kind)
         if why:
-            raise FastavError(f'decode.kind "dali" with device "{config.device}" does not work here: {why}')
+            raise FastavError(f'decode.kind "dali" with device "{config.device}" does not work on this machine: {why}')
 
     @property
     def batches_at_once(self) -> int:
-        """Batches that `decode` works on at the same time."""
+        """Number of batches that are decoded at the same time."""
         return self.config.pipelines
 
     def prepare(self, clip: Clip, plans: Sequence[ClipPlan]) -> PreparedClip:
-        """Reads what decoding a clip needs; may be called from any number of threads.
+        """Reads the data that decoding a clip needs. May be called from any number of threads.
 
         Args:
             clip: A probed row of a manifest.
-            plans: The replicas of one clip: same frames and windows, their own crop and flip.
+            plans: Plans of the replicas of one clip: the same frames and windows, different crops and flips.
 
         Raises:
-            MediaError: The file is not what the row promises; names file and stage.
+            MediaError: The file does not match its manifest row; names file and stage.
         """
-        seen, heard = ("video" in self.spec.modalities and clip.has_video), "audio" in self.spec.modalities
-        sounds = heard and clip.num_samples > 0 and clip.mel is None
+        with_video = "video" in self.spec.modalities and clip.has_video
+        uses_audio = "audio" in self.spec.modalities
+        with_samples = uses_audio and clip.num_samples > 0 and clip.mel is None
         starts_W = plans[0].windows_W
-        cut = self._cut(clip, starts_W) if sounds else None
-        numbers_U = _distinct(clip, plans[0]) if seen else None
-        wanted_U = None if _is_workers(plans[0].sample, self.config.hybrid) else numbers_U
-        packed = self._fetch(clip, wanted_U, cut) if clip.shard else FetchedClip()
-        film = None if wanted_U is None else self._film(clip, plans, wanted_U, packed.frames)
-        pictures = wave = mel_WCML = None
-        if seen and film is None:
+        span = self._audio_span(clip, starts_W) if with_samples else None
+        numbers_U = _distinct(clip, plans[0]) if with_video else None
+        wanted_U = None if _decoded_by_worker(plans[0].sample, self.config.hybrid) else numbers_U
+        packed = self._fetch(clip, wanted_U, span) if clip.shard else FetchedClip()
+        video = None if wanted_U is None else self._video_sample(clip, plans, wanted_U, packed.frames)
+        pictures = audio = mel_WCML = None
+        if with_video and video is None:
             samples = self._video_fallback.decode(clip, plans)
             pictures = tuple(sample.frames_TCHW for sample in samples if sample.frames_TCHW is not None)
-        if sounds and cut is None:  # no window holds any of it
+        if with_samples and span is None:  # no window contains any part of the clip
             shape = len(starts_W), 1, self.spec.frontend.num_mels, self.spec.window
             mel_WCML = torch.full(shape, self.spec.frontend.floor_db)
-        elif cut is not None:
-            wave = self._wave(clip, cut, starts_W, packed.audio)
-        elif heard and clip.num_mel_frames:
+        elif span is not None:
+            audio = self._audio_sample(clip, span, starts_W, packed.audio)
+        elif uses_audio and clip.num_mel_frames:
             mel_WCML = self._audio_fallback.decode(clip, plans[:1])[0].mel_WCML
-        if film is None and pictures is None and wave is None and mel_WCML is None:
-            raise MediaError(clip.source, "holds nothing of what the run looks at")
-        return PreparedClip(clip, tuple(plans), film, pictures, wave, mel_WCML)
+        if video is None and pictures is None and audio is None and mel_WCML is None:
+            raise MediaError(clip.source, f"has no {' and no '.join(self.spec.modalities)}")
+        return PreparedClip(clip, tuple(plans), video, pictures, audio, mel_WCML)
 
     def decode(
         self,
@@ -249,44 +255,44 @@ class DaliDecoder:
         frames: int,
         windows: int,
     ) -> DecodedBatch:
-        """Makes a batch; may be called from several threads, of which `pipelines` work at a time.
+        """Decodes a batch. May be called from several threads; `pipelines` of them decode at the same time.
 
         Args:
-            prepared: Clips; None for one that could not be prepared.
-            rows: Which row of the batch each plan of each clip goes to; rows that are not named stay blank.
-            size: Rows of the batch.
-            frames: Frames of a clip.
-            windows: Windows of a clip.
+            prepared: Prepared clips; None for a clip that could not be prepared.
+            rows: Row of the batch of each plan of each clip; other rows stay blank.
+            size: Number of rows of the batch.
+            frames: Number of frames per clip.
+            windows: Number of spectrogram windows per clip.
 
         Raises:
-            FastavError: DALI does not work any more, whatever the clips.
+            FastavError: DALI no longer works, with any clip.
         """
         with self._slot() as slot:
-            made = DeviceBatch(self.spec, self.device, prepared, rows, size, frames, windows)
-            slot.films.start([clip.film for clip in made.clips if clip.film is not None])
-            slot.waves.start([clip.wave for clip in made.clips if clip.wave is not None])
-            made.take_finished()  # while DALI works
-            seen, heard = slot.films.finish(), slot.waves.finish()
-            if any(len(results.failed) > 1 and not results.parts for results in (seen, heard)):
-                why = slot.trial(self.kind)
+            batch = DeviceBatch(self.spec, self.device, prepared, rows, size, frames, windows)
+            slot.video.start([clip.video for clip in batch.clips if clip.video is not None])
+            slot.audio.start([clip.audio for clip in batch.clips if clip.audio is not None])
+            batch.copy_finished()  # while DALI decodes
+            video, audio = slot.video.finish(), slot.audio.finish()
+            if any(len(results.failed) > 1 and not results.parts for results in (video, audio)):
+                why = slot.self_test(self.kind)
                 if why:
                     raise FastavError(f"DALI stopped working: {why}")
-            made.take_films(seen)
-            made.take_waves(heard)
-            made.try_again(self._full_fallback.decode)
-            return made.finish()
+            batch.take_videos(video)
+            batch.take_audio(audio)
+            batch.retry(self._full_fallback.decode)
+            return batch.finish()
 
     def close(self) -> None:
-        """Frees the pipelines; waits for batches that are being decoded."""
+        """Waits for batches that are being decoded, and frees the pipelines."""
         slots = [self._slots.get() for _ in range(self.config.pipelines)]
         for slot in slots:
-            slot.films.close()
-            slot.waves.close()
+            slot.video.close()
+            slot.audio.close()
             self._slots.put(slot)
 
     @contextmanager
     def _slot(self) -> Iterator[Slot]:
-        """Lends one of the pairs of pipelines, with its CUDA stream as the current one."""
+        """Reserves one pair of pipelines and makes its CUDA stream the current one."""
         slot = self._slots.get()
         try:
             with slot.current():
@@ -294,37 +300,37 @@ class DaliDecoder:
         finally:
             self._slots.put(slot)
 
-    def _cut(self, clip: Clip, starts_W: NDArray[np.int32]) -> AudioSpan | None:
-        """What the windows look at, in samples of the spectrogram's rate."""
+    def _audio_span(self, clip: Clip, starts_W: NDArray[np.int32]) -> AudioSpan | None:
+        """Returns the range of samples that the windows need, at the sample rate of the spectrogram."""
         frontend = self.spec.frontend
         count = round(clip.num_samples * frontend.sample_rate / clip.sample_rate)
         return AudioSpan.of(frontend, starts_W, self.spec.window, count)
 
     def _is_direct(self, clip: Clip) -> bool:
-        """Whether DALI decodes a packed clip's sound to what PyAV makes of it."""
+        """Returns True if DALI decodes the audio of a packed clip to the same samples as PyAV."""
         frontend = self.spec.frontend
-        same = clip.sample_rate == frontend.sample_rate and clip.channels <= 2  # their mean is both's downmix
+        same = clip.sample_rate == frontend.sample_rate and clip.channels <= 2  # both mix two channels to their mean
         return same and clip.num_samples > frontend.n_fft // 2
 
-    def _fetch(self, clip: Clip, numbers_U: NDArray[np.int32] | None, cut: AudioSpan | None) -> FetchedClip:
-        """Reads of a packed clip what DALI or `_wave` decodes."""
+    def _fetch(self, clip: Clip, numbers_U: NDArray[np.int32] | None, span: AudioSpan | None) -> FetchedClip:
+        """Reads the parts of a packed clip that DALI or `_audio_sample` decodes."""
         fits = clip.video_codec in mp4_muxer.FOURCC and can_decode(self.kind, clip.video_codec, clip.width, clip.height)
         numbers = numbers_U.tolist() if numbers_U is not None and fits else None
         samples = None
-        if cut is not None:
-            samples = (cut.begin, cut.end) if self._is_direct(clip) else (0, clip.num_samples)
+        if span is not None:
+            samples = (span.begin, span.end) if self._is_direct(clip) else (0, clip.num_samples)
         return FetchedClip() if numbers is None and samples is None else self._shards.fetch(clip, numbers, samples)
 
-    def _film(
+    def _video_sample(
         self, clip: Clip, plans: Sequence[ClipPlan], numbers_U: NDArray[np.int32], spliced: SplicedFrames | None
     ) -> VideoSample | None:
-        """A clip's video for DALI; None where PyAV must decode it."""
+        """Returns the video of a clip for DALI; None if PyAV must decode it."""
         if spliced is not None:
             check_size(spliced, clip)
             data = mp4_muxer.mux(spliced.codec, spliced.units, spliced.keys, clip.width, clip.height)
             frames_U = np.array(spliced.shown, np.int32)
         else:
-            whole = _plain(clip, self.kind)
+            whole = _whole_file(clip, self.kind)
             if whole is None:
                 return None
             data, frames_U = whole, numbers_U
@@ -337,56 +343,58 @@ class DaliDecoder:
             frame_bytes=3 * clip.width * clip.height,
         )
 
-    def _wave(self, clip: Clip, cut: AudioSpan, starts_W: NDArray[np.int32], sound: SplicedAudio | None) -> AudioSample:
-        """A clip's sound for DALI: as it is packed, or decoded and resampled here."""
-        if sound is not None and self._is_direct(clip):
-            begin, count = cut.begin - sound.start, cut.end - cut.begin
-            return AudioSample(shortened(sound, clip), begin, count, cut.first, cut.total, starts_W)
+    def _audio_sample(
+        self, clip: Clip, span: AudioSpan, starts_W: NDArray[np.int32], packed: SplicedAudio | None
+    ) -> AudioSample:
+        """Returns the audio of a clip for DALI: the packed FLAC frames, or samples decoded and resampled by PyAV."""
+        if packed is not None and self._is_direct(clip):
+            begin, count = span.begin - packed.start, span.end - span.begin
+            return AudioSample(trimmed_flac(packed, clip), begin, count, span.first, span.total, starts_W)
         frontend = self.spec.frontend
         with media_errors(clip.source, "audio"):
-            if sound is not None:
-                wave_CS = decode_waveform(sound, clip, frontend.sample_rate)
+            if packed is not None:
+                wave_CS = decode_waveform(packed, clip, frontend.sample_rate)
             else:
-                heard = read_media(clip, None, True)
-                assert heard is not None, "sound was asked for"
-                wave_CS = heard.waveform(frontend.sample_rate)
+                audio = read_media(clip, None, True)
+                assert audio is not None, "audio was requested"
+                wave_CS = audio.waveform(frontend.sample_rate)
         wave_S = wave_CS[0].numpy()
-        wave_S = np.pad(wave_S, (0, max(frontend.n_fft // 2 + 1 - len(wave_S), 0)))[cut.begin : cut.end]
-        return AudioSample(wav_of(wave_S, frontend.sample_rate), 0, len(wave_S), cut.first, cut.total, starts_W)
+        wave_S = np.pad(wave_S, (0, max(frontend.n_fft // 2 + 1 - len(wave_S), 0)))[span.begin : span.end]
+        return AudioSample(wav_of(wave_S, frontend.sample_rate), 0, len(wave_S), span.first, span.total, starts_W)
 
 
 class Slot:
-    """A pair of pipelines, and the CUDA stream on which their batches are put together."""
+    """A pair of pipelines, and the CUDA stream on which their batches are assembled."""
 
     def __init__(self, place: PipelinePlace, spec: DecodeSpec) -> None:
         self.place, self.spec = place, spec
-        self.films: Engine[VideoSample] = Engine(VideoGraph(place, spec.image_size))
-        self.waves: Engine[AudioSample] = Engine(AudioGraph(place, spec.frontend))
+        self.video: Engine[VideoSample] = Engine(VideoGraph(place, spec.image_size))
+        self.audio: Engine[AudioSample] = Engine(AudioGraph(place, spec.frontend))
         self._stream = None if place.device_id is None else torch.cuda.Stream(place.device_id)
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Makes its device and stream the calling thread's."""
+        """Makes the device and the stream of this slot those of the calling thread."""
         if self._stream is None:
             yield
             return
         with torch.cuda.device(self.place.device_id), torch.cuda.stream(self._stream):
             yield
 
-    def trial(self, kind: str) -> str:
-        """Decodes a made clip in pipelines of its own; returns why that does not work, or nothing."""
+    def self_test(self, kind: str) -> str:
+        """Decodes test samples in separate pipelines. Returns the reason if that fails; empty if it works."""
         frontend = self.spec.frontend
-        samples = np.zeros(4 * frontend.n_fft, np.float32)
+        silence_S = np.zeros(4 * frontend.n_fft, np.float32)
         starts_W = np.zeros(1, np.int32)
-        wave = AudioSample(wav_of(samples, frontend.sample_rate), 0, len(samples), 0, 1, starts_W)
-        trials: list[tuple[Graph[Any], Any]] = []
+        audio = AudioSample(wav_of(silence_S, frontend.sample_rate), 0, len(silence_S), 0, 1, starts_W)
+        tests: list[tuple[Graph[Any], Any]] = []
         if "audio" in self.spec.modalities:
-            trials.append((AudioGraph(self.place, frontend), wave))
+            tests.append((AudioGraph(self.place, frontend), audio))
         if "video" in self.spec.modalities:
-            trials.append(
-                (VideoGraph(self.place, self.spec.image_size), made_film("h264" if kind == "gpu" else "mjpeg"))
+            tests.append(
+                (VideoGraph(self.place, self.spec.image_size), trial_video("h264" if kind == "gpu" else "mjpeg"))
             )
-        for graph, sample in trials:
+        for graph, sample in tests:
             engine: Engine[Any] = Engine(graph)
             try:
                 engine.start([sample])
@@ -395,20 +403,20 @@ class Slot:
                 return f"nvidia.dali cannot be loaded ({error})"
             if results.failed:
                 return results.failed[0]
-            if isinstance(sample, VideoSample) and (wrong := _seen_wrong(results)):
+            if isinstance(sample, VideoSample) and (wrong := _wrong_pictures(results)):
                 return wrong
         return ""
 
 
 def device_kind(device: Device) -> Literal["gpu", "cpu"]:
-    """Returns what a device setting stands for here."""
+    """Returns the device that a setting selects on this machine."""
     if device == "auto":
         return "gpu" if torch.cuda.is_available() else "cpu"
     return device
 
 
 def num_threads(device: torch.device) -> int:
-    """Threads of a pipeline: two for each video decoder, as one sample is decoded by one thread."""
+    """Returns the number of threads of a pipeline: two per video decoder, because one thread decodes one sample."""
     if device.type == "cpu":
         return num_cores()
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
@@ -416,33 +424,34 @@ def num_threads(device: torch.device) -> int:
     return _THREADS_AN_ENGINE * engines
 
 
-def _is_workers(sample: int, share: float) -> bool:
-    """Whether a sample's video is the workers' part; consecutive samples are spread evenly, so batches share alike."""
+def _decoded_by_worker(sample: int, share: float) -> bool:
+    """Returns True if a worker decodes the video of a sample. Such samples are spread evenly over the batches."""
     return sample * _GOLDEN % 1 < share
 
 
 def _distinct(clip: Clip, plan: ClipPlan) -> NDArray[np.int32]:
-    """The planned frames, each once, ascending."""
+    """Returns the planned frame numbers, each once, ascending."""
     numbers_U = np.unique(plan.frames_T)
     if numbers_U[0] < 0 or numbers_U[-1] >= clip.num_frames:
-        raise ValueError(f"frames {numbers_U.tolist()} planned of {clip.num_frames} of clip {clip.id}")
+        raise ValueError(f'clip "{clip.id}" has {clip.num_frames} frames, the plan needs {numbers_U.tolist()}')
     return numbers_U
 
 
 def can_decode(kind: str, codec: str, width: int, height: int) -> bool:
-    """Whether DALI decodes such video there."""
+    """Returns True if DALI on a device ("gpu" or "cpu") can decode video of a codec and size."""
     least = _LEAST[kind].get(codec)
     if least is None or width < least[0] or height < least[1]:
         return False
-    # DALI's colour conversion on a GPU writes squares of 2 x 2 pixels, beyond an odd picture's room (by its source).
+    # According to its source, DALI's colour conversion on a GPU writes blocks of 2 x 2 pixels, which would write beyond
+    # the memory of a picture with an odd size.
     return kind == "cpu" or (width % 2 == 0 and height % 2 == 0)
 
 
 def check_size(spliced: SplicedFrames, clip: Clip) -> None:
-    """Looks at the size that the stream itself tells: the decoder writes into room for that of the row.
+    """Checks the picture size in the stream, because the decoder allocates memory for the size in the manifest.
 
     Raises:
-        MediaError: They differ.
+        MediaError: The sizes differ.
     """
     with media_errors(clip.source, "video"):
         if spliced.codec == "h264":
@@ -453,14 +462,15 @@ def check_size(spliced: SplicedFrames, clip: Clip) -> None:
         else:
             size = Image.open(io.BytesIO(spliced.units[0])).size
     if size != (clip.width, clip.height):
-        found = f"{size[0]}x{size[1]}, its row says {clip.width}x{clip.height}"
-        raise MediaError(clip.source, f'clip "{clip.id}" is {found}', "video")
+        expected = f"expected {clip.width}x{clip.height} as in the manifest"
+        raise MediaError(clip.source, f'clip "{clip.id}" is {size[0]}x{size[1]}, {expected}', "video")
 
 
-def _plain(clip: Clip, kind: str) -> bytes | None:
-    """Returns a media file whole, if DALI is certain to number and show its frames as the manifest does.
+def _whole_file(clip: Clip, kind: str) -> bytes | None:
+    """Returns the content of a media file if DALI certainly numbers and shows its frames as the manifest does.
 
-    Frame numbers are ranks of presentation times, as in `fastav.media.frame_seek`; what is in doubt there is so here.
+    Otherwise returns None. Frame numbers are ranks of presentation times, as in `fastav.media.frame_seek`, and the same
+    doubts apply.
     """
     path = clip.video
     if path is None or clip.start_frame or clip.rotation:
@@ -477,13 +487,13 @@ def _plain(clip: Clip, kind: str) -> bytes | None:
             and int(context.colorspace) in _BT601
             and path.stat().st_size <= _LARGEST_FILE_BYTES
         )
-        if not fits or not _is_plain([packet for packet in container.demux(stream) if packet.size], stream, clip):
+        if not fits or not _frames_match([packet for packet in container.demux(stream) if packet.size], stream, clip):
             return None
         return Path(path).read_bytes()
 
 
-def _is_plain(packets: list[Any], stream: Any, clip: Clip) -> bool:
-    """Whether a file's packets are its frames, and the first of them the clip's."""
+def _frames_match(packets: list[Any], stream: Any, clip: Clip) -> bool:
+    """Returns True if the packets of a file are its frames, and the clip consists of the first of them."""
     if not packets or any(packet.pts is None or packet.is_discard or packet.is_corrupt for packet in packets):
         return False
     pts_N = np.sort(np.array([packet.pts for packet in packets], dtype=np.int64))
@@ -496,8 +506,11 @@ def _is_plain(packets: list[Any], stream: Any, clip: Clip) -> bool:
     return bool(times_N[count - 1] < end_s <= times_N[count])
 
 
-def made_film(codec: str) -> VideoSample:
-    """Two groups of grey pictures out of three, spliced: what packs give, with x264's `idr_pic_id` twice the same."""
+def trial_video(codec: str) -> VideoSample:
+    """Returns a test video: the first and the last of three GOPs of grey pictures.
+
+    It is spliced like packed video. In H.264, both GOPs have the same `idr_pic_id`, as can happen in packs.
+    """
     context: Any = av.CodecContext.create("libx264" if codec == "h264" else codec, "w")
     context.width = context.height = _TRIAL_SIDE
     context.pix_fmt = "yuv420p" if codec == "h264" else "yuvj420p"
@@ -519,10 +532,10 @@ def made_film(codec: str) -> VideoSample:
     return VideoSample(data, numbers, numbers, ((0, 0, _TRIAL_SIDE, _TRIAL_SIDE),), (False,), 3 * _TRIAL_SIDE**2)
 
 
-def _seen_wrong(results: GraphResults) -> str:
-    """Says whether the made film came out as other pictures than went in: unwritten memory is no failure for DALI."""
+def _wrong_pictures(results: GraphResults) -> str:
+    """Returns the reason if the decoded test video has wrong pictures: DALI may return uninitialised memory."""
     shown = results.parts[0][1][0][0].float().mean((1, 2, 3)).tolist()
     if all(abs(level - grey) < _TRIAL_LEVELS for level, grey in zip(shown, TRIAL_GREYS, strict=True)):
         return ""
     levels = ", ".join(f"{level:.0f}" for level in shown)
-    return f"spliced groups of grey {', '.join(map(str, TRIAL_GREYS))} come out as {levels}"
+    return f"frames with grey levels {', '.join(map(str, TRIAL_GREYS))} were decoded as {levels}"

@@ -1,28 +1,30 @@
-"""What DALI computes of a batch, the same graph for a GPU and a CPU, and pipelines that outlive a sample they choke on.
+"""DALI graphs for video and audio, the same on GPU and CPU, and an engine that runs batches through their pipelines.
 
-Frames: encoded video -> the wanted frames -> each plan's crop -> bilinear resize with antialiasing, mirrored where
-planned -> repeats. Sound: FLAC or WAV -> the stretch that windows look at -> power spectrogram -> mel bands -> dB.
+Video: encoded video -> planned frames -> crop of each plan -> bilinear resize with antialiasing, mirrored if planned ->
+repeated frames. Audio: FLAC or WAV -> samples that the windows need -> power spectrogram -> mel bands -> dB.
 `nvidia.dali` is imported when the first pipeline is built.
 
-Settings that were found by trying (DALI 2.4, device "cpu"; against `augment.resize_crop` and `frontend.LogMel`):
+Settings found by experiment (DALI 2.4, device "cpu", compared to `crop.resize_crop` and `spectrogram.LogMel`):
 
-* `slice` before `resize`, not `roi_start` in pixels: a region of interest is interpolated with pixels beyond its edges,
-  which moved edge values of enlarged crops by up to 50 levels. Sliced first, the mean difference is 0.2 levels at 224
-  pixels (worst 3) and 0.3 to 0.5 for noise shrunk to 32 pixels (worst 16). `INTERP_LINEAR` with `antialias` is
-  `INTERP_TRIANGULAR`; without it the mean difference is 2 to 23. A region from 1 to 0 mirrors, at no cost.
-* `frames` without repeats: at a repeated number the decoder opens the file again and decodes from its start (8.7
-  instead of 3.7 to 5.2 ms for 4 MJPEG frames, each twice); `sequence_rearrange` repeats decoded frames.
-* `window_fn` is always given, as long as the FFT, with zeros around a shorter window: DALI's own Hann is another.
-* The power agrees with torchaudio's to 2e-6 to 6e-6 in the median, 8e-5 at the 99th percentile and 2e-4 at worst, in
-  bands that barely touch one bin: the float32 band edges of both are about as far from float64. In decibels all presets
-  agree to 2e-3. FFT sizes need not be powers of two.
+* `slice` is called before `resize`, instead of `roi_start` in pixels. A region of interest is interpolated with pixels
+  beyond its edges, which changed edge values of enlarged crops by up to 50 levels. With `slice`, the mean difference is
+  0.2 levels at 224 pixels (maximum 3), and 0.3 to 0.5 for noise reduced to 32 pixels (maximum 16). `INTERP_LINEAR` with
+  `antialias` equals `INTERP_TRIANGULAR`; without `antialias` the mean difference is 2 to 23. A region from 1 to 0
+  mirrors the picture at no cost.
+* `frames` has no repeated numbers. For a repeated number, the decoder opens the file again and decodes from its start
+  (8.7 instead of 3.7 to 5.2 ms for 4 MJPEG frames, each twice). `sequence_rearrange` repeats the decoded frames.
+* `window_fn` is always given, in the length of the FFT, with zeros around a shorter window, because DALI's own Hann
+  window is different.
+* The power differs from torchaudio's by 2e-6 to 6e-6 (median), 8e-5 (99th percentile) and 2e-4 (maximum, in bands that
+  overlap hardly one bin); both compute band edges in float32, with similar errors. The decibels of all presets differ
+  by less than 2e-3. FFT sizes need not be powers of two.
 
-The executor is DALI's default, the dynamic one. Its outputs stay valid as long as a tensor made of them lives, also
-after later runs and after the pipeline is gone (tested on a CPU), so they are taken over without a copy; the copy that
-puts rows in their places is the only one. Outputs are bound to the CUDA stream that is current in the caller.
+The executor is DALI's default, the dynamic one. Its outputs stay valid as long as a tensor made from them exists, also
+after later runs and after the pipeline is deleted (tested on a CPU). They are therefore used without a copy; the only
+copy is the one into the rows of the batch. Outputs belong to the CUDA stream that is current in the caller.
 
-Pipelines do not prefetch: several of them, driven by a thread each, overlap instead, and nothing is lost when one of
-them fails. DALI gives Python's lock free while it works (a counting thread kept 97 % of its pace).
+Pipelines do not prefetch. Instead, several pipelines run in parallel, one per thread, and nothing is lost if one of
+them fails. DALI releases Python's GIL while it works (a counting thread kept 97 % of its speed).
 """
 
 from __future__ import annotations
@@ -39,16 +41,16 @@ from torch import Tensor
 
 from fastav.media.spectrogram import Frontend
 
-_FAILURES = (RuntimeError, ValueError, IndexError)  # what DALI raises for samples that it cannot process
+_FAILURES = (RuntimeError, ValueError, IndexError)  # errors that DALI raises for samples that it cannot process
 
 
 @dataclass(frozen=True, slots=True)
 class PipelinePlace:
-    """Where pipelines run.
+    """The device on which pipelines run.
 
     Attributes:
         device_id: Number of the GPU; None for the CPU.
-        threads: Of one pipeline.
+        threads: Number of CPU threads per pipeline.
     """
 
     device_id: int | None
@@ -66,12 +68,12 @@ class VideoSample:
     """The video of a clip, ready to be decoded.
 
     Attributes:
-        data: A media file, or what `mp4.wrap` makes.
-        frames_U: Wanted frames of it, int32, distinct and ascending.
-        places_T: Place among them of each planned frame, int32.
-        boxes: left, top, right, bottom of each plan's crop, pixels of the decoded frame.
-        flips: Whether each plan mirrors.
-        frame_bytes: Of one decoded frame.
+        data: Content of a media file, or an MP4 made by `mp4_muxer.mux`.
+        frames_U: Numbers of the frames to decode, int32, distinct and ascending.
+        places_T: Index into `frames_U` of each planned frame, int32.
+        boxes: left, top, right and bottom of each plan's crop, pixels of the decoded frame.
+        flips: Whether each plan mirrors its frames left to right.
+        frame_bytes: Size of one decoded frame, bytes.
     """
 
     data: bytes
@@ -84,15 +86,15 @@ class VideoSample:
 
 @dataclass(frozen=True, slots=True)
 class AudioSample:
-    """The sound of a clip, ready to be decoded.
+    """The audio of a clip, ready to be decoded.
 
     Attributes:
-        data: FLAC or WAV, at the spectrogram's rate.
-        begin: First of the decoded samples that counts.
-        count: Samples from there on.
-        first: Mel frame of the clip that is centred on sample `begin`.
-        total: Mel frames of the clip.
-        starts_W: First mel frame of each window, -1 for none.
+        data: FLAC or WAV file, at the sample rate of the spectrogram.
+        begin: First decoded sample to use.
+        count: Number of samples to use.
+        first: Number of the clip's mel frame that is centred on sample `begin`.
+        total: Number of mel frames of the clip.
+        starts_W: First mel frame of each window; -1 for a window without audio.
     """
 
     data: bytes
@@ -108,65 +110,67 @@ S_contra = TypeVar("S_contra", contravariant=True)
 
 
 class Graph(Protocol[S_contra]):
-    """Defines pipelines and feeds them.
+    """Builds pipelines and feeds samples to them.
 
     Attributes:
-        place: Where they run.
+        place: Device on which the pipelines run.
     """
 
     place: PipelinePlace
 
     def kind(self, samples: Sequence[S_contra]) -> int:
-        """Returns which variant of the pipeline takes these samples."""
+        """Returns the variant of the pipeline that can process the samples."""
         ...
 
     def build(self, kind: int, capacity: int, samples: Sequence[S_contra]) -> Any:
-        """Returns a pipeline of a variant; the samples hint at sizes."""
+        """Returns a pipeline of a variant for up to `capacity` samples; the given samples show typical sizes."""
         ...
 
     def feed(self, pipeline: Any, kind: int, samples: Sequence[S_contra]) -> None:
-        """Hands samples to a pipeline."""
+        """Passes samples to a pipeline."""
         ...
 
 
 class VideoGraph:
-    """Frames [N, T, size, size, 3] uint8 of each plan of N clips; the variant is how many plans a clip has.
+    """Decodes the frames of N clips: one output [N, T, size, size, 3] uint8 per plan.
+
+    The variant is the number of plans per clip.
 
     Args:
-        place: Where it runs.
-        size: Height and width of the frames handed out.
+        place: Device on which the pipelines run.
+        size: Height and width of the output frames, pixels.
     """
 
     def __init__(self, place: PipelinePlace, size: int) -> None:
         self.place, self.size = place, size
 
     def kind(self, samples: Sequence[VideoSample]) -> int:
-        """See `Graph`: the largest number of plans."""
-        return max(len(film.boxes) for film in samples)
+        """Returns the largest number of plans per clip."""
+        return max(len(video.boxes) for video in samples)
 
     def build(self, kind: int, capacity: int, samples: Sequence[VideoSample]) -> Any:
-        """See `Graph`."""
+        """Returns a pipeline for `kind` plans per clip and up to `capacity` clips."""
         from nvidia.dali import fn, types
 
         pipeline = self.place.pipeline(capacity)
         mixed: dict[str, Any] = {}
         if self.place.device_id is not None:
-            # Pinned to cores, the threads of several processes of a machine would meet on the same ones.
-            largest = max(len(film.frames_U) * film.frame_bytes for film in samples)
+            # If threads were pinned to cores, those of several processes on a machine would share the same cores.
+            largest = max(len(video.frames_U) * video.frame_bytes for video in samples)
             mixed = {"affine": False, "bytes_per_sample_hint": largest}
         with pipeline:
             data = fn.external_source(name="data", dtype=types.UINT8, ndim=1)
             frames = fn.external_source(name="frames", dtype=types.INT32, ndim=1)
             places = fn.external_source(name="places", dtype=types.INT32, ndim=1)
             device = "cpu" if self.place.device_id is None else "mixed"
-            seen = fn.decoders.video(data, frames=frames, device=device, pad_mode="none", **mixed)
-            lanes = []
+            decoded = fn.decoders.video(data, frames=frames, device=device, pad_mode="none", **mixed)
+            lanes = []  # one per plan
             for lane in range(kind):
                 start, extent = (
                     fn.external_source(name=f"{name}{lane}", dtype=types.INT32, ndim=1) for name in ("start", "extent")
                 )
                 roi = [fn.external_source(name=f"{name}{lane}", dtype=types.FLOAT, ndim=1) for name in ("from", "to")]
-                cropped = fn.slice(seen, start=start, shape=extent, axes=[1, 2])
+                cropped = fn.slice(decoded, start=start, shape=extent, axes=[1, 2])
                 resized = fn.resize(
                     cropped,
                     size=[self.size, self.size],
@@ -182,13 +186,13 @@ class VideoGraph:
         return pipeline
 
     def feed(self, pipeline: Any, kind: int, samples: Sequence[VideoSample]) -> None:
-        """See `Graph`; a clip with fewer plans than others repeats its last one."""
-        pipeline.feed_input("data", [np.frombuffer(film.data, np.uint8) for film in samples])
-        pipeline.feed_input("frames", [film.frames_U for film in samples])
-        pipeline.feed_input("places", [film.places_T for film in samples])
+        """Passes samples to a pipeline. A clip with fewer plans than others repeats its last plan."""
+        pipeline.feed_input("data", [np.frombuffer(video.data, np.uint8) for video in samples])
+        pipeline.feed_input("frames", [video.frames_U for video in samples])
+        pipeline.feed_input("places", [video.places_T for video in samples])
         for lane in range(kind):
-            boxes_N4 = np.array([film.boxes[min(lane, len(film.boxes) - 1)] for film in samples], np.int32)
-            flip_N = np.array([film.flips[min(lane, len(film.flips) - 1)] for film in samples], np.float32)
+            boxes_N4 = np.array([video.boxes[min(lane, len(video.boxes) - 1)] for video in samples], np.int32)
+            flip_N = np.array([video.flips[min(lane, len(video.flips) - 1)] for video in samples], np.float32)
             start_N2 = boxes_N4[:, [1, 0]]
             pipeline.feed_input(f"start{lane}", np.ascontiguousarray(start_N2))
             pipeline.feed_input(f"extent{lane}", np.ascontiguousarray(boxes_N4[:, [3, 2]] - start_N2))
@@ -197,10 +201,12 @@ class VideoGraph:
 
 
 class AudioGraph:
-    """Log-mel spectrograms [N, M, L] float32 in dB of N clips' stretches of sound; L of the longest, then the floor.
+    """Computes log-mel spectrograms [N, M, L], float32, dB, of N clips.
+
+    L is that of the longest clip; shorter ones are padded with the floor value.
 
     Args:
-        place: Where it runs.
+        place: Device on which the pipelines run.
         frontend: Settings of the spectrogram.
     """
 
@@ -208,11 +214,11 @@ class AudioGraph:
         self.place, self.frontend = place, frontend
 
     def kind(self, samples: Sequence[AudioSample]) -> int:
-        """See `Graph`: there is one."""
+        """Returns 0, the only variant."""
         return 0
 
     def build(self, kind: int, capacity: int, samples: Sequence[AudioSample]) -> Any:
-        """See `Graph`."""
+        """Returns a pipeline for up to `capacity` clips."""
         from nvidia.dali import fn, types
         from nvidia.dali import math as dali_math
 
@@ -245,20 +251,20 @@ class AudioGraph:
                 mel_formula=settings.mel_scale,
                 normalize=settings.norm == "slaney",
             )
-            loud = fn.to_decibels(mel, multiplier=db_per_decade, reference=1.0, cutoff_db=settings.floor_db)
-            pipeline.set_outputs(fn.pad(loud, axes=[1], fill_value=settings.floor_db))
+            mel_db = fn.to_decibels(mel, multiplier=db_per_decade, reference=1.0, cutoff_db=settings.floor_db)
+            pipeline.set_outputs(fn.pad(mel_db, axes=[1], fill_value=settings.floor_db))
         pipeline.build()
         return pipeline
 
     def feed(self, pipeline: Any, kind: int, samples: Sequence[AudioSample]) -> None:
-        """See `Graph`."""
-        pipeline.feed_input("data", [np.frombuffer(wave.data, np.uint8) for wave in samples])
-        pipeline.feed_input("begin", np.array([[wave.begin] for wave in samples], np.int32))
-        pipeline.feed_input("count", np.array([[wave.count] for wave in samples], np.int32))
+        """Passes samples to a pipeline."""
+        pipeline.feed_input("data", [np.frombuffer(audio.data, np.uint8) for audio in samples])
+        pipeline.feed_input("begin", np.array([[audio.begin] for audio in samples], np.int32))
+        pipeline.feed_input("count", np.array([[audio.count] for audio in samples], np.int32))
 
 
 def _window(settings: Frontend) -> list[float]:
-    """The periodic Hann window in the middle of `n_fft` points, where torch puts it."""
+    """Returns the periodic Hann window, centred in `n_fft` points as PyTorch does."""
     window = torch.zeros(settings.n_fft)
     begin = (settings.n_fft - settings.win_length) // 2
     window[begin : begin + settings.win_length] = torch.hann_window(settings.win_length, periodic=True)
@@ -267,11 +273,11 @@ def _window(settings: Frontend) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class GraphResults:
-    """What became of samples.
+    """Results of the samples of a batch.
 
     Attributes:
-        parts: Numbers of the samples, and the pipeline's outputs [number of samples, ...], of each successful run.
-        failed: Why the others cannot be processed, by number.
+        parts: For each successful run: numbers of its samples, and outputs of the pipeline [number of samples, ...].
+        failed: Reason of each failed sample, by its number.
     """
 
     parts: list[tuple[list[int], list[Tensor]]]
@@ -279,26 +285,26 @@ class GraphResults:
 
 
 class Engine(Generic[S]):
-    """Runs batches through pipelines of a graph; used by one thread at a time.
+    """Runs batches through the pipelines of a graph. Used by one thread at a time.
 
-    One sample that DALI cannot decode fails the whole batch, and DALI calls the pipeline invalid from then on. So it is
-    dropped, and the samples are run one by one: each failure costs a new pipeline (5 ms on a CPU).
+    If DALI cannot decode one sample, the whole batch fails and the pipeline cannot be used again. The pipeline is then
+    deleted, and the samples are run one by one. Each failure costs a new pipeline (5 ms on a CPU).
 
     Args:
-        graph: What is computed.
+        graph: The graph.
     """
 
     def __init__(self, graph: Graph[S]) -> None:
         self.graph = graph
-        self._built: dict[int, tuple[int, Any]] = {}  # capacity and pipeline by kind
+        self._built: dict[int, tuple[int, Any]] = {}  # variant -> capacity and pipeline
         self._capacity = 1
         self._samples: list[S] = []
         self._running: Any = None
         self._error: Exception | None = None
 
     def start(self, samples: Sequence[S]) -> None:
-        """Begins to process samples and returns at once; `finish` must follow."""
-        if self._running is not None:  # nobody waited for the batch before: its outputs would pass for this one's
+        """Starts to process samples and returns immediately. Call `finish` afterwards."""
+        if self._running is not None:  # `finish` was not called: its outputs would be returned for this batch
             self.close()
         self._samples = list(samples)
         self._capacity = max(self._capacity, len(self._samples))
@@ -306,7 +312,7 @@ class Engine(Generic[S]):
             self._begin(self._samples)
 
     def finish(self) -> GraphResults:
-        """Waits for what was started."""
+        """Waits for the started samples and returns their results."""
         samples, self._samples = self._samples, []
         if not samples:
             return GraphResults([], {})
@@ -326,7 +332,7 @@ class Engine(Generic[S]):
         return results
 
     def close(self) -> None:
-        """Frees the pipelines; they are built again when needed."""
+        """Frees the pipelines. They are built again when needed."""
         self._built.clear()
         self._running = None
 
@@ -336,7 +342,7 @@ class Engine(Generic[S]):
             kind = self.graph.kind(samples)
             capacity, pipeline = self._built.get(kind, (0, None))
             if capacity < len(samples):
-                self._built.pop(kind, None)  # free its memory before more is taken
+                self._built.pop(kind, None)  # free its memory before allocating more
                 pipeline = self.graph.build(kind, self._capacity, samples)
                 self._built[kind] = (self._capacity, pipeline)
             self.graph.feed(pipeline, kind, samples)
@@ -346,7 +352,7 @@ class Engine(Generic[S]):
             self._error = error
 
     def _collect(self) -> list[Tensor] | str:
-        """Returns the outputs of what was begun, or why there are none."""
+        """Returns the outputs of the running batch, or the reason of its failure."""
         pipeline, self._running = self._running, None
         if self._error is None:
             try:
@@ -359,8 +365,8 @@ class Engine(Generic[S]):
 
 
 def _reason(error: Exception) -> str:
-    """The telling line of DALI's message, without the traceback of the graph and its own paths."""
+    """Returns the cause from DALI's error message, without its paths and the trace of the graph."""
     text = str(error)
-    told = text.split("encountered:", 1)[-1].split("C++ context", 1)[0].split("Current pipeline", 1)[0]
-    told = re.sub(r"Assert on \".*?\" failed:", "", told)
-    return "DALI: " + (" ".join(told.split()) or type(error).__name__)
+    cause = text.split("encountered:", 1)[-1].split("C++ context", 1)[0].split("Current pipeline", 1)[0]
+    cause = re.sub(r"Assert on \".*?\" failed:", "", cause)
+    return "DALI: " + (" ".join(cause.split()) or type(error).__name__)

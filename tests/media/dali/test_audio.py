@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastav.core.errors import MediaError
-from fastav.media.dali.audio import AudioSpan, shortened, wav_of
+from fastav.media.dali.audio import AudioSpan, trimmed_flac, wav_of
 from fastav.media.decoder import DecodeSpec
 from fastav.media.pyav import PyAV
 from fastav.media.shards import FLAC_BLOCK, ShardReader, ShardReading
@@ -105,13 +105,13 @@ def test_only_the_needed_frames_of_flac_are_read(spoken, monkeypatch):
         return fetch(self, clip, numbers, samples)
 
     monkeypatch.setattr(ShardReader, "fetch", noted)
-    wave = decoder.prepare(spoken, [plan_of(windows=[400])]).wave
+    wave = decoder.prepare(spoken, [plan_of(windows=[400])]).audio
     begin, end = asked[0]
     assert (begin, end) == (51_200 - 256, (499 * 128) + 257)
     first = begin // FLAC_BLOCK * FLAC_BLOCK
     assert (wave.begin, wave.count, wave.first, wave.total) == (begin - first, end - begin, 398, 751)
-    assert len(wave.data) < 0.3 * len(decoder.prepare(spoken, [plan_of(windows=[0, 740])]).wave.data)
-    assert decoder.prepare(spoken, [plan_of(windows=[-1])]).wave is None
+    assert len(wave.data) < 0.3 * len(decoder.prepare(spoken, [plan_of(windows=[0, 740])]).audio.data)
+    assert decoder.prepare(spoken, [plan_of(windows=[-1])]).audio is None
     assert len(asked) == 2
 
 
@@ -144,7 +144,7 @@ def test_every_other_sound_is_decoded_on_the_cpu_and_agrees_too(folder, spoken):
             torch.testing.assert_close(mel_WCML, sample.mel_WCML, rtol=0, atol=DB, msg=f"{clip.id} {windows}")
         assert made.has_audio_B.all()
     flac = [
-        clip.wave is not None and clip.wave.data.startswith(b"fLaC")
+        clip.audio is not None and clip.audio.data.startswith(b"fLaC")
         for clip in both(reading(("audio",)), clips, [plan_of()] * len(clips))[0]
     ]
     assert flac == [False, False, False, False, True, True, False, False, False]
@@ -153,13 +153,13 @@ def test_every_other_sound_is_decoded_on_the_cpu_and_agrees_too(folder, spoken):
 def test_a_header_tells_the_samples_that_follow_it(spoken):
     sound = ShardReader(ShardReading()).fetch(spoken, None, (20_000, 30_000)).audio
     assert (sound.start, len(sound.frames)) == (16_384, 4)
-    stream = shortened(sound, spoken)
+    stream = trimmed_flac(sound, spoken)
     assert int.from_bytes(stream[18:26], "big") & (1 << 36) - 1 == 4 * FLAC_BLOCK
     tail = ShardReader(ShardReading()).fetch(spoken, None, (90_000, 96_000)).audio
-    assert int.from_bytes(shortened(tail, spoken)[18:26], "big") & (1 << 36) - 1 == 96_000 - tail.start
+    assert int.from_bytes(trimmed_flac(tail, spoken)[18:26], "big") & (1 << 36) - 1 == 96_000 - tail.start
     for wrong in ({"sample_rate": 8_000}, {"channels": 2}):
-        with pytest.raises(MediaError, match=r'audio: clip "spoken" sounds in 1 channels at 16000 Hz, its row says'):
-            shortened(sound, replace(spoken, **wrong))
+        with pytest.raises(MediaError, match=r'audio: clip "spoken" has 1 channels at 16000 Hz, expected'):
+            trimmed_flac(sound, replace(spoken, **wrong))
 
 
 def test_a_wav_holds_the_samples_to_the_bit(tmp_path):

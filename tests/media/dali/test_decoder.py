@@ -71,7 +71,7 @@ def test_what_is_missing_is_told_in_one_line(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", not_there)
     for device in ("gpu", "auto"):
         assert missing_requirement(device) == (
-            "the driver's video decoder libnvcuvid.so.1 is not there "
+            "libnvcuvid.so.1, the video decoder of the driver, is missing "
             "(a container needs NVIDIA_DRIVER_CAPABILITIES=compute,video,utility)"
         )
     monkeypatch.setattr(ctypes, "CDLL", lambda name: name)
@@ -111,7 +111,7 @@ def test_a_pack_of_mjpeg_is_pyavs_on_a_gpu(wide):
     decoder, plan = cpu(reading(("video",))), plan_of([0, 30], flip=True)
     decoder.kind = "gpu"
     prepared = decoder.prepare(wide, [plan])
-    assert prepared.film is None
+    assert prepared.video is None
     expected = PyAV().build(decoder.spec).decode(wide, [plan])[0].frames_TCHW
     assert torch.equal(prepared.pictures[0], expected)
 
@@ -124,11 +124,11 @@ def test_workers_decode_the_video_of_a_share_of_the_clips(wide, share):
     decoder = cpu(spec, hybrid=share)
     plans = [replace(plan_of([0, 30], windows=[5]), sample=1_000_003 + i) for i in range(count)]
     by_hand = [decoder.prepare(wide, [plan]).pictures is not None for plan in plans]
-    assert by_hand == [decoder.prepare(wide, [plan]).film is None for plan in plans]
+    assert by_hand == [decoder.prepare(wide, [plan]).video is None for plan in plans]
     for start in range(0, count, 8):
         assert abs(sum(by_hand[start : start + 8]) - 8 * share) <= 1
     prepared = [decoder.prepare(wide, [plan]) for plan in plans[:8]]
-    assert all(clip.wave is not None for clip in prepared)
+    assert all(clip.audio is not None for clip in prepared)
     made = decoder.decode(prepared, [[i] for i in range(8)], size=8, frames=2, windows=1)
     expected = PyAV().build(spec).decode(wide, plans[:1])[0].frames_TCHW
     for row in range(8):
@@ -152,9 +152,9 @@ def test_settings_of_the_spectrogram_that_contradict_one_another_are_refused():
 
 @needs_dali
 def test_a_dali_that_does_not_work_is_found_when_the_decoder_is_built(monkeypatch):
-    broken = VideoSample(b"no film", *[np.zeros(1, np.int32)] * 2, ((0, 0, 1, 1),), (False,), 3)
-    monkeypatch.setattr(dali, "made_film", lambda codec: broken)
-    with pytest.raises(FastavError, match=r'^decode\.kind "dali" with device "cpu" does not work here: DALI: \S'):
+    broken = VideoSample(b"not a video", *[np.zeros(1, np.int32)] * 2, ((0, 0, 1, 1),), (False,), 3)
+    monkeypatch.setattr(dali, "trial_video", lambda codec: broken)
+    with pytest.raises(FastavError, match=r'^decode\.kind "dali" with device "cpu" does not work on this .*: DALI: \S'):
         cpu(reading(("video",)))
     cpu(reading(("audio",)))  # which needs no film
 
@@ -163,10 +163,10 @@ def test_a_dali_that_does_not_work_is_found_when_the_decoder_is_built(monkeypatc
 def test_a_dali_that_shows_other_pictures_is_found_when_the_decoder_is_built(monkeypatch):
     assert dali.self_test_failure("cpu") == ""
     monkeypatch.setattr(dali, "TRIAL_GREYS", (40, 90, 140, 190))
-    made = dali.made_film("mjpeg")
-    monkeypatch.setattr(dali, "made_film", lambda codec: made)
+    made = dali.trial_video("mjpeg")
+    monkeypatch.setattr(dali, "trial_video", lambda codec: made)
     monkeypatch.setattr(dali, "TRIAL_GREYS", (40, 90, 40, 90))  # as if the second group were the first one again
-    with pytest.raises(FastavError, match=r"of grey 40, 90, 40, 90 come out as \d\d, \d\d, 1\d\d, 1\d\d"):
+    with pytest.raises(FastavError, match=r"grey levels 40, 90, 40, 90 were decoded as \d\d, \d\d, 1\d\d, 1\d\d"):
         cpu(reading(("video",)))
 
 
@@ -183,7 +183,7 @@ def test_packed_video_of_two_sizes_agrees_with_pyav(wide, tall):
     ]
     for size in (32, 224):
         prepared, made, expected = both(reading(("video",), size), [wide, tall, wide, wide], plans)
-        assert all(clip.film is not None and clip.pictures is None for clip in prepared)
+        assert all(clip.video is not None and clip.pictures is None for clip in prepared)
         assert made.frames_BTCHW.shape == (4, 5, 3, size, size)
         assert made.frames_BTCHW.is_contiguous()
         assert made.mel_BWCML is None
@@ -224,7 +224,7 @@ def test_crop_and_resize_are_those_of_resize_crop(size, flip):
 def test_vp9_in_a_raw_webm_goes_through_dali(webm):
     plans = [plan_of([0, 3, 20, 59], crop=(10, 5, 120, 80)), plan_of([58, 58, 59, 59], crop=(0, 0, 160, 96), flip=True)]
     prepared, made, expected = both(reading(("video",)), [webm, webm], plans)
-    assert all(clip.film is not None for clip in prepared)
+    assert all(clip.video is not None for clip in prepared)
     for frames_TCHW, sample in zip(made.frames_BTCHW, expected, strict=True):
         assert distance(frames_TCHW, sample.frames_TCHW) <= LEVELS
 
@@ -237,7 +237,7 @@ def test_frames_of_a_raw_file_are_those_that_were_planned(folder):
     numbers = [0, 9, 10, 11, 33, 49]
     plan = plan_of(numbers, crop=(0, 0, 128, 128))
     prepared, made, _ = both(reading(("video",), 128), [clip_of(path)], [plan])
-    assert prepared[0].film is not None
+    assert prepared[0].video is not None
     assert [number_of(frame.permute(1, 2, 0).numpy()) for frame in made.frames_BTCHW[0]] == numbers
 
 
@@ -268,7 +268,7 @@ def test_what_dali_cannot_take_here_is_pyavs_to_the_bit(folder, wide):
     ]
     plans = [plan_of([0, 0] if clip.num_frames == 1 else [2, 19], crop=(4, 6, 70, 77), flip=True) for clip in clips]
     prepared, made, expected = both(reading(("video",)), [*clips, wide], [*plans, plan_of([0, 1])])
-    assert [clip.film is None for clip in prepared] == [True] * len(clips) + [False]
+    assert [clip.video is None for clip in prepared] == [True] * len(clips) + [False]
     for frames_TCHW, sample in zip(made.frames_BTCHW[: len(clips)], expected[: len(clips)], strict=True):
         assert torch.equal(frames_TCHW, sample.frames_TCHW)
     assert made.has_video_B.all()
@@ -279,12 +279,12 @@ def test_a_part_at_the_start_of_a_raw_file_goes_through_dali_and_doubts_do_not(f
     decoder, plan = cpu(reading(("video",))), plan_of([0, 29])
     part = clip_of(webm.video, 0.0, 1.2)
     assert part.num_frames == 30
-    assert decoder.prepare(part, [plan]).film is not None
-    assert decoder.prepare(replace(part, duration_s=1.0), [plan]).film is None  # 30 frames do not end there
+    assert decoder.prepare(part, [plan]).video is not None
+    assert decoder.prepare(replace(part, duration_s=1.0), [plan]).video is None  # 30 frames do not end there
     with pytest.raises(MediaError, match=r"frame 0 is 160x96, expected 96x96 as in the manifest"):
         decoder.prepare(replace(part, width=96), [plan])
     edited = remux(webm.video, folder / "edited.mp4", -0.2, options={"avoid_negative_ts": "disabled"})
-    assert decoder.prepare(clip_of(edited), [plan_of([0, 54])]).film is None  # five packets are not shown
+    assert decoder.prepare(clip_of(edited), [plan_of([0, 54])]).video is None  # five packets are not shown
     cut = folder / "cut.webm"
     cut.write_bytes(webm.video.read_bytes()[: webm.video.stat().st_size // 2])
     with pytest.raises(MediaError, match=r"cut\.webm"):
@@ -316,14 +316,14 @@ def test_replicas_share_a_decode_and_go_to_their_rows(wide, tall):
 @needs_dali
 def test_a_row_of_another_size_than_the_stream_is_broken(wide):
     decoder = cpu(reading(("video",)))
-    with pytest.raises(MediaError, match=r'video: clip "wide" is 160x96, its row says 176x96'):
+    with pytest.raises(MediaError, match=r'video: clip "wide" is 160x96, expected 176x96 as in the manifest'):
         decoder.prepare(replace(wide, width=176), [plan_of([0])])
     units, keys = coded("h264", 4)
     spliced = SplicedFrames("h264", units, keys, [0])
     dali.check_size(spliced, replace(wide, width=128, height=96))
-    with pytest.raises(MediaError, match=r"is 128x96, its row says 160x96"):
+    with pytest.raises(MediaError, match=r"is 128x96, expected 160x96 as in the manifest"):
         dali.check_size(spliced, wide)
-    with pytest.raises(ValueError, match=r"frames \[75\] planned of 75"):
+    with pytest.raises(ValueError, match=r'clip "wide" has 75 frames, the plan needs \[75\]'):
         decoder.prepare(wide, [plan_of([75])])
 
 
@@ -346,7 +346,7 @@ def test_a_clip_without_one_modality_is_blank_in_it(wide, tall, spoken):
 @needs_dali
 def test_a_clip_with_nothing_of_what_the_run_looks_at_is_broken(tall, spoken):
     for modality, clip in (("audio", tall), ("video", spoken)):
-        with pytest.raises(MediaError, match="holds nothing of what the run looks at"):
+        with pytest.raises(MediaError, match=f"has no {modality}"):
             cpu(reading((modality,))).prepare(clip, [plan_of()])
 
 
@@ -362,14 +362,14 @@ def test_a_batch_of_nothing_is_blank():
 
 def poisoned(prepared, part):
     """The same clip with bytes that DALI cannot decode: damaged in the middle, or no media at all."""
-    if part == "film":
-        data = prepared.film.data
+    if part == "video":
+        data = prepared.video.data
         middle = len(data) // 2
         damaged = data[:middle] + bytes(len(data) - middle)
-        return replace(prepared, film=replace(prepared.film, data=damaged))
-    if part == "no film":
-        return replace(prepared, film=replace(prepared.film, data=b"no film" * 99))
-    return replace(prepared, wave=replace(prepared.wave, data=prepared.wave.data[:300]))
+        return replace(prepared, video=replace(prepared.video, data=damaged))
+    if part == "not a video":
+        return replace(prepared, video=replace(prepared.video, data=b"no video" * 99))
+    return replace(prepared, audio=replace(prepared.audio, data=prepared.audio.data[:300]))
 
 
 def unreadable(self, clip, plans):
@@ -377,7 +377,7 @@ def unreadable(self, clip, plans):
 
 
 @needs_dali
-@pytest.mark.parametrize("part", ["film", "no film", "wave"])
+@pytest.mark.parametrize("part", ["video", "not a video", "audio"])
 def test_a_poisoned_clip_is_pyavs_or_named_and_the_others_come_out_as_without_it(wide, tall, webm, part, caplog):
     spec = reading()
     decoder = cpu(spec)
@@ -400,7 +400,7 @@ def test_a_poisoned_clip_is_pyavs_or_named_and_the_others_come_out_as_without_it
         others_are_clean(made)
         assert made.errors == [None] * 4
         assert "DALI: " in caplog.text
-        assert "PyAV reads it" in caplog.text
+        assert "decoded with PyAV instead" in caplog.text
         (sample,) = PyAV().build(spec).decode(wide, [plans[2]])
         assert torch.equal(made.frames_BTCHW[1], sample.frames_TCHW)
         if sample.mel_WCML is not None:
@@ -410,7 +410,7 @@ def test_a_poisoned_clip_is_pyavs_or_named_and_the_others_come_out_as_without_it
         others_are_clean(made)
         assert [error is not None for error in made.errors] == [False, False, True, False]
         error = made.errors[2]
-        assert (error.path, error.stage) == (wide.shard, "audio" if part == "wave" else "video")
+        assert (error.path, error.stage) == (wide.shard, "audio" if part == "audio" else "video")
         assert error.reason.startswith('clip "wide": DALI: ')
         assert len(error.reason) > len('clip "wide": DALI: ') + 10
         assert not any(word in error.reason for word in ("traceback", "/opt", "Current pipeline"))
@@ -427,12 +427,12 @@ def test_a_poisoned_clip_is_pyavs_or_named_and_the_others_come_out_as_without_it
 @needs_dali
 def test_where_all_clips_fail_a_made_one_tells_whether_dali_still_works(wide, monkeypatch):
     decoder = cpu(reading(("video",)))
-    bad = poisoned(decoder.prepare(wide, [plan_of([0])]), "no film")
+    bad = poisoned(decoder.prepare(wide, [plan_of([0])]), "not a video")
     shape = {"size": 2, "frames": 1, "windows": 1}
     monkeypatch.setattr(PyAVDecoder, "decode", unreadable)
     made = decoder.decode([bad, bad], [[0], [1]], **shape)
     assert all(error is not None for error in made.errors)
-    monkeypatch.setattr(dali.Slot, "trial", lambda self, kind: "out of memory")
+    monkeypatch.setattr(dali.Slot, "self_test", lambda self, kind: "out of memory")
     with pytest.raises(FastavError, match="DALI stopped working: out of memory"):
         decoder.decode([bad, bad], [[0], [1]], **shape)
     decoder.close()  # the slot was given back
@@ -497,19 +497,19 @@ def test_an_engine_keeps_batches_apart_and_takes_larger_ones():
     units, keys = coded("mjpeg", 4)
     data, place = mp4_muxer.mux("mjpeg", units, keys, 128, 96), np.zeros(1, np.int32)
 
-    def film(number):
+    def sample(number):
         return VideoSample(data, np.array([number], np.int32), place, ((0, 0, 128, 96),), (False,), 1)
 
     engine = Engine(VideoGraph(PipelinePlace(None, 1), 64))
-    engine.start([film(3)])
-    engine.start([film(1)])
+    engine.start([sample(3)])
+    engine.start([sample(1)])
     again = engine.finish().parts[0][1][0]
-    engine.start([film(1)])
+    engine.start([sample(1)])
     assert torch.equal(again, engine.finish().parts[0][1][0])
     engine.start([])
     assert engine.finish().parts == []
     for count in (2, 5, 3):  # each in one run, though larger than the one before
-        engine.start([film(1)] * count)
+        engine.start([sample(1)] * count)
         assert [numbers for numbers, _ in engine.finish().parts] == [list(range(count))]
 
 
@@ -527,7 +527,7 @@ def test_packed_h264_and_sound_on_a_gpu_agree_with_pyav(folder):
         made.adopt()
         assert made.frames_BTCHW.is_cuda
         assert made.mel_BWCML.is_cuda
-        assert all(one.film is not None for one in prepared)
+        assert all(one.video is not None for one in prepared)
         for row, sample in enumerate(expected):
             assert distance(made.frames_BTCHW[row].cpu(), sample.frames_TCHW) <= LEVELS
             torch.testing.assert_close(made.mel_BWCML[row].cpu(), sample.mel_WCML, rtol=0, atol=DB)
