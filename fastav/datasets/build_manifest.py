@@ -282,7 +282,7 @@ def probe_all(jobs: Sequence[ProbeJob], workers: int = 0) -> Iterator[ProbeResul
     for done in run_jobs(jobs, probe_one, max(1, min(workers or num_cores(), len(jobs)))):
         path, found = done.job[0], done.result
         if done.died or found is None:
-            yield path, MediaError(path, "the decoder crashed on it", "probe")
+            yield path, MediaError(path, "the decoder crashed on this file", "probe")
         else:
             yield path, MediaError(path, *found) if isinstance(found, tuple) else found
 

@@ -34,12 +34,12 @@ from fastav.model.weights import fill, read_run, read_safetensors
 _RESERVED = {
     "img_size": "the size follows from sampling.image_size, sampling.window and frontend.num_mels",
     "num_classes": "the classes are the manifest's",
-    "drop_path_rate": "it is the key drop_path beside args",
-    "pretrained": 'it is the key weights = "timm" beside args',
-    "checkpoint_path": "it is the key weights beside args",
-    "pretrained_cfg": "it is the key weights beside args",
-    "pretrained_cfg_overlay": "it is the key weights beside args",
-    "cache_dir": "it is set by the environment variable HF_HOME",
+    "drop_path_rate": "use the key drop_path",
+    "pretrained": 'use the key weights = "timm"',
+    "checkpoint_path": "use the key weights",
+    "pretrained_cfg": "use the key weights",
+    "pretrained_cfg_overlay": "use the key weights",
+    "cache_dir": "set the environment variable HF_HOME",
 }
 
 

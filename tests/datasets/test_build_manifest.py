@@ -304,7 +304,7 @@ def test_a_file_that_kills_its_process_is_named(media: Path, tmp_path: Path, mon
     assert {path.name for path in found} == set(names)
     errors = {path.name: str(info) for path, info in found.items() if isinstance(info, MediaError)}
     assert errors == {
-        "crash.mp4": "crash.mp4: probe: the decoder crashed on it",
+        "crash.mp4": "crash.mp4: probe: the decoder crashed on this file",
         "odd.mp4": "odd.mp4: video: of no kind",
     }
 
