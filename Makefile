@@ -9,7 +9,7 @@ QUICKSTART := $(foreach run,video audio score late bottleneck,launch/recipes/qui
 help:
 	@echo "make quickstart   install, make the synthetic data set, train five models, write and print the report"
 	@echo "make test         install, lint, check types, run the tests (about 12 minutes on 2 cores)"
-	@echo "make coverage     the same tests with line coverage, at least 90 % (takes 1.5 times as long)"
+	@echo "make coverage     the same with line coverage, at least 90 % (takes 1.5 times as long)"
 	@echo "make acceptance   the long checks: kill and resume, three quickstart seeds, real clips (resumable)"
 	@echo "make lint         install, lint and check types"
 
@@ -36,12 +36,12 @@ lint: .venv/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# With COVERAGE=1 also line coverage, as in CI: tracing makes Python-heavy tests more than 1.5 times as slow.
 test: lint
-	$(TESTS)
+	$(TESTS) $(if $(COVERAGE),--cov --cov-report=term --cov-fail-under=90)
 
-# Separate from `test`, because tracing makes Python-heavy tests more than 1.5 times as slow.
-coverage: .venv/.installed-dev
-	$(TESTS) --cov --cov-report=term --cov-fail-under=90
+coverage:
+	$(MAKE) test COVERAGE=1
 
 acceptance: .venv/.installed-dev
 	$(BIN)/python -m tests.acceptance $(ROWS)
