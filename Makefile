@@ -8,7 +8,7 @@ QUICKSTART := $(foreach run,video audio score late bottleneck,launch/recipes/qui
 
 help:
 	@echo "make quickstart   install, make the synthetic data set, train five models, write and print the report"
-	@echo "make test         install, lint, check types, run the tests (about 12 minutes on 2 cores)"
+	@echo "make test         install, lint, check types, run the tests (7 to 12 minutes on 2 cores)"
 	@echo "make coverage     the same with line coverage, at least 90 % (takes 1.5 times as long)"
 	@echo "make acceptance   the long checks: kill and resume, three quickstart seeds, real clips (resumable)"
 	@echo "make lint         install, lint and check types"
