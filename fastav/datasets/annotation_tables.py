@@ -32,6 +32,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fastav.core.errors import UserError, did_you_mean
+from fastav.core.regular_file import check_regular
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
 from fastav.datasets.clip_list import ClipList
@@ -244,6 +245,7 @@ def read_text(path: Path) -> tuple[str, bool]:
         UserError: The file cannot be read.
     """
     try:
+        check_regular(path)
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None

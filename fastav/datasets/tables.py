@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 
 from fastav.core.errors import UserError, did_you_mean
+from fastav.core.regular_file import check_regular
 from fastav.data.clip import Clip
 from fastav.data.manifest import Problem
 from fastav.datasets.clip_list import ClipList
@@ -94,6 +95,7 @@ def read_table(
 
 def _lines(path: Path) -> Iterator[str]:
     try:
+        check_regular(path)
         with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for at, line in enumerate(file, 1):
                 if not line.isascii():

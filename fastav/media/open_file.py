@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
+import av
 import av.error
 import av.stream
 import numpy as np
 from numpy.typing import NDArray
 
 from fastav.core.errors import MediaError
+from fastav.core.regular_file import check_regular
+
+_NO_FILE = 1  # FFmpeg's AVFMT_NOFILE: devices, network protocols and sequences of pictures
+_OPENS_MORE = frozenset(
+    {"concat", "dash", "ffmetadata", "hls", "imf", "live_flv", "mlv", "sbg", "sdp", "vobsub", "webm_dash_manifest"}
+)
+"""Formats whose files name other files or streams to open, or contain scripts, by FFmpeg's names."""
+
+_HEAD_BYTES, _BLANKS = 64, b"\xef\xbb\xbf \t\r\n"
+_PLAYLISTS = (b"#EXTM3U", b"ffconcat", b"v=0\r\n", b"v=0\n", b"<MPD", b"[playlist]", b"# VobSub index file")
+"""First bytes of playlists and descriptions of streams, which are reported as such. (`_formats` excludes them.)"""
 
 
 @contextmanager
@@ -37,6 +50,8 @@ def open_mel(path: Path) -> NDArray[np.float32]:
     Raises:
         MediaError: The file cannot be read or is not a spectrogram.
     """
+    with media_errors(path, "mel"):
+        check_regular(path)
     return load_mel(path, path, mmap_mode="r")
 
 
@@ -65,17 +80,37 @@ def load_mel(file: Any, path: Path | str, mmap_mode: Literal["r"] | None = None)
 
 
 def open_media(path: Path) -> Any:
-    """Opens a media file for reading. Only local files can be read, even if the file is a playlist of URLs.
+    """Opens a media file for reading, and nothing else: no URL, and no other file that its content names.
 
     Raises:
-        MediaError: The file cannot be opened.
+        MediaError: The file cannot be opened, or its format would open other files (a playlist).
     """
-    try:
+    with media_errors(path, "open"):
+        check_regular(path)
+        with path.open("rb") as file:
+            head = file.read(_HEAD_BYTES)
+        if any(head.lstrip(_BLANKS).startswith(start) for start in _PLAYLISTS):
+            raise MediaError(path, "is a playlist or a description of streams, expected a media file", "open")
+        options = {"protocol_whitelist": "file", "format_whitelist": _formats()}
         # An absolute path, because FFmpeg would read a name such as `12:30.mp4` as a URL.
-        name = str(path.absolute())
-        return av.open(name, metadata_errors="ignore", options={"protocol_whitelist": "file"})
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise MediaError(path, explain_error(error, path), "open") from error
+        try:
+            return av.open(str(path.absolute()), metadata_errors="ignore", options=options)
+        except av.error.ArgumentError as error:  # FFmpeg recognised a format that is not in the list
+            raise MediaError(path, "its format is not one of media files, or opens other files", "open") from error
+
+
+@functools.cache
+def _formats() -> str:
+    """Returns the names of the formats that FFmpeg may recognise, separated by commas."""
+    names = []
+    for name in sorted(av.formats_available):
+        try:
+            container_format = av.ContainerFormat(name, "r")
+        except ValueError:  # a format that can only be written
+            continue
+        if not (container_format.is_input and container_format.flags & _NO_FILE) and name not in _OPENS_MORE:
+            names.append(name)
+    return ",".join(names)
 
 
 def first_stream(container: Any, kind: str, path: Path) -> Any:

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastav.core.errors import MediaError
+from fastav.core.regular_file import check_regular
 from fastav.media.open_file import TIME_TOLERANCE_S, explain_error, first_stream, frame_times_s, open_media, open_mel
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
@@ -135,7 +136,6 @@ def probe(path: Path, streams: Sequence[str] = ("video", "audio"), *, threads: i
         MediaError: The file cannot be opened, is truncated, has a frame or packet that cannot be decoded without
             errors, changes its picture size, sample rate or number of channels, or has no frames and no samples.
     """
-    _refuse_playlist(path)
     with open_media(path) as container:
         chosen = [first_stream(container, kind, path) for kind in ("video", "audio") if kind in streams]
         counters: dict[int, _VideoCounter | _AudioCounter] = {}
@@ -163,6 +163,7 @@ def probe_image(path: Path) -> MediaInfo:
         MediaError: The file is missing, truncated or not a picture.
     """
     try:
+        check_regular(path)
         with Image.open(path) as image:
             image.load()
             orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
@@ -382,17 +383,6 @@ def _is_streamed_wave(path: Path) -> bool:
         return False
     size = int.from_bytes(head[at + 4 : at + 8], "little")
     return size == 0 or size >= 0x7FFFF000
-
-
-def _refuse_playlist(path: Path) -> None:
-    """Raises an error for a playlist: FFmpeg would open the files in it, and wait for new entries of a live one."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(16)
-    except OSError as error:
-        raise MediaError(path, explain_error(error, path), "open") from error
-    if head.startswith((b"#EXTM3U", b"ffconcat")):
-        raise MediaError(path, "is a playlist, expected a media file", "open")
 
 
 def _refuse_cut_short(path: Path, container: Any, end_s: float) -> None:

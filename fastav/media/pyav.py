@@ -26,6 +26,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from fastav.core.config import Kind, PositiveInt
 from fastav.core.errors import MediaError
+from fastav.core.regular_file import check_regular
 from fastav.data.clip import Clip, ClipPlan
 from fastav.media.crop import Cropper, cuttable
 from fastav.media.decoder import DecodeSpec, Sample, needed_samples
@@ -240,6 +241,7 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         MediaError: The file cannot be read.
     """
     try:
+        check_regular(path)
         data = path.read_bytes()
         if data.startswith(_MAGIC):
             return decode_jpeg(data)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fastav.core.errors import MediaError
+from fastav.core.regular_file import check_regular
 
 Range = tuple[int, int]
 """Byte offset and size."""
@@ -131,7 +132,7 @@ class LocalFiles:
         with self._lock:
             file = self._open.get(name)
             if file is None:
-                file = self._open[name] = _OpenFile(os.open(name, os.O_RDONLY | os.O_CLOEXEC))
+                file = self._open[name] = _OpenFile(_open_regular(name))
                 if len(self._open) > self.most:
                     self._drop(self._open.popitem(last=False)[1])
             self._open.move_to_end(name)
@@ -150,6 +151,17 @@ class LocalFiles:
             file.dropped = True
             if not file.readers:
                 os.close(file.descriptor)
+
+
+def _open_regular(name: str) -> int:
+    """Opens a regular file; without O_NONBLOCK, opening a named pipe would wait for a writer."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        check_regular(descriptor)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def merge_ranges(ranges: Sequence[Range], gap: int) -> list[tuple[int, int, list[int]]]:
