@@ -30,6 +30,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
+def shared_field() -> Path:
+    """The folder of files that people's own recordings stand for; tests that want it skip where it is absent."""
+    folder = SHARED / "field"
+    if not folder.is_dir():
+        pytest.skip("no files from the field here")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def realdata() -> Path:
     """The folder of real media; tests that want it skip where it is absent."""
     folder = Path(os.environ.get("FASTAV_REALDATA") or SHARED / "realdata")

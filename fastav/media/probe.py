@@ -26,11 +26,10 @@ import av.container
 import av.error
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastav.core.errors import MediaError
-from fastav.core.regular_file import check_regular
 from fastav.media.open_file import TIME_TOLERANCE_S, explain_error, first_stream, frame_times_s, open_media, open_mel
+from fastav.media.still_picture import open_picture, rgb_of
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 MEL_SUFFIXES = frozenset({".npy"})
@@ -162,17 +161,10 @@ def probe_image(path: Path) -> MediaInfo:
     Raises:
         MediaError: The file is missing, truncated or not a picture.
     """
-    try:
-        check_regular(path)
-        with Image.open(path) as image:
-            image.load()
-            orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
-            width, height = ImageOps.exif_transpose(image).size
-            codec, mode = (image.format or "").lower(), image.mode
-    except UnidentifiedImageError as error:
-        raise MediaError(path, "is not a picture in a supported format", "image") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MediaError(path, explain_error(error, path), "image") from error
+    with open_picture(path) as image:
+        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        height, width, _ = rgb_of(image).shape
+        codec, mode = (image.format or "").lower(), image.mode
     rotation = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}.get(orientation, 0)
     times = np.zeros(1)
     return MediaInfo(True, False, 1, 0.0, width, height, rotation, codec, mode, 0.0, times)

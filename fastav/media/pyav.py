@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 
@@ -31,9 +30,10 @@ from fastav.data.clip import Clip, ClipPlan
 from fastav.media.crop import Cropper, cuttable
 from fastav.media.decoder import DecodeSpec, Sample, needed_samples
 from fastav.media.demux import read_media
-from fastav.media.open_file import explain_error, media_errors, open_mel
+from fastav.media.open_file import media_errors, open_mel
 from fastav.media.packed_clip_decoder import OpenDecoders, decode_mel, decode_waveform
 from fastav.media.shards import ReadStats, ShardReader
+from fastav.media.still_picture import open_picture, rgb_of
 
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -240,16 +240,16 @@ def read_image(path: Path) -> NDArray[np.uint8]:
     Raises:
         MediaError: The file cannot be read.
     """
-    try:
+    with media_errors(path, "image"):
         check_regular(path)
         data = path.read_bytes()
-        if data.startswith(_MAGIC):
+    if data.startswith(_MAGIC):
+        try:
             return decode_jpeg(data)
-        with Image.open(path) as picture:
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (OSError, ValueError, RuntimeError, SyntaxError) as error:
-        reason = explain_error(error, path) if isinstance(error, OSError) else "is damaged or not a picture"
-        raise MediaError(path, reason, "image") from error
+        except RuntimeError as error:
+            raise MediaError(path, "is damaged or not a picture", "image") from error
+    with open_picture(path) as image:
+        return rgb_of(image)
 
 
 def decode_jpeg(data: bytes) -> NDArray[np.uint8]:
