@@ -41,9 +41,10 @@ class Clip:
         start_frame: First frame of the span, counted in presentation order from the file's first frame.
         num_frames: Number of frames in the span; 1 for an image; 0 without video.
         fps: Mean frame rate of the stream, Hz; 0 without video.
-        width: Upright width in pixels (after `rotation`).
-        height: Upright height in pixels (after `rotation`).
+        width: Width of the upright picture (after `rotation`), pixels.
+        height: Height of the upright picture (after `rotation`), pixels.
         rotation: Clockwise rotation in degrees that makes decoded frames upright: 0, 90, 180 or 270.
+        mirrored: 1 if the frames must also be mirrored left to right, after the rotation; 0 otherwise.
         video_codec: FFmpeg's name of the video codec, such as `h264`.
         start_sample: First audio sample of the span, counted at `sample_rate` from the stream's first sample.
         num_samples: Audio samples per channel in the span at `sample_rate`; 0 without audio.
@@ -77,6 +78,7 @@ class Clip:
     width: int = 0
     height: int = 0
     rotation: int = 0
+    mirrored: int = 0
     video_codec: str = ""
     start_sample: int = 0
     num_samples: int = 0

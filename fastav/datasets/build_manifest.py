@@ -29,7 +29,7 @@ _UNPROBED: dict[str, Any] = {
     f.name: f.default
     for f in fields(Clip)
     if f.name in (
-        "video", "audio", "start_frame", "num_frames", "fps", "width", "height", "rotation", "video_codec",
+        "video", "audio", "start_frame", "num_frames", "fps", "width", "height", "rotation", "mirrored", "video_codec",
         "start_sample", "num_samples", "sample_rate", "channels", "audio_codec", "audio_offset_s",
     )
 }  # fmt: skip
@@ -233,7 +233,8 @@ def _cut_span(
     if video is not None and frames is not None and frames.num_frames:
         filled = replace(
             filled, video=clip.video, start_frame=frames.start_frame, num_frames=frames.num_frames, fps=video.fps,
-            width=video.width, height=video.height, rotation=video.rotation, video_codec=video.video_codec,
+            width=video.width, height=video.height, rotation=video.rotation, mirrored=video.mirrored,
+            video_codec=video.video_codec,
         )  # fmt: skip
     if audio is not None and samples is not None and samples.num_samples:
         filled = replace(

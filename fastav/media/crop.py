@@ -39,10 +39,14 @@ class Cropper:
         crop: x, y, width and height in the upright frame, pixels.
         flip: Whether to mirror the result left to right.
         rotation: Clockwise rotation that makes the frames upright, degrees: 0, 90, 180 or 270.
+        mirrored: Whether the frames must also be mirrored left to right, after the rotation, to be upright.
     """
 
-    def __init__(self, size: int, crop: tuple[float, ...], flip: bool, rotation: int = 0) -> None:
+    def __init__(
+        self, size: int, crop: tuple[float, ...], flip: bool, rotation: int = 0, *, mirrored: bool = False
+    ) -> None:
         self._size, self._crop, self._flip, self._rotation = size, crop, flip, rotation
+        self._mirrored = mirrored
         self._scaler = VideoReformatter()  # reuses its filters while the sizes stay the same
         self._copier: _Copier | None = None
 
@@ -56,12 +60,15 @@ class Cropper:
         if self._copier is None:
             turned = self._rotation % 180 != 0
             height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
-            box = _to_decoded(crop_box(self._crop, height, width), height, width, self._rotation)
+            left, top, right, bottom = crop_box(self._crop, height, width)
+            if self._mirrored:
+                left, right = width - right, width - left
+            box = _to_decoded((left, top, right, bottom), height, width, self._rotation)
             self._copier = _Copier(frame, *box)
         rgb = self._scaled(self._copier.copy(frame))
         if self._rotation:
             rgb = [np.rot90(plane_HW, -self._rotation // 90) for plane_HW in rgb]
-        target_CHW = out_CHW[:, :, ::-1] if self._flip else out_CHW
+        target_CHW = out_CHW[:, :, ::-1] if self._flip != self._mirrored else out_CHW
         for target_HW, plane_HW in zip(target_CHW, rgb, strict=True):
             target_HW[...] = plane_HW
 
@@ -127,7 +134,7 @@ def cuttable(frame: av.VideoFrame, converter: VideoReformatter) -> av.VideoFrame
 
 
 def _to_decoded(box: tuple[int, int, int, int], height: int, width: int, rotation: int) -> tuple[int, int, int, int]:
-    """Converts a box (left, top, right, bottom) in the upright picture to the frame as it was decoded."""
+    """Converts a box (left, top, right, bottom) in the rotated picture to the frame as it was decoded."""
     left, top, right, bottom = box
     if rotation == 90:  # the left edge of the frame is the top of the upright picture
         return top, width - right, bottom, width - left

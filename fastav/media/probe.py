@@ -14,6 +14,7 @@ video. `MediaInfo.cut` defines how a span of seconds becomes frames and samples;
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -25,6 +26,7 @@ import av
 import av.container
 import av.error
 import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
 from numpy.typing import NDArray
 
 from fastav.core.errors import MediaError
@@ -41,6 +43,7 @@ LONGEST_GAP_S = 10.0
 # Formats whose header gives the original length of the file. For others, FFmpeg estimates it from the remaining data.
 _STATES_ITS_LENGTH = frozenset({"matroska,webm", "wav", "w64", "flac", "avi", "aiff"})
 _EXIF_ORIENTATION = 0x0112
+_ANGLE_TOLERANCE_DEG = 1.0
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class MediaInfo:
         width: Width of the upright picture, pixels as stored (a sample aspect ratio is not applied).
         height: Height of the upright picture, pixels.
         rotation: Clockwise rotation that makes frames upright, degrees: 0, 90, 180 or 270.
+        mirrored: 1 if frames must also be mirrored left to right, after the rotation; 0 otherwise.
         video_codec: FFmpeg's codec name, such as `h264`.
         pix_fmt: FFmpeg's pixel format name, such as `yuv420p`.
         duration_s: Time from the first frame to the end of the last one, seconds; without video, length of the audio.
@@ -93,6 +97,7 @@ class MediaInfo:
     width: int = 0
     height: int = 0
     rotation: int = 0
+    mirrored: int = 0
     video_codec: str = ""
     pix_fmt: str = ""
     duration_s: float = 0.0
@@ -167,7 +172,10 @@ def probe_image(path: Path) -> MediaInfo:
         codec, mode = (image.format or "").lower(), image.mode
     rotation = {3: 180, 4: 180, 5: 90, 6: 90, 7: 270, 8: 270}.get(orientation, 0)
     times = np.zeros(1)
-    return MediaInfo(True, False, 1, 0.0, width, height, rotation, codec, mode, 0.0, times)
+    return MediaInfo(
+        has_video=True, num_frames=1, width=width, height=height, rotation=rotation, video_codec=codec, pix_fmt=mode,
+        frame_times_s=times,
+    )  # fmt: skip
 
 
 def probe_mel(path: Path) -> MediaInfo:
@@ -181,10 +189,38 @@ def probe_mel(path: Path) -> MediaInfo:
     return MediaInfo(has_audio=True, channels=channels, mel_bands=bands, num_mel_frames=length)
 
 
-def upright_rotation(frame: av.VideoFrame) -> int:
-    """Returns the clockwise rotation that makes a frame upright, degrees: that of its display matrix, nearest 90."""
-    # PyAV gives the rotation of the matrix counter-clockwise.
-    return round(-frame.rotation / 90) % 4 * 90
+def upright_orientation(frame: av.VideoFrame, path: Path) -> tuple[int, int]:
+    """Returns how a frame must be turned to be upright, according to its display matrix.
+
+    The matrix maps the pixel (x, y) to (a x + c y, b x + d y), y downwards (ISO/IEC 14496-12, 8.2.2). Scales are
+    ignored, like sample aspect ratios.
+
+    Args:
+        frame: The first frame of a stream.
+        path: Its file, for errors.
+
+    Returns:
+        The clockwise rotation in degrees (0, 90, 180 or 270), and 1 if the picture must then be mirrored left to right,
+        otherwise 0.
+
+    Raises:
+        MediaError: The matrix turns by another angle than a multiple of 90 degrees, or is not invertible.
+    """
+    side_data = frame.side_data.get(SideDataType.DISPLAYMATRIX)
+    if side_data is None:
+        return 0, 0
+    a, b, _, c, d = np.frombuffer(bytes(side_data), np.int32)[:5].astype(np.float64).tolist()
+    if not a * d - b * c:
+        raise MediaError(path, "its display matrix is not invertible", "video")
+    mirrored = int(a * d - b * c < 0)
+    if mirrored:
+        a, c = -a, -c
+    angle_deg, other_deg = (math.degrees(math.atan2(y, x)) for x, y in ((a, b), (d, -c)))
+    rotation = round(angle_deg / 90) * 90
+    if max(abs(angle_deg - rotation), abs((other_deg - rotation + 180) % 360 - 180)) > _ANGLE_TOLERANCE_DEG:
+        reason = f"its display matrix turns the picture by {angle_deg:.0f} degrees, expected a multiple of 90"
+        raise MediaError(path, reason, "video")
+    return rotation % 360, mirrored
 
 
 class SampleClock:
@@ -256,7 +292,7 @@ class _VideoCounter:
         if self.first is None:
             raise MediaError(self.path, "has a video stream without frames", "video")
         times, duration_s = self._times()
-        rotation = upright_rotation(self.first)
+        rotation, mirrored = upright_orientation(self.first, self.path)
         width, height = self.first.width, self.first.height
         if rotation % 180:
             width, height = height, width
@@ -268,6 +304,7 @@ class _VideoCounter:
             width=width,
             height=height,
             rotation=rotation,
+            mirrored=mirrored,
             video_codec=self.stream.codec_context.codec.canonical_name,
             pix_fmt=self.first.format.name,
             duration_s=duration_s,

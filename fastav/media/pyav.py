@@ -182,7 +182,8 @@ class _Crops:
         self._missing = set(self.numbers)
         self._out = [torch.empty(len(p.frames_T), 3, size, size, dtype=torch.uint8) for p in plans]
         turns = 0 if clip.image is not None else clip.rotation  # still pictures are already upright
-        self._croppers = [Cropper(size, plan.crop, plan.flip, turns) for plan in plans]
+        mirrored = bool(clip.mirrored) and clip.image is None
+        self._croppers = [Cropper(size, plan.crop, plan.flip, turns, mirrored=mirrored) for plan in plans]
         self._arrays = [out_TCHW.numpy() for out_TCHW in self._out]
         self._positions = [_positions(plan.frames_T.tolist()) for plan in plans]
         self._sides = (clip.height, clip.width) if clip.rotation % 180 else (clip.width, clip.height)

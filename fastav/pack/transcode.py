@@ -128,7 +128,7 @@ def pack_readable(order: PackJob) -> PackedClip:
         audio = read_media(clip, video, with_audio, mono=settings.audio == "mono")
     out = replace(
         clip, video=None, audio=None, image=None, mel=None, start_s=0.0, start_frame=0, start_sample=0, rotation=0,
-        audio_offset_s=0.0, num_frames=0, num_samples=0, num_mel_frames=0,
+        mirrored=0, audio_offset_s=0.0, num_frames=0, num_samples=0, num_mel_frames=0,
     )  # fmt: skip
     video_units: list[Unit] = []
     audio_units: list[Unit] = []
@@ -224,15 +224,17 @@ class _VideoTranscoder:
             interpolation=Interpolation.BICUBIC,
             threads=1,
         )
-        if not self.clip.rotation:
+        if not self.clip.rotation and not self.clip.mirrored:
             return scaled
         planes = scaled.to_ndarray().reshape(-1)
         y, uv = scaled.width * scaled.height, scaled.width * scaled.height // 4
         shapes = [(scaled.height, scaled.width), *[(scaled.height // 2, scaled.width // 2)] * 2]
         parts = np.split(planes, [y, y + uv])
         quarters = -self.clip.rotation // 90
-        rotated = [np.rot90(part.reshape(shape), quarters).ravel() for part, shape in zip(parts, shapes, strict=True)]
-        whole = np.concatenate(rotated).reshape(height * 3 // 2, width)
+        rotated = [np.rot90(part.reshape(shape), quarters) for part, shape in zip(parts, shapes, strict=True)]
+        if self.clip.mirrored:
+            rotated = [part[:, ::-1] for part in rotated]
+        whole = np.concatenate([part.ravel() for part in rotated]).reshape(height * 3 // 2, width)
         upright = av.VideoFrame.from_ndarray(whole, self._encoder.pixel_format)
         upright.colorspace, upright.color_range = scaled.colorspace, scaled.color_range
         return upright

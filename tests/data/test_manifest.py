@@ -38,6 +38,7 @@ def clip(number: int, **changes: object) -> Clip:
         "width": 64,
         "height": 48,
         "rotation": 90,
+        "mirrored": 1,
         "video_codec": "h264",
         "start_sample": -number,
         "num_samples": 32000 + number,
@@ -322,7 +323,7 @@ def test_what_is_no_manifest_is_refused_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("fastav.schema_version", b"3", "manifest version is 3, but this fastav reads versions up to 2"),
+        ("fastav.schema_version", b"4", "manifest version is 4, but this fastav reads versions up to 3"),
         ("fastav.schema_version", b"new", "not a fastav manifest (schema metadata"),
         ("fastav.classes", b"[", "not a fastav manifest (schema metadata"),
         ("fastav.splits", b"[1]", "not a fastav manifest (schema metadata"),
@@ -339,10 +340,10 @@ def test_metadata_that_do_not_fit(tmp_path: Path, key: str, value: bytes, messag
 
 
 def test_a_too_new_copy_of_a_too_new_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "SCHEMA_VERSION", 3)
+    monkeypatch.setattr(store, "SCHEMA_VERSION", 4)
     path = write_manifest(tmp_path / "m.parquet", [clip(0)]).path
     monkeypatch.undo()
-    assert "manifest version is 3" in opened(path)
+    assert "manifest version is 4" in opened(path)
 
 
 def test_columns_of_other_tools(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def write_media(
     times_ms=None,
     start_ms=0,
     rotation=0,
+    matrix=None,
     colour=None,
     picture=numbered,
     wave=None,
@@ -52,7 +53,8 @@ def write_media(
 ):
     """Writes numbered frames (at `times_ms`, or evenly) and a waveform [C, S] into one file.
 
-    `start_ms` shifts both; `rotation` is counter-clockwise; `colour` is (colorspace, range) as FFmpeg's numbers.
+    `start_ms` shifts both; `rotation` is counter-clockwise; `matrix` is the display matrix's
+    (a, b, c, d); `colour` is (colorspace, range) as FFmpeg's numbers.
     """
     packets = []
     with av.open(str(path), "w", options=format_options or {}) as container:
@@ -61,6 +63,9 @@ def write_media(
             video = container.add_stream(codec, rate=fps, options=options or {})
             video.width, video.height, video.pix_fmt = *size, pix_fmt
             video.codec_context.time_base = Fraction(1, 1000) if times_ms else Fraction(1, fps)
+            if matrix:
+                a, b, c, d = (round(65536 * value) for value in matrix)
+                video.set_display_matrix((a, b, 0, c, d, 0, 0, 0, 1 << 30))
             if rotation:
                 video.set_display_rotation(rotation)
             if colour:

@@ -33,6 +33,7 @@ def clip_of(path, start_s=0.0, duration_s=None, modalities=("video", "audio"), i
         width=info.width,
         height=info.height,
         rotation=info.rotation,
+        mirrored=info.mirrored,
         start_sample=span.start_sample,
         num_samples=span.num_samples,
         sample_rate=info.sample_rate,

@@ -26,10 +26,10 @@ from fastav.core.atomic_files import sha256, written_beside
 from fastav.core.errors import FastavError, UserError, did_you_mean
 from fastav.data.clip import Clip
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Version of the Parquet columns and metadata; manifests with a higher version are refused."""
 
-_COPY_VERSION = 2
+_COPY_VERSION = 3
 COPY_ROWS = 1 << 18
 """Rows per record batch of the copy."""
 PAGED_BYTES = 1 << 22
@@ -40,7 +40,7 @@ TEXTS = ("id", *PATHS, "shard", "video_codec", "audio_codec", "group")
 _FLOATS = ("start_s", "duration_s", "fps", "audio_offset_s", "weight", "lat", "lon")
 _LONGS = ("start_sample", "num_samples", "media_samples", "shard_at", "shard_size")
 _INTS = (
-    "start_frame", "num_frames", "width", "height", "rotation",
+    "start_frame", "num_frames", "width", "height", "rotation", "mirrored",
     "sample_rate", "channels", "num_mel_frames", "media_frames",
 )  # fmt: skip
 NUMBERS = (*_FLOATS, *_LONGS, *_INTS)

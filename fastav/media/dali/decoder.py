@@ -473,7 +473,7 @@ def _whole_file(clip: Clip, kind: str) -> bytes | None:
     doubts apply.
     """
     path = clip.video
-    if path is None or clip.start_frame or clip.rotation:
+    if path is None or clip.start_frame or clip.rotation or clip.mirrored:
         return None
     with media_errors(path, "video"), open_media(path) as container:
         stream = first_stream(container, "video", path)
